@@ -1,0 +1,47 @@
+# The two commands: `make run` and `make test`. Everything else serves them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+WORKDIR ?= runs/digits
+FIGURES ?= figures
+
+.PHONY: run test test-all lint format docs clean
+
+# Pre-trains on the digits 0-4, fine-tunes on 5-9 with every method.
+run: $(VENV)/.installed
+	$(BIN)/python launch/sweep.py --config=configs/digits.py --workdir=$(WORKDIR)
+	$(BIN)/python launch/report.py $(WORKDIR) --figures=$(FIGURES)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto -m 'not slow'
+
+# What is too slow for `make test`.
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto -m slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/pyink --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/pyrefly check
+	@echo 'lint: clean'
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --quiet --fix .
+	$(BIN)/pyink --quiet .
+
+# The API reference, built from the docstrings, in docs/api.
+docs: $(VENV)/.installed-dev
+	$(BIN)/pdoc -d google -o docs/api bernoulli_lora_jax
+
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build docs/api *.egg-info

@@ -1,0 +1,24 @@
+"""Low-rank adaptation that provably converges, in JAX.
+
+The public surface; see the README for what each name is for.
+"""
+
+from bernoulli_lora_jax import matrices
+from bernoulli_lora_jax import sketches
+from bernoulli_lora_jax import stepsizes
+from bernoulli_lora_jax.chain import bernoulli_lora
+from bernoulli_lora_jax.chain import project
+from bernoulli_lora_jax.chain import rac_lora
+from bernoulli_lora_jax.chain import scale_by_bernoulli_chain
+from bernoulli_lora_jax.chain import ScaleByBernoulliChainState
+from bernoulli_lora_jax.chain import trained_parameters
+from bernoulli_lora_jax.estimators import accumulate
+from bernoulli_lora_jax.estimators import mvr
+from bernoulli_lora_jax.estimators import MvrState
+from bernoulli_lora_jax.estimators import page
+from bernoulli_lora_jax.estimators import PageState
+from bernoulli_lora_jax.matrices import Matrices
+from bernoulli_lora_jax.matrices import Rule
+from bernoulli_lora_jax.sketches import Sketch
+
+__version__ = '0.1.0'

@@ -1,0 +1,275 @@
+"""Variance-reduced gradient estimators E3 (PAGE) and E4 (MVR) for optax.
+
+They stand outermost in a chain and turn minibatch gradients into estimates G of
+the full gradient, from two evaluations on the same minibatch:
+
+    tx = optax.chain(
+        bl.page(key, prob=q),
+        bl.scale_by_bernoulli_chain(chain_key, rank=r),
+        optax.scale_by_learning_rate(gamma))
+    updates, state = tx.update(
+        grad_fn(params), state, params,
+        grad_fn=grad_fn,            # the minibatch gradient at other params
+        full_grad_fn=full_grad_fn)  # the gradient of the whole objective
+
+Symbols: W the params, g(W; I) the minibatch gradient, q = prob. Both keep the
+previous params and G: two copies of the params. They refuse `optax.masked`,
+`optax.partition` and `optax.MultiSteps`, under which W and g(W; I) would no
+longer belong together.
+
+Reference: Li et al., PAGE, arXiv 2008.10898; Cutkosky and Orabona, STORM,
+arXiv 1905.10018; Sokolov et al., Bernoulli-LoRA, arXiv 2508.03820.
+"""
+
+from collections.abc import Callable
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bernoulli_lora_jax import matrices
+
+GradFn = Callable[[Any], Any]
+
+
+def page_estimate(grad: Any, previous_grad: Any, estimate: Any) -> Any:
+  """Returns G + g(W+; I) - g(W; I), the small step of E3."""
+  return jax.tree.map(
+      lambda new, old, g: g + (new - old), grad, previous_grad, estimate
+  )
+
+
+def mvr_estimate(
+    grad: Any, previous_grad: Any, estimate: Any, momentum: float | jax.Array
+) -> Any:
+  """Returns g(W+; xi) + momentum (G - g(W; xi)), E4 with b = 1 - momentum."""
+  return jax.tree.map(
+      lambda new, old, g: (new + momentum * (g - old)).astype(new.dtype),
+      grad,
+      previous_grad,
+      estimate,
+  )  # pyformat: disable
+
+
+class PageState(NamedTuple):
+  """State of `page`."""
+
+  count: jax.typing.ArrayLike  # shape=(), int32; updates applied so far.
+  key: jax.Array  # shape=(), typed PRNG key; folded with count.
+  is_full: jax.Array  # shape=(), bool; the last estimate was a full gradient.
+  params: Any  # W at the last update, shaped like the params.
+  estimate: Any  # G of the last update, shaped like the params.
+
+
+class MvrState(NamedTuple):
+  """State of `mvr`."""
+
+  count: jax.typing.ArrayLike  # shape=(), int32; updates applied so far.
+  params: Any  # W at the last update, shaped like the params.
+  estimate: Any  # G of the last update, shaped like the params.
+
+
+def page(
+    key: jax.Array, *, prob: float | jax.Array
+) -> optax.GradientTransformationExtraArgs:
+  """Estimates the gradient by PAGE (E3).
+
+  With probability `prob`, one coin for the whole model, and at the first step,
+  G is the full gradient; otherwise G + g(W+; I) - g(W; I). The full gradient is
+  computed only when the coin asks for it (not so under `vmap`, which turns the
+  choice into a select: share the coins or use `lax.map`).
+
+  Args:
+    key: typed PRNG key of the coins.
+    prob: q in (0, 1]; customary is batch_size / (batch_size + num_samples).
+
+  Returns:
+    A transformation whose `update(updates, state, params, *, grad_fn,
+    full_grad_fn)` takes the minibatch gradient at `params` as updates, `grad_fn`
+    (params -> gradient on the same minibatch) and `full_grad_fn` (params ->
+    gradient of the whole objective).
+
+  Raises:
+    ValueError: prob outside (0, 1]; at init, a masked tree or `MultiSteps`; at
+      update, params or one of the functions missing.
+
+  Guarantees:
+    prob=1 is the full gradient exactly.
+    G - grad f(W) is a martingale difference off the full steps: in the mean
+      over minibatches G+ - G = grad f(W+) - grad f(W).
+
+  References:
+    Li et al., PAGE, arXiv 2008.10898, Algorithm 1.
+  """
+  if not isinstance(prob, jax.Array) and not 0 < prob <= 1:
+    raise ValueError(f'Expected prob in (0, 1], got prob={prob}.')
+
+  def init(params):
+    _check_outermost(params, 'page')
+    return PageState(
+        jnp.zeros([], jnp.int32),
+        key,
+        jnp.zeros([], bool),
+        params,
+        optax.tree.zeros_like(params),
+    )  # pyformat: disable
+
+  def update(
+      updates, state, params=None, *, grad_fn=None, full_grad_fn=None, **extra
+  ):
+    del extra
+    _check_given(
+        'page', params=params, grad_fn=grad_fn, full_grad_fn=full_grad_fn
+    )
+    coin = jax.random.bernoulli(
+        jax.random.fold_in(state.key, state.count), prob
+    )
+    is_full = coin | (state.count == 0)
+    estimate = jax.lax.cond(
+        is_full,
+        lambda: _like(updates, full_grad_fn(params)),
+        lambda: page_estimate(
+            updates, _like(updates, grad_fn(state.params)), state.estimate
+        ),
+    )
+    count = optax.safe_increment(state.count)
+    return estimate, PageState(count, state.key, is_full, params, estimate)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def mvr(
+    *, momentum: float | jax.Array
+) -> optax.GradientTransformationExtraArgs:
+  """Estimates the gradient by momentum variance reduction (MVR, STORM; E4).
+
+  G+ = g(W+; xi) + momentum (G - g(W; xi)), from the incoming gradient at the
+  first step.
+
+  Args:
+    momentum: 1 - b in [0, 1), where b is the papers' parameter.
+
+  Returns:
+    A transformation whose `update(updates, state, params, *, grad_fn)` takes
+    the minibatch gradient at `params` as updates and `grad_fn` (params ->
+    gradient on the same minibatch).
+
+  Raises:
+    ValueError: momentum outside [0, 1); at init, a masked tree or `MultiSteps`;
+      at update, params or grad_fn missing.
+
+  Guarantees:
+    momentum=0 is SGD exactly.
+
+  References:
+    Cutkosky and Orabona, STORM, arXiv 1905.10018, equation (2).
+  """
+  if not isinstance(momentum, jax.Array) and not 0 <= momentum < 1:
+    raise ValueError(f'Expected momentum in [0, 1), got momentum={momentum}.')
+
+  def init(params):
+    _check_outermost(params, 'mvr')
+    return MvrState(
+        jnp.zeros([], jnp.int32), params, optax.tree.zeros_like(params)
+    )
+
+  def update(updates, state, params=None, *, grad_fn=None, **extra):
+    del extra
+    _check_given('mvr', params=params, grad_fn=grad_fn)
+    estimate = jax.lax.cond(
+        state.count == 0,
+        lambda: updates,
+        lambda: mvr_estimate(
+            updates,
+            _like(updates, grad_fn(state.params)),
+            state.estimate,
+            momentum,
+        ),
+    )  # pyformat: disable
+    count = optax.safe_increment(state.count)
+    return estimate, MvrState(count, params, estimate)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def accumulate(
+    grad_fn: Callable[..., Any], num_micro_batches: int
+) -> Callable[..., Any]:
+  """Averages a gradient over micro-batches, one after another.
+
+  Args:
+    grad_fn: (params, batch, *args) -> gradient, a mean over the examples of the
+      batch.
+    num_micro_batches: n >= 1; divides the leading axis of every array of the
+      batch.
+
+  Returns:
+    (params, batch, *args) -> the mean over the n equal parts of the batch,
+    summed in promote_types(dtype, float32) and returned in the gradient's dtype.
+    Pass it to estimators in place of `grad_fn`: both points then see the same
+    accumulated batch.
+
+  Raises:
+    ValueError: num_micro_batches < 1, or a batch that it does not divide.
+  """
+  if num_micro_batches < 1:
+    raise ValueError(
+        'Expected num_micro_batches >= 1, got'
+        f' num_micro_batches={num_micro_batches}.'
+    )
+
+  def split(x):
+    if x.shape[0] % num_micro_batches:
+      raise ValueError(
+          f'Expected num_micro_batches={num_micro_batches} to divide the batch,'
+          f' got a leading axis of {x.shape[0]}.'
+      )
+    return x.reshape(num_micro_batches, -1, *x.shape[1:])
+
+  def accumulated(params, batch, *args):
+    parts = jax.tree.map(split, batch)
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(grad_fn, params, first, *args)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)),
+        shapes,
+    )
+
+    def add(total, part):
+      grad = grad_fn(params, part, *args)
+      return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grad), None
+
+    total, _ = jax.lax.scan(add, zeros, parts)
+    mean = lambda t, s: (t / num_micro_batches).astype(s.dtype)
+    return jax.tree.map(mean, total, shapes)
+
+  return accumulated
+
+
+def _like(updates: Any, grad: Any) -> Any:
+  """Casts a gradient to the dtypes of the updates."""
+  return jax.tree.map(lambda u, g: g.astype(u.dtype), updates, grad)
+
+
+def _check_given(name: str, **arguments: Any) -> None:
+  missing = [key for key, value in arguments.items() if value is None]
+  if missing:
+    raise ValueError(
+        f'Expected {name}.update to be given {", ".join(missing)}, got None:'
+        ' write tx.update(grads, state, params, grad_fn=..., ...).'
+    )
+
+
+def _check_outermost(params: Any, name: str) -> None:
+  """Raises where the estimator would silently see other params or gradients."""
+  matrices.check_unmasked(params, name)
+  frame = sys._getframe()
+  while frame is not None:  # MultiSteps gives its inner transformation no sign.
+    if isinstance(frame.f_locals.get('self'), optax.MultiSteps):
+      raise ValueError(
+          f'Expected {name} outside of optax.MultiSteps, which would mix'
+          ' gradients of different params: use bl.accumulate for grad_fn.'
+      )
+    frame = frame.f_back

@@ -1,0 +1,334 @@
+"""Random subspaces: raw factors, orthonormal frames, spectra of E[H].
+
+Symbols: B in R^(dim x rank) is a raw random factor, Q an orthonormal basis of
+range(B), H = Q Q^T = B (B^T B)^+ B^T the orthogonal projection onto it. H
+depends on range(B) alone, so a frame is all that a chain needs.
+
+A *basis* is how a sketch stores Q compactly: the dense (dim, rank) frame, or
+for `coordinate` the integer indices (rank,) of the chosen rows, whose products
+are a gather and a scatter. `compress` and `expand` multiply by either kind, at
+JAX's matmul precision: on GPUs and TPUs float32 products are rounded like those
+of the model (TF32, bfloat16) unless `jax_default_matmul_precision` says
+'highest'. Frames are always orthonormalised in full precision.
+
+Reference: Sokolov et al., Bernoulli-LoRA, arXiv 2508.03820 (H_A, H_B);
+Ailon and Chazelle, The fast Johnson-Lindenstrauss transform (SRHT);
+Fukaya et al., CholeskyQR2 (orthonormalisation).
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+Sampler = Callable[[jax.Array, int, int, Any], jax.Array]
+Basis = jax.Array | None  # None: the whole space, Q = I, never stored.
+
+
+def _isotropic(dim: int, rank: int) -> tuple[float, float]:
+  return rank / dim, rank / dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Sketch:
+  """A law of random subspaces.
+
+  Attributes:
+    name: as in configs and tables.
+    sampler: (key, dim, rank, dtype) -> (dim, rank), the raw factor.
+    rows: (key, dim, rank) -> (rank,) int32, for sketches whose frame is a
+      subset of the unit vectors; None otherwise.
+    spectrum: (dim, rank) -> extreme eigenvalues of E[H].
+    is_orthonormal: dim -> whether the raw factor is a frame already.
+    is_full_rank: whether the raw factor has full rank with probability one and
+      4 rank <= dim leaves Cholesky-QR no chance to break down.
+  """
+
+  name: str
+  sampler: Sampler
+  rows: Callable[[jax.Array, int, int], jax.Array] | None = None
+  spectrum: Callable[[int, int], tuple[float, float]] = _isotropic
+  is_orthonormal: Callable[[int], bool] = lambda dim: False
+  is_full_rank: bool = False
+
+  def sample(
+      self, key: jax.Array, dim: int, rank: int, dtype: Any = jnp.float32
+  ) -> jax.Array:
+    """Returns the raw factor.
+
+    Args:
+      key: typed PRNG key.
+      dim: number of rows, >= 1.
+      rank: number of columns, in [1, dim].
+      dtype: floating-point dtype of the result.
+
+    Returns:
+      Array of shape (dim, rank).
+
+    Raises:
+      ValueError: rank outside [1, dim].
+    """
+    _check_rank(rank, dim)
+    return self.sampler(key, dim, rank, dtype)
+
+  def frame(
+      self, key: jax.Array, dim: int, rank: int, dtype: Any = jnp.float32
+  ) -> jax.Array:
+    """Returns an orthonormal basis of range(sample(key, dim, rank)).
+
+    Cholesky-QR twice when 4 rank <= dim, Householder QR above. Columns that
+    depend on earlier ones are replaced by fresh Gaussian ones.
+
+    Args:
+      key: typed PRNG key.
+      dim: number of rows, >= 1.
+      rank: number of columns, in [1, dim].
+      dtype: the result has promote_types(dtype, float32).
+
+    Returns:
+      Array of shape (dim, rank) with Q^T Q = I to 1e-5 in float32.
+
+    Raises:
+      ValueError: rank outside [1, dim].
+
+    Guarantees:
+      Q Q^T is an orthogonal projection of rank `rank`, never NaN.
+      E[Q Q^T] has the eigenvalues `mean_eigenvalues` states.
+    """
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    basis = self.bases(key[None], dim, rank, dtype)[0]
+    if self.rows is not None:
+      return _one_hot_columns(basis, dim, dtype)
+    return basis
+
+  def mean_eigenvalues(self, dim: int, rank: int) -> tuple[float, float]:
+    """Returns the least and largest eigenvalue of E[H] for frames.
+
+    (rank/dim, rank/dim) for the sketches of this file: exact for gaussian,
+    rademacher and coordinate (their laws are invariant under signed
+    permutations of the rows, completions included) and for srht when dim is a
+    power of two; for other dims srht is isotropic only in the limit of large
+    dim. Raises ValueError for rank outside [1, dim].
+    """
+    _check_rank(rank, dim)
+    return self.spectrum(dim, rank)
+
+  def bases(
+      self, keys: jax.Array, dim: int, rank: int, dtype: Any
+  ) -> jax.Array:
+    """Returns the bases of many keys at once.
+
+    Args:
+      keys: (b,) typed PRNG keys.
+      dim: number of rows.
+      rank: number of columns, in [1, dim].
+      dtype: frames have promote_types(dtype, float32).
+
+    Returns:
+      (b, dim, rank) frames, or (b, rank) int32 indices for a sketch with
+      `rows`. Entry i depends on keys[i] alone.
+    """
+    _check_rank(rank, dim)
+    if self.rows is not None:
+      return jax.vmap(lambda key: self.rows(key, dim, rank))(keys)
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    raw = jax.vmap(lambda key: self.sampler(key, dim, rank, dtype))(keys)
+    if self.is_orthonormal(dim):
+      return raw
+    return _orthonormalize(raw, None if self.is_full_rank else keys)
+
+
+def gaussian() -> Sketch:
+  """Returns the sketch of independent N(0, 1) entries; its range is Haar."""
+  return Sketch('gaussian', _gaussian, is_full_rank=True)
+
+
+def rademacher() -> Sketch:
+  """Returns the sketch of independent entries +-1, each with probability 1/2."""
+  return Sketch('rademacher', _rademacher)
+
+
+def coordinate() -> Sketch:
+  """Returns the sketch of a uniform subset of rows, without replacement.
+
+  H keeps `rank` rows of G (columns, on the right) and zeroes the others: no
+  matrix product is needed.
+  """
+  return Sketch('coordinate', _coordinate, rows=_subset)
+
+
+def srht() -> Sketch:
+  """Returns the subsampled randomised Hadamard transform.
+
+  Random signs times `rank` columns, drawn without replacement, of the Hadamard
+  matrix of the next power of two, cut to `dim` rows and scaled by dim^(-1/2).
+  For powers of two it is orthonormal as drawn.
+  """
+  return Sketch(
+      'srht', _srht, is_orthonormal=lambda dim: dim == _next_power_of_two(dim)
+  )
+
+
+def compress(basis: Basis, g: jax.Array, side: str) -> jax.Array:
+  """Returns Q^T G (side 'left') or G Q (side 'right').
+
+  Args:
+    basis: (*batch, dim, rank) frame, (*batch, rank) indices, or None for Q = I.
+    g: (*batch, m, n); dim is m on the left, n on the right.
+    side: 'left' or 'right'.
+
+  Returns:
+    (*batch, rank, n) or (*batch, m, rank), in promote_types(g, basis).
+  """
+  if basis is None:
+    return g
+  if _is_rows(basis):
+    return _take(g, basis, axis=0 if side == 'left' else 1)
+  g = g.astype(jnp.promote_types(g.dtype, basis.dtype))
+  if side == 'left':
+    return jnp.matmul(basis.mT, g)
+  return jnp.matmul(g, basis)
+
+
+def expand(basis: Basis, s: jax.Array, dim: int, side: str) -> jax.Array:
+  """Returns Q S (side 'left') or S Q^T (side 'right'); see `compress`."""
+  if basis is None:
+    return s
+  if not _is_rows(basis):
+    if side == 'left':
+      return jnp.matmul(basis, s)
+    return jnp.matmul(s, basis.mT)
+  # A scatter written as a gather through the inverse map, so that it fuses
+  # with whatever is done to the result.
+  rank = basis.shape[-1]
+  place = lambda rows: (
+      jnp.full((dim,), rank, jnp.int32).at[rows].set(jnp.arange(rank))
+  )
+  places = jnp.vectorize(place, signature='(r)->(d)')(basis)
+  axis = 0 if side == 'left' else 1
+  chosen = (
+      (places < rank)[..., :, None]
+      if axis == 0
+      else ((places < rank)[..., None, :])
+  )
+  spread = _take(s, jnp.minimum(places, rank - 1), axis)
+  return jnp.where(chosen, spread, jnp.zeros((), s.dtype))
+
+
+def is_frame(basis: Basis) -> TypeGuard[jax.Array]:
+  """Returns whether a basis is a dense frame."""
+  return basis is not None and not _is_rows(basis)
+
+
+def _is_rows(basis: jax.Array) -> bool:
+  return jnp.issubdtype(basis.dtype, jnp.integer)
+
+
+def _take(x: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
+  """Takes rows (axis 0) or columns (axis 1) of each matrix of a batch."""
+  take = lambda x, rows: jnp.take(x, rows, axis=axis, mode='clip')
+  for _ in range(rows.ndim - 1):
+    take = jax.vmap(take)
+  return take(x, rows)
+
+
+def _check_rank(rank: int, dim: int) -> None:
+  if not 1 <= rank <= dim:
+    raise ValueError(f'Expected rank in [1, dim={dim}], got rank={rank}.')
+
+
+def _gaussian(key, dim, rank, dtype):
+  return jax.random.normal(key, (dim, rank), dtype)
+
+
+def _rademacher(key, dim, rank, dtype):
+  return jax.random.rademacher(key, (dim, rank), dtype)
+
+
+def _subset(key, dim, rank):
+  rows = jax.random.choice(key, dim, (rank,), replace=False)
+  return rows.astype(jnp.int32)
+
+
+def _one_hot_columns(rows, dim, dtype):
+  return jax.nn.one_hot(rows, dim, dtype=dtype).T
+
+
+def _coordinate(key, dim, rank, dtype):
+  return _one_hot_columns(_subset(key, dim, rank), dim, dtype)
+
+
+def _next_power_of_two(dim: int) -> int:
+  return 1 << (dim - 1).bit_length()
+
+
+def _srht(key, dim, rank, dtype):
+  sign_key, column_key = jax.random.split(key)
+  signs = jax.random.rademacher(sign_key, (dim, 1), dtype)
+  columns = _subset(column_key, _next_power_of_two(dim), rank)
+  # Entry (i, j) of Hadamard's matrix is -1 to the number of common bits.
+  common = jnp.arange(dim, dtype=jnp.int32)[:, None] & columns[None, :]
+  parity = jax.lax.population_count(common) % 2
+  return signs * (1 - 2 * parity).astype(dtype) / jnp.sqrt(dim).astype(dtype)
+
+
+def _orthonormalize(a: jax.Array, keys: jax.Array | None) -> jax.Array:
+  """Returns frames of range(a), shape (b, dim, rank).
+
+  Args:
+    a: (b, dim, rank).
+    keys: (b,) typed keys for the completion of rank-deficient entries; None
+      when there are none.
+  """
+  _, dim, rank = a.shape
+  if 4 * rank > dim:  # Cholesky-QR breaks down near square.
+    return _householder_qr(a, keys)
+  first, _ = _cholesky_qr(a)
+  second, gram = _cholesky_qr(first)
+  if keys is None:
+    return second
+  # The second pass reaches rounding when the first was within 0.1; NaN is not.
+  is_good = jnp.all(jnp.abs(gram - _eyes(gram)) < 0.1, axis=(1, 2))
+  return jax.lax.cond(
+      jnp.all(is_good),
+      lambda: second,
+      lambda: jnp.where(
+          is_good[:, None, None], second, _householder_qr(a, keys)
+      ),
+  )
+
+
+def _cholesky_qr(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns A R^-1 and the Gram matrix A^T A = R^T R."""
+  gram = jnp.matmul(a.mT, a, precision=HIGHEST)
+  lower = jnp.linalg.cholesky(gram)
+  inverse = jax.lax.linalg.triangular_solve(
+      lower, _eyes(gram), left_side=True, lower=True
+  )
+  return jnp.matmul(a, inverse.mT, precision=HIGHEST), gram
+
+
+def _eyes(gram: jax.Array) -> jax.Array:
+  return jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+
+
+def _householder_qr(a: jax.Array, keys: jax.Array | None) -> jax.Array:
+  """Returns Q of A = Q R, dependent columns replaced by Gaussian ones."""
+  q, r = jnp.linalg.qr(a)
+  if keys is None:
+    return q
+  _, dim, rank = a.shape
+  residuals = jnp.abs(jnp.diagonal(r, axis1=1, axis2=2))
+  tolerance = dim * jnp.finfo(a.dtype).eps * jnp.linalg.norm(a, axis=1)
+  is_free = residuals > tolerance
+
+  def complete():
+    draw = lambda key: _gaussian(jax.random.fold_in(key, 1), dim, rank, a.dtype)
+    fresh = jax.vmap(draw)(keys)
+    return jnp.linalg.qr(jnp.where(is_free[:, None, :], a, fresh))[0]
+
+  return jax.lax.cond(jnp.all(is_free), lambda: q, complete)

@@ -1,0 +1,291 @@
+"""The largest stepsizes that T1-T4 and T8 allow, from named constants.
+
+Symbols, in the order of the README's table: `smoothness` L, `mean_smoothness`
+Lbar (mean-square smoothness of the samples), `lmin` and `lmax` the extreme
+eigenvalues lambda of E[H] over the trained matrices (see `chain_eigenvalues`),
+kappa = lmax / lmin, `prob` q of PAGE, `momentum` 1 - b of MVR, `pl` the
+Polyak-Lojasiewicz constant mu (f - f* <= ||grad||^2 / (2 mu)); with `pl` given
+each function returns the stepsize of the linear rate.
+
+References: Sokolov et al., Bernoulli-LoRA, arXiv 2508.03820, with the constants
+derived anew; Li et al., PAGE, arXiv 2008.10898.
+"""
+
+from collections.abc import Sequence
+import math
+
+
+def chain_eigenvalues(
+    shapes: Sequence[tuple[int, int]],
+    *,
+    rank: int,
+    prob: float,
+    all_trained: bool = True,
+) -> tuple[float, float]:
+  """Returns (lmin, lmax) of a tree of matrices under isotropic sketches.
+
+  Args:
+    shapes: (m, n) of each matrix.
+    rank: dimension of the subspaces, clipped to each side.
+    prob: P(left), in [0, 1].
+    all_trained: False when other leaves are trained in full beside the chain;
+      they count with lambda = 1.
+
+  Returns:
+    The least and largest over matrices of
+    prob min(rank, m)/m + (1 - prob) min(rank, n)/n.
+
+  Raises:
+    ValueError: no shapes, rank < 1 or prob outside [0, 1].
+  """
+  _check(rank >= 1, 'rank >= 1', rank=rank)
+  _check(0 <= prob <= 1, 'prob in [0, 1]', prob=prob)
+  _check(len(shapes) > 0, 'at least one shape', shapes=shapes)
+  lambdas = [
+      prob * min(rank, m) / m + (1 - prob) * min(rank, n) / n for m, n in shapes
+  ]
+  if not all_trained:
+    lambdas.append(1.0)
+  return min(lambdas), max(lambdas)
+
+
+def gd(*, smoothness: float) -> float:
+  """Returns 1/L (T1, with and without PL)."""
+  _check_positive(smoothness=smoothness)
+  return 1 / smoothness
+
+
+def sgd(
+    *,
+    smoothness: float,
+    lmin: float,
+    lmax: float,
+    growth: float = 1.0,
+    slope: float = 0.0,
+    num_steps: int | None = None,
+    bounded_variance: bool = False,
+    pl: float | None = None,
+) -> float:
+  """Returns the stepsize of T2.
+
+  The gradients satisfy E||g||^2 <= 2 A (f - f_inf) + B ||grad||^2 + C.
+
+  Args:
+    smoothness: L > 0.
+    lmin: least eigenvalue of E[H], in (0, 1].
+    lmax: largest eigenvalue of E[H], in [lmin, 1].
+    growth: B >= 0; with bounded_variance, B >= 1.
+    slope: A >= 0.
+    num_steps: T; where A > 0 the stepsize is also at most
+      1 / sqrt(L lmax A T), so that (1 + a)^T <= e.
+    bounded_variance: the bound holds for E||g - grad||^2 with B - 1 in place of
+      B: 1 / (L (1 + (B - 1) kappa)) then suffices.
+    pl: mu; the stepsize is also at most mu lmin / (2 L A lmax).
+
+  Returns:
+    The largest stepsize that all conditions given allow.
+
+  Raises:
+    ValueError: a constant outside its range.
+  """
+  _check_positive(smoothness=smoothness)
+  _check_lambdas(lmin, lmax)
+  _check(slope >= 0, 'slope >= 0', slope=slope)
+  if bounded_variance:
+    _check(growth >= 1, 'growth >= 1', growth=growth)
+    bounds = [1 / (smoothness * (1 + (growth - 1) * lmax / lmin))]
+  else:
+    _check_positive(growth=growth)
+    bounds = [lmin / (smoothness * growth * lmax)]
+  if slope > 0 and num_steps is not None:
+    _check_positive(num_steps=num_steps)
+    bounds.append(1 / math.sqrt(smoothness * lmax * slope * num_steps))
+  if slope > 0 and pl is not None:
+    _check_positive(pl=pl)
+    bounds.append(pl * lmin / (2 * smoothness * slope * lmax))
+  return min(bounds)
+
+
+def page(
+    *,
+    smoothness: float,
+    mean_smoothness: float,
+    lmax: float,
+    prob: float,
+    batch_size: int,
+    num_samples: int | None = None,
+    lmin: float | None = None,
+    pl: float | None = None,
+) -> float:
+  """Returns the stepsize of T3.
+
+  1 / (L + Lbar sqrt(lmax (1 - q) / (q b'))), with the factor 2 inside the root
+  and at most q / (2 mu lmin) under PL.
+
+  Args:
+    smoothness: L > 0.
+    mean_smoothness: Lbar >= 0.
+    lmax: largest eigenvalue of E[H], in (0, 1].
+    prob: q in (0, 1].
+    batch_size: b' >= 1.
+    num_samples: N, given when minibatches are drawn without replacement: b' is
+      then replaced by b' (N - 1) / (N - b').
+    lmin: least eigenvalue of E[H]; needed with pl.
+    pl: mu.
+
+  Returns:
+    The largest stepsize that T3 allows.
+
+  Raises:
+    ValueError: a constant outside its range.
+  """
+  _check_positive(smoothness=smoothness, batch_size=batch_size)
+  _check(
+      mean_smoothness >= 0,
+      'mean_smoothness >= 0',
+      mean_smoothness=mean_smoothness,
+  )
+  _check(0 < prob <= 1, 'prob in (0, 1]', prob=prob)
+  _check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
+  inverse_batch = 1 / batch_size
+  if num_samples is not None:
+    _check(
+        num_samples >= batch_size,
+        'num_samples >= batch_size',
+        num_samples=num_samples,
+        batch_size=batch_size,
+    )
+    if num_samples > 1:
+      inverse_batch *= (num_samples - batch_size) / (num_samples - 1)
+  factor = 1 if pl is None else 2
+  root = math.sqrt(factor * lmax * (1 - prob) * inverse_batch / prob)
+  return _with_pl(1 / (smoothness + mean_smoothness * root), prob, lmin, pl)
+
+
+def mvr(
+    *,
+    smoothness: float,
+    mean_smoothness: float,
+    lmax: float,
+    momentum: float,
+    lmin: float | None = None,
+    pl: float | None = None,
+) -> float:
+  """Returns the stepsize of T4, with b = 1 - momentum.
+
+  1 / (L + Lbar sqrt(2 lmax (1 - b)^2 / (b (2 - b)))), with 4 in place of 2 and
+  at most b (2 - b) / (2 mu lmin) under PL.
+
+  Args:
+    smoothness: L > 0.
+    mean_smoothness: Lbar >= 0.
+    lmax: largest eigenvalue of E[H], in (0, 1].
+    momentum: 1 - b in [0, 1).
+    lmin: least eigenvalue of E[H]; needed with pl.
+    pl: mu.
+
+  Returns:
+    The largest stepsize that T4 allows.
+
+  Raises:
+    ValueError: a constant outside its range.
+  """
+  _check_positive(smoothness=smoothness)
+  _check(
+      mean_smoothness >= 0,
+      'mean_smoothness >= 0',
+      mean_smoothness=mean_smoothness,
+  )
+  _check(0 <= momentum < 1, 'momentum in [0, 1)', momentum=momentum)
+  _check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
+  b = 1 - momentum
+  factor = 2 if pl is None else 4
+  root = math.sqrt(factor * lmax * momentum**2 / (b * (2 - b)))
+  return _with_pl(
+      1 / (smoothness + mean_smoothness * root), b * (2 - b), lmin, pl
+  )
+
+
+def nonsmooth(
+    *,
+    distance: float,
+    lipschitz: float,
+    lmin: float,
+    lmax: float,
+    num_steps: int,
+) -> float:  # pyformat: disable
+  """Returns the best constant stepsize of T8 for convex Lipschitz objectives.
+
+  It minimises R0^2 / (2 gamma lmin T) + gamma L0^2 kappa / 2; for isotropic
+  E[H] = alpha I this is R0 / (L0 sqrt(alpha T)).
+
+  Args:
+    distance: R0 = ||W_0 - W*||_F > 0.
+    lipschitz: L0 > 0, a bound of the subgradients' Frobenius norm.
+    lmin: least eigenvalue of E[H], in (0, 1].
+    lmax: largest eigenvalue of E[H], in [lmin, 1].
+    num_steps: T >= 1.
+
+  Returns:
+    R0 / (L0 sqrt(lmax T)).
+
+  Raises:
+    ValueError: a constant outside its range.
+  """
+  _check_positive(distance=distance, lipschitz=lipschitz, num_steps=num_steps)
+  _check_lambdas(lmin, lmax)
+  return distance / (lipschitz * math.sqrt(lmax * num_steps))
+
+
+def polyak_damping(*, lmin: float, lmax: float) -> float:
+  """Returns 1 / kappa, by which T8 multiplies Polyak's step.
+
+  Polyak's step itself is optax's, before the projection and uncapped, with f*
+  given, so that it sees the unprojected norm:
+
+      optax.chain(
+          optax.scale_by_polyak(f_min=f_star, max_learning_rate=jnp.inf),
+          bl.scale_by_bernoulli_chain(key, rank=r),
+          optax.scale(-bl.stepsizes.polyak_damping(lmin=lmin, lmax=lmax)))
+
+  whose update takes `value=f(W)`. Isotropic sketches need no damping.
+
+  Args:
+    lmin: least eigenvalue of E[H], in (0, 1].
+    lmax: largest eigenvalue of E[H], in [lmin, 1].
+
+  Returns:
+    lmin / lmax.
+
+  Raises:
+    ValueError: a constant outside its range.
+  """
+  _check_lambdas(lmin, lmax)
+  return lmin / lmax
+
+
+def _with_pl(
+    stepsize: float, rate: float, lmin: float | None, pl: float | None
+) -> float:
+  """Applies gamma <= rate / (2 mu lmin), the condition of the PL forms."""
+  if pl is None:
+    return stepsize
+  if lmin is None:
+    raise ValueError('Expected lmin with pl, got lmin=None.')
+  _check_positive(pl=pl, lmin=lmin)
+  return min(stepsize, rate / (2 * pl * lmin))
+
+
+def _check_lambdas(lmin: float, lmax: float) -> None:
+  _check(0 < lmin <= lmax <= 1, '0 < lmin <= lmax <= 1', lmin=lmin, lmax=lmax)
+
+
+def _check_positive(**values: float) -> None:
+  for name, value in values.items():
+    _check(value > 0, f'{name} > 0', **{name: value})
+
+
+def _check(condition: bool, expected: str, **values) -> None:
+  if not condition:
+    got = ', '.join(f'{name}={value}' for name, value in values.items())
+    raise ValueError(f'Expected {expected}, got {got}.')

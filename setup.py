@@ -1,0 +1,47 @@
+"""Packaging; tool settings are in pyproject.toml, exact versions in constraints.txt."""
+
+import pathlib
+import re
+
+import setuptools
+
+_ROOT = pathlib.Path(__file__).parent
+_INIT = (_ROOT / 'bernoulli_lora_jax' / '__init__.py').read_text()
+_VERSION = re.search(r"__version__ = '([^']+)'", _INIT)
+
+setuptools.setup(
+    name='bernoulli_lora_jax',
+    version=_VERSION.group(1),
+    description='Low-rank adaptation that provably converges, in JAX.',
+    long_description=(_ROOT / 'README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=setuptools.find_packages(include=['bernoulli_lora_jax*']),
+    package_data={'bernoulli_lora_jax': ['py.typed']},
+    python_requires='>=3.11',
+    install_requires=[
+        'absl-py>=2.1',
+        'flax>=0.12',
+        'jax>=0.10',
+        'matplotlib>=3.9',
+        'ml-collections>=1.0',
+        'numpy>=2.0',
+        'optax>=0.2.6',
+        'orbax-checkpoint>=0.11.30',
+        'scikit-learn>=1.5',
+        'scipy>=1.14',
+        'tabulate>=0.9',
+        'tensorboardX>=2.6.2',
+        'tqdm>=4.66',
+    ],
+    extras_require={
+        'test': ['chex>=0.1.90', 'pytest>=8', 'pytest-xdist>=3.6'],
+        'dev': ['pdoc>=15', 'pre-commit>=4', 'pyink', 'pyrefly', 'ruff'],
+    },
+    classifiers=[
+        'License :: OSI Approved :: Apache Software License',
+        'Programming Language :: Python :: 3.11',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Typing :: Typed',
+    ],
+)
