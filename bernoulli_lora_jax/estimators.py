@@ -120,9 +120,9 @@ def page(
       updates, state, params=None, *, grad_fn=None, full_grad_fn=None, **extra
   ):
     del extra
-    _check_given(
-        'page', params=params, grad_fn=grad_fn, full_grad_fn=full_grad_fn
-    )
+    params = _given('page', 'params', params)
+    grad_fn = _given('page', 'grad_fn', grad_fn)
+    full_grad_fn = _given('page', 'full_grad_fn', full_grad_fn)
     coin = jax.random.bernoulli(
         jax.random.fold_in(state.key, state.count), prob
     )
@@ -177,7 +177,8 @@ def mvr(
 
   def update(updates, state, params=None, *, grad_fn=None, **extra):
     del extra
-    _check_given('mvr', params=params, grad_fn=grad_fn)
+    params = _given('mvr', 'params', params)
+    grad_fn = _given('mvr', 'grad_fn', grad_fn)
     estimate = jax.lax.cond(
         state.count == 0,
         lambda: updates,
@@ -253,13 +254,13 @@ def _like(updates: Any, grad: Any) -> Any:
   return jax.tree.map(lambda u, g: g.astype(u.dtype), updates, grad)
 
 
-def _check_given(name: str, **arguments: Any) -> None:
-  missing = [key for key, value in arguments.items() if value is None]
-  if missing:
+def _given(name: str, argument: str, value: Any) -> Any:
+  if value is None:
     raise ValueError(
-        f'Expected {name}.update to be given {", ".join(missing)}, got None:'
-        ' write tx.update(grads, state, params, grad_fn=..., ...).'
+        f'Expected {name}.update to be given {argument}, got None: write'
+        ' tx.update(grads, state, params, grad_fn=..., ...).'
     )
+  return value
 
 
 def _check_outermost(params: Any, name: str) -> None:
