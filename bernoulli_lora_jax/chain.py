@@ -325,7 +325,7 @@ def scale_by_bernoulli_chain(
     _check_ranks(found, rank)
     return ScaleByBernoulliChainState(
         count=jnp.zeros([], jnp.int32),
-        key=key,
+        key=jnp.copy(key),  # A caller may donate the state.
         inner_state=()
         if inner is None
         else inner.init(_zero_factors(found, rank, prob)),
@@ -441,6 +441,45 @@ def trained_parameters(m: int, n: int, *, rank: int, prob: float) -> float:
     prob min(rank, m) n + (1 - prob) m min(rank, n).
   """
   return prob * min(rank, m) * n + (1 - prob) * m * min(rank, n)
+
+
+def describe(
+    params: Any,
+    *,
+    rank: int,
+    prob: float,
+    matrices: Matrices | None = None,
+) -> list[dict[str, Any]]:
+  """Returns a table of what a chain trains, one row a matrix.
+
+  Args:
+    params: tree of arrays or shapes.
+    rank: dimension of the subspaces.
+    prob: P(left).
+    matrices: what is a matrix.
+
+  Returns:
+    Rows {'matrix', 'shape', 'rank', 'P(left)', 'trained'}; the rank shows both
+    sides where one is clipped, 'trained' is the mean number of trained
+    parameters a step, over all entries of a stack.
+  """
+  rows = []
+  for m in matrices_lib.find(params, matrices):
+    entries = 'x '.join(f'{size} ' for size in m.batch)
+    left, right = min(rank, m.m), min(rank, m.n)
+    rows.append(
+        {
+            'matrix': m.path,
+            'shape': f'{entries and entries + "x "}{m.m} x {m.n}',
+            'rank': rank
+            if left == right == rank
+            else (f'left {left}, right {right} (clipped)'),
+            'P(left)': prob,
+            'trained': m.entries.size
+            * trained_parameters(m.m, m.n, rank=rank, prob=prob),
+        }
+    )
+  return rows
 
 
 def _zero_factors(

@@ -110,11 +110,11 @@ def page(
     _check_outermost(params, 'page')
     return PageState(
         jnp.zeros([], jnp.int32),
-        key,
+        jnp.copy(key),  # Copies, so that a caller may donate the state.
         jnp.zeros([], bool),
-        params,
+        jax.tree.map(jnp.copy, params),
         optax.tree.zeros_like(params),
-    )  # pyformat: disable
+    )
 
   def update(
       updates, state, params=None, *, grad_fn=None, full_grad_fn=None, **extra
@@ -172,7 +172,9 @@ def mvr(
   def init(params):
     _check_outermost(params, 'mvr')
     return MvrState(
-        jnp.zeros([], jnp.int32), params, optax.tree.zeros_like(params)
+        jnp.zeros([], jnp.int32),
+        jax.tree.map(jnp.copy, params),
+        optax.tree.zeros_like(params),
     )
 
   def update(updates, state, params=None, *, grad_fn=None, **extra):

@@ -1,0 +1,3 @@
+"""Tasks: data, model and loss, without optimisation."""
+
+from bernoulli_lora_jax.tasks.task import Task

@@ -1,0 +1,1 @@
+"""The harness around the library: methods, loop, checkpoints, reports."""

@@ -1,0 +1,70 @@
+"""Every field of an experiment, with its default.
+
+Files in `configs/` start from here and change what their experiment needs. The
+library below `training.experiment` never sees a ConfigDict.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+  """Returns the defaults; a field that is not set has a placeholder."""
+  config = config_dict.ConfigDict()
+  config.seed = 0  # Of the method, the minibatches and the noise.
+  config.x64 = False  # Whether to compute in float64.
+
+  config.task = config_dict.ConfigDict()
+  # 'digits', 'mnist', 'linear_regression' or 'quadratic'.
+  config.task.name = 'digits'
+  config.task.batch_size = 32  # Examples a minibatch.
+  config.task.data_dir = ''  # mnist: folder of the files; '': see tasks/mnist.
+  config.task.hidden = (64, 64)  # digits, mnist: widths of the hidden layers.
+  config.task.dropout = 0.0  # digits, mnist: rate after each hidden layer.
+  config.task.split_seed = 0  # digits, mnist: of train, validation and test.
+  config.task.pretrain_epochs = 60  # digits, mnist: on the lower classes.
+  config.task.pretrain_learning_rate = 1e-3  # digits, mnist: AdamW's.
+  config.task.dim = 256  # linear_regression: features, a square.
+  config.task.num_pretraining = 9000  # linear_regression: rows.
+  config.task.num_samples = 1000  # linear_regression: rows to fine-tune on.
+
+  config.method = config_dict.ConfigDict()
+  # 'full' (no projection), 'rac_left' (p = 1), 'rac_right' (p = 0) or
+  # 'bernoulli'. Left and right name the sketched side: left trains the right
+  # factor.
+  config.method.name = 'bernoulli'
+  config.method.estimator = 'sgd'  # 'gd', 'sgd', 'page' or 'mvr'.
+  config.method.rank = 4  # Dimension of the subspaces, clipped to each side.
+  config.method.prob = 0.5  # p = P(left), for 'bernoulli'.
+  config.method.sketch = 'gaussian'  # or 'rademacher', 'coordinate', 'srht'.
+  config.method.period = 1  # Steps a link: coin and subspace are kept.
+  config.method.shared_coin = False  # One coin for all matrices.
+  config.method.select = ''  # Regular expression of the matrices; '': kernels.
+  config.method.train_others = False  # Whether biases and the like move too.
+  # 'sgd', 'momentum' or 'adam'; in chains it lives in the subspace and restarts
+  # at each link.
+  config.method.optimizer = 'sgd'
+  config.method.optimizer_momentum = 0.9  # For 'momentum'.
+  config.method.page_prob = config_dict.placeholder(float)  # q; b / (b + N).
+  config.method.mvr_momentum = 0.9  # 1 - b of MVR.
+  config.method.learning_rate = (
+      0.1  # gamma, the peak where there is a schedule.
+  )
+  # gamma = factor / L in place of learning_rate, for tasks that know L.
+  config.method.stepsize_factor = config_dict.placeholder(float)
+  config.method.schedule = 'constant'  # or 'cosine' (to zero).
+  config.method.warmup_steps = 0  # Linear warm-up from zero.
+  config.method.clip_norm = config_dict.placeholder(float)  # Global norm.
+
+  config.training = config_dict.ConfigDict()
+  config.training.num_steps = 0  # 0: as many as num_passes takes in the mean.
+  config.training.num_passes = 20.0  # Budget in data passes.
+  config.training.num_evals = 20  # Evaluations, evenly spaced.
+  config.training.checkpoint_every = 0  # Steps; 0: at the end only.
+  config.training.steps_per_dispatch = 1000  # Most steps in one compiled loop.
+  config.training.num_micro_batches = 1  # Parts of a minibatch's gradient.
+  config.training.patience = 0  # Evaluations; 0: no early stopping.
+  config.training.parallel = 'none'  # 'jit' (sharded batch) or 'pmap'.
+  config.training.num_devices = config_dict.placeholder(int)  # None: all.
+  config.training.progress = True  # Progress bar.
+  config.training.max_to_keep = 2  # Checkpoints.
+  return config

@@ -1,0 +1,128 @@
+"""Checkpoints by orbax, and the record of the configuration they belong to."""
+
+from collections.abc import Mapping
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+from etils import epath
+import jax
+import orbax.checkpoint as ocp
+
+# Fields that may differ between the run and its continuation.
+_FREE = (
+    'training.num_steps',
+    'training.num_passes',
+    'training.parallel',
+    'training.num_devices',
+    'training.progress',
+    'training.max_to_keep',
+    'task.data_dir',
+)
+
+
+class Checkpointer:
+  """The checkpoints of one run; a context manager.
+
+  Saving is atomic: a checkpoint that was interrupted is never listed.
+  """
+
+  def __init__(self, workdir: str | os.PathLike[str], max_to_keep: int = 2):
+    self._directory = pathlib.Path(workdir).absolute() / 'checkpoints'
+    self._manager = ocp.CheckpointManager(
+        epath.Path(self._directory),
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=max_to_keep,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
+        ),
+    )
+
+  def __enter__(self) -> 'Checkpointer':
+    return self
+
+  def __exit__(self, *unused: Any) -> None:
+    self._manager.close()
+
+  def save(self, step: int, tree: Any) -> None:
+    """Saves a tree of arrays and typed keys as the checkpoint of a step."""
+    self._manager.save(step, args=ocp.args.StandardSave(tree), force=True)
+
+  def latest(self) -> int | None:
+    """Returns the step of the newest whole checkpoint."""
+    return self._manager.latest_step()
+
+  def restore(self, like: Any) -> Any:
+    """Returns the newest checkpoint.
+
+    Args:
+      like: tree of arrays with the structure, shapes and shardings to restore
+        to, on whatever number of devices.
+
+    Raises:
+      ValueError: a checkpoint of another structure, or a damaged one.
+    """
+    step = self.latest()
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    try:
+      return self._manager.restore(
+          step, args=ocp.args.StandardRestore(abstract)
+      )
+    except Exception as e:
+      raise ValueError(
+          f'Expected a checkpoint of this configuration in {self._directory},'
+          f' got one of step {step} that does not restore: {e}'
+      ) from e
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes a JSON file that appears whole or not at all."""
+  with tempfile.NamedTemporaryFile(
+      'w', dir=path.parent, prefix=f'.{path.name}.', delete=False
+  ) as f:
+    json.dump(value, f, indent=2)
+    f.write('\n')
+  os.chmod(f.name, 0o644)
+  os.replace(f.name, path)
+
+
+def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Writes config.json, or compares with the one of an earlier start.
+
+  Args:
+    workdir: directory of the run; made if it does not exist.
+    config: nested JSON values.
+
+  Raises:
+    ValueError: the run belongs to another configuration; the first field that
+      differs is named with both values.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  path = workdir / 'config.json'
+  if path.exists():
+    try:
+      old = flatten(json.loads(path.read_text()))
+    except json.JSONDecodeError as e:
+      raise ValueError(f'Expected {path} to be JSON: {e}.') from e
+    new = flatten(json.loads(json.dumps(dict(config))))
+    for field in sorted(old.keys() | new.keys()):
+      if field not in _FREE and old.get(field) != new.get(field):
+        raise ValueError(
+            f'Expected {field}={old.get(field)!r}, as in {path}, got'
+            f' {field}={new.get(field)!r}: choose another workdir, or remove'
+            ' this one.'
+        )
+  write_json(path, dict(config))
+
+
+def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Returns {'a.b': value} of nested mappings."""
+  flat = {}
+  for name, value in config.items():
+    if isinstance(value, Mapping):
+      flat.update(flatten(value, f'{prefix}{name}.'))
+    else:
+      flat[prefix + name] = value
+  return flat

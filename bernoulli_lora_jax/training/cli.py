@@ -1,0 +1,35 @@
+"""What the launch scripts share: user errors are one line, not a traceback."""
+
+from collections.abc import Callable
+
+from absl import app
+from absl import logging
+
+from bernoulli_lora_jax.training import loop
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """Runs main([program]) after parsing the flags; exits 1 on a user's error."""
+  app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    return app.parse_flags_with_usage(argv)
+  except AttributeError as e:  # ml_collections: a field that does not exist.
+    raise SystemExit(f'Unknown config field: {e}') from e
+
+
+def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
+  logging.set_verbosity(logging.WARNING)  # Orbax speaks at INFO.
+  try:
+    main(argv)
+  except (
+      ValueError,
+      TypeError,
+      KeyError,
+      FileNotFoundError,
+      loop.DivergedError,
+  ) as e:  # pyformat: disable
+    logging.debug('Traceback:', exc_info=True)
+    raise SystemExit(f'{type(e).__name__}: {e}') from e

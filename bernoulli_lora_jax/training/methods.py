@@ -1,0 +1,235 @@
+"""Methods: how params move. The other side of the narrow waist.
+
+A `Method` is made for a loss and a driver and runs any task. Gradient mode
+lives here: an estimator of the whole gradient (GD, SGD, PAGE, MVR), then an
+optax transformation such as the Bernoulli chain.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bernoulli_lora_jax import chain
+from bernoulli_lora_jax import estimators
+from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax.training import parallel
+
+ESTIMATORS = ('gd', 'sgd', 'page', 'mvr')
+
+
+class Method(NamedTuple):
+  """How params move; `full` is the training split, the batch of grad f."""
+
+  init: Callable[[jax.Array, Any], Any]  # (key, params) -> state
+  # (state, batch, key, full) -> (state, metrics): loss, data_passes and more.
+  step: Callable[..., tuple[Any, dict[str, jax.Array]]]
+  params: Callable[[Any], Any]  # (state) -> params, merged.
+  trained: Callable[[Any], Any]  # (params) -> tree of bool: leaves that move.
+  passes_per_step: (
+      float  # Data passes of a step in the mean: 1 a full gradient.
+  )
+
+
+class GradientState(NamedTuple):
+  """State of `gradient_method`."""
+
+  params: Any
+  opt_state: Any  # State of the chain (estimator, transformation).
+  data_passes: jax.Array  # shape=(), float32; gradients of one example / N.
+
+
+def gradient_method(
+    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+    make_tx: Callable[[jax.Array], optax.GradientTransformation],
+    *,
+    estimator: str,
+    num_samples: int,
+    batch_size: int,
+    page_prob: float | None = None,
+    momentum: float = 0.0,
+    num_micro_batches: int = 1,
+    trained: Callable[[Any], Any] | None = None,
+    driver: parallel.Driver | None = None,
+) -> Method:
+  """Returns the method that moves params along an estimated gradient.
+
+  Args:
+    loss: (params, batch, key) -> (scalar mean over the batch, metrics).
+    make_tx: key -> transformation of the estimate. It keeps its key in its
+      state, so that runs with other seeds share one compiled step.
+    estimator: 'gd', 'sgd', 'page' (E3) or 'mvr' (E4).
+    num_samples: N, examples of the full gradient.
+    batch_size: b, examples of a minibatch.
+    page_prob: q of PAGE in (0, 1]; None for b / (b + N).
+    momentum: 1 - b of MVR in [0, 1).
+    num_micro_batches: parts in which a minibatch's gradient is accumulated.
+    trained: params -> tree of bool; other leaves are frozen. None: all move.
+    driver: None for one device.
+
+  Returns:
+    A `Method`; its metrics are the loss before the step, those of `loss`, and
+    data_passes so far (a full gradient is 1, a small step of PAGE 2 b / N).
+
+  Raises:
+    ValueError: an unknown estimator or an argument outside its range.
+  """
+  if estimator not in ESTIMATORS:
+    raise ValueError(
+        f'Expected method.estimator in {ESTIMATORS}, got {estimator!r}.'
+    )
+  driver = parallel.make_driver('none') if driver is None else driver
+  trained = _all_true if trained is None else trained
+  part = batch_size / num_samples
+  prob = batch_size / (batch_size + num_samples)
+  prob = prob if page_prob is None else page_prob
+  grad = jax.grad(loss, has_aux=True)
+  mean_cost = {
+      'gd': 1.0,
+      'sgd': part,
+      'page': prob + (1 - prob) * 2 * part,
+      'mvr': 2 * part,
+  }
+
+  def tx(key: jax.Array) -> optax.GradientTransformationExtraArgs:
+    first = {
+        'page': lambda: estimators.page(jax.random.fold_in(key, 0), prob=prob),
+        'mvr': lambda: estimators.mvr(momentum=momentum),
+    }.get(estimator, optax.identity)
+    return optax.chain(first(), make_tx(jax.random.fold_in(key, 1)))
+
+  def grad_of(batch, key):
+    """Returns params -> (gradient, metrics), the mean over the whole batch."""
+    whole = lambda params, batch: _freeze(
+        grad(params, batch, key)[0], trained(params)
+    )
+    if num_micro_batches > 1:
+      whole = estimators.accumulate(whole, num_micro_batches)
+    return lambda params: driver.average(whole(params, batch))
+
+  def full_grad_of(full, key):
+    main, rest = _split(full, driver.num_devices)
+    mean = lambda params, batch: _freeze(
+        grad(params, batch, key)[0], trained(params)
+    )
+
+    def full_grad(params):
+      g = driver.average(mean(params, driver.shard(main)))
+      if rest is None:
+        return g
+      weight = _size(rest) / _size(full)
+      return jax.tree.map(
+          lambda a, b: (1 - weight) * a + weight * b, g, mean(params, rest)
+      )
+
+    return full_grad
+
+  def init(key, params):
+    copy = jax.tree.map(jnp.copy, params)  # The loop donates the state.
+    return GradientState(copy, tx(key).init(copy), jnp.zeros([]))
+
+  def step(state, batch, key, full):
+    batch = driver.shard(batch)
+    grad_fn = grad_of(batch, key)
+    full_grad_fn = full_grad_of(full, key)
+    value, metrics = driver.average(loss(state.params, batch, key))
+    first = full_grad_fn if estimator == 'gd' else grad_fn
+    updates, opt_state = tx(jax.random.key(0)).update(
+        first(state.params),
+        state.opt_state,
+        state.params,
+        grad_fn=grad_fn,
+        full_grad_fn=full_grad_fn,
+    )  # pyformat: disable
+    cost = mean_cost[estimator]
+    if estimator == 'page':
+      is_full = optax.tree.get(opt_state, 'is_full')
+      cost = jnp.where(is_full, 1.0, 2 * part)
+    state = GradientState(
+        optax.apply_updates(state.params, updates),
+        opt_state,
+        state.data_passes + cost,
+    )
+    return state, {'loss': value, **metrics, 'data_passes': state.data_passes}
+
+  return Method(
+      init, step, lambda state: state.params, trained, mean_cost[estimator]
+  )
+
+
+def make_transformation(
+    name: str,
+    learning_rate: float | optax.Schedule,
+    *,
+    rank: int = 1,
+    prob: float = 0.5,
+    inner: optax.GradientTransformation | None = None,
+    clip_norm: float | None = None,
+    **chain_args: Any,
+) -> Callable[[jax.Array], optax.GradientTransformation]:
+  """Returns key -> the transformation of a named method.
+
+  Args:
+    name: 'full' (no projection), 'rac_left', 'rac_right' or 'bernoulli'.
+    learning_rate: scalar or schedule.
+    rank: dimension of the subspaces.
+    prob: P(left) of 'bernoulli'.
+    inner: momentum or Adam; in the subspace for chains, else on the gradient.
+    clip_norm: bound of the estimate's global norm over trained leaves.
+    **chain_args: as for `chain.scale_by_bernoulli_chain`.
+
+  Raises:
+    ValueError: an unknown name.
+  """
+  probs = {'rac_left': 1.0, 'rac_right': 0.0, 'bernoulli': prob}
+  if name not in (*probs, 'full'):
+    raise ValueError(
+        f"Expected method.name in {(*probs, 'full')}, got {name!r}."
+    )
+
+  def make_tx(key):
+    parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    if name == 'full':
+      parts.append(optax.identity() if inner is None else inner)
+    else:
+      parts.append(
+          chain.scale_by_bernoulli_chain(
+              key, rank=rank, prob=probs[name], inner=inner, **chain_args
+          )
+      )
+    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+
+  return make_tx
+
+
+def matrices_only(
+    matrices: matrices_lib.Matrices | None,
+) -> Callable[[Any], Any]:
+  """Returns the `trained` argument that freezes all that is no matrix."""
+  return lambda params: matrices_lib.mask(params, matrices)
+
+
+def _all_true(params: Any) -> Any:
+  return jax.tree.map(lambda _: True, params)
+
+
+def _freeze(grads: Any, trained: Any) -> Any:
+  return jax.tree.map(
+      lambda moves, g: g if moves else jnp.zeros_like(g), trained, grads
+  )
+
+
+def _size(batch: Any) -> int:
+  return jax.tree.leaves(batch)[0].shape[0]
+
+
+def _split(full: Any, count: int) -> tuple[Any, Any]:
+  """Returns the largest part that `count` devices can share, and the rest."""
+  size = _size(full)
+  cut = size - size % count
+  if cut == size:
+    return full, None
+  take = lambda low, high: jax.tree.map(lambda x: x[low:high], full)
+  return take(0, cut), take(cut, size)

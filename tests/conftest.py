@@ -1,0 +1,34 @@
+"""Settings of every test, made before jax is imported."""
+
+import os
+import pathlib
+import shutil
+import tempfile
+
+# Pre-trained weights and compiled programs, shared by the workers of a session.
+_IS_WORKER = 'BERNOULLI_LORA_TESTS' in os.environ
+if not _IS_WORKER:
+  os.environ['BERNOULLI_LORA_TESTS'] = tempfile.mkdtemp(prefix='bernoulli_lora')
+_SHARED = pathlib.Path(os.environ['BERNOULLI_LORA_TESTS'])
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['BERNOULLI_LORA_CACHE'] = str(_SHARED / 'cache')
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(_SHARED / 'compiled')
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
+os.environ['XLA_FLAGS'] = ' '.join(
+    [
+        os.environ.get('XLA_FLAGS', ''),
+        '--xla_force_host_platform_device_count=8',
+        # Tests compile much and compute little: a quarter of LLVM's time.
+        '--xla_backend_optimization_level=0',
+    ]
+)
+
+import jax  # noqa: E402 (reads the environment above)
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def pytest_sessionfinish():
+  if not _IS_WORKER:
+    shutil.rmtree(_SHARED, ignore_errors=True)

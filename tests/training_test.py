@@ -1,0 +1,598 @@
+"""Tests of methods, loop, checkpoints, drivers and reports on small tasks."""
+
+import json
+import os
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bernoulli_lora_jax as bl
+from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.training import base_config
+from bernoulli_lora_jax.training import checkpoint
+from bernoulli_lora_jax.training import experiment
+from bernoulli_lora_jax.training import loop
+from bernoulli_lora_jax.training import methods
+from bernoulli_lora_jax.training import parallel
+from bernoulli_lora_jax.training import reporting
+
+_ROOT = pathlib.Path(__file__).parent.parent
+
+
+def small_config(**overrides):
+  """Digits with a small network; 24 steps, dropout on."""
+  config = base_config.get_config()
+  config.task.hidden = (16,)
+  config.task.pretrain_epochs = 1
+  config.task.dropout = 0.2
+  config.method.learning_rate = 0.02
+  config.training.num_steps = 24
+  config.training.num_evals = 4
+  config.training.progress = False
+  names = {k.replace('__', '.'): v for k, v in overrides.items()}
+  return experiment.apply_overrides(config, names)
+
+
+def final_params(directory, config):
+  """Returns the params of the newest checkpoint as NumPy arrays."""
+  program = experiment.make_program(config)
+  state = program.method.init(
+      jax.random.key(0), program.task.init(jax.random.key(0))
+  )
+  with checkpoint.Checkpointer(directory) as saver:
+    tree = saver.restore(
+        {
+            'method': state,
+            'best': state.params,
+            'progress': jax.tree.map(
+                jnp.asarray, loop.Progress(0, 0, 0.0, 0, 0.0)._asdict()
+            ),
+        }
+    )
+  return jax.tree.map(np.asarray, tree['method'].params)
+
+
+class GradientMethodTest(parameterized.TestCase):
+
+  @pytest.fixture(autouse=True)
+  def _task(self):
+    x = jax.random.normal(jax.random.key(0), (10, 6))
+    y = jax.random.normal(jax.random.key(1), (10, 4))
+    self.full = {'x': x, 'y': y, 'index': jnp.arange(10)}
+    self.params = {'w': jnp.ones((6, 4)), 'bias': jnp.ones((4,))}
+    self.batch = task_lib.take(self.full, jnp.array([1, 5]))
+
+  @staticmethod
+  def loss(params, batch, key):
+    del key
+    bias = jnp.broadcast_to(params['bias'], batch['y'].shape)
+    return jnp.mean((batch['x'] @ params['w'] + bias - batch['y']) ** 2), {}
+
+  def method(self, estimator, **kwargs):
+    return methods.gradient_method(
+        self.loss,
+        methods.make_transformation('full', 0.1),
+        estimator=estimator,
+        num_samples=10,
+        batch_size=2,
+        **kwargs,
+    )  # pyformat: disable
+
+  def step(self, method, state=None):
+    if state is None:
+      state = method.init(jax.random.key(0), self.params)
+    return method.step(state, self.batch, jax.random.key(1), self.full)
+
+  def test_gd_uses_all_and_sgd_the_batch(self):
+    for estimator, data in (('gd', self.full), ('sgd', self.batch)):
+      state, metrics = self.step(self.method(estimator))
+      grad = jax.grad(lambda p, d=data: self.loss(p, d, None)[0])(self.params)
+      expected = jax.tree.map(lambda p, g: p - 0.1 * g, self.params, grad)
+      chex.assert_trees_all_close(state.params, expected, rtol=1e-6)
+      np.testing.assert_allclose(
+          metrics['data_passes'], 1.0 if estimator == 'gd' else 0.2, rtol=1e-6
+      )
+
+  def test_data_passes(self):
+    state, metrics = self.step(self.method('mvr', momentum=0.5))
+    np.testing.assert_allclose(metrics['data_passes'], 0.4, rtol=1e-6)
+    method = self.method('page', page_prob=1e-9)
+    state, metrics = self.step(method)
+    np.testing.assert_allclose(metrics['data_passes'], 1.0)  # First: full.
+    state, metrics = self.step(method, state)
+    np.testing.assert_allclose(metrics['data_passes'], 1.4, rtol=1e-6)
+    # q + (1 - q) 2 b / N with q = b / (b + N) = 1/6.
+    np.testing.assert_allclose(
+        self.method('page').passes_per_step, 1 / 6 + 5 / 6 * 0.4
+    )
+
+  def test_frozen_leaves_stay(self):
+    method = self.method('mvr', trained=lambda p: {'w': True, 'bias': False})
+    state, _ = self.step(method)
+    chex.assert_trees_all_equal(state.params['bias'], self.params['bias'])
+    self.assertGreater(
+        jnp.abs(state.params['w'] - self.params['w']).max(), 1e-3
+    )
+
+  def test_micro_batches_are_the_batch(self):
+    whole, _ = self.step(self.method('sgd'))
+    parts, _ = self.step(self.method('sgd', num_micro_batches=2))
+    # Sums in another order.
+    chex.assert_trees_all_close(whole.params, parts.params, rtol=1e-6)
+
+  def test_clipping_sees_trained_leaves_only(self):
+    make_tx = methods.make_transformation('full', 1.0, clip_norm=0.5)
+    method = methods.gradient_method(
+        self.loss,
+        make_tx,
+        estimator='gd',
+        num_samples=10,
+        batch_size=2,
+        trained=lambda p: {'w': True, 'bias': False},
+    )  # pyformat: disable
+    state, _ = self.step(method)
+    moved = state.params['w'] - self.params['w']
+    np.testing.assert_allclose(jnp.linalg.norm(moved), 0.5, rtol=1e-5)
+
+  def test_adam_lives_in_the_subspace(self):
+    make_tx = methods.make_transformation(
+        'rac_left', 0.1, rank=2, period=5, inner=optax.scale_by_adam()
+    )
+    method = methods.gradient_method(
+        self.loss, make_tx, estimator='sgd', num_samples=10, batch_size=2
+    )
+    state = method.init(jax.random.key(0), {'w': self.params['w']})
+    sizes = [x.size for x in jax.tree.leaves(state.opt_state)]
+    self.assertLessEqual(max(sizes), 2 * 4)  # r x n, nothing of m x n.
+
+  @parameterized.parameters(
+      (dict(estimator='adam'), 'method.estimator in'),
+      (dict(estimator='page', page_prob=0.0), 'prob in .0, 1.'),
+      (dict(estimator='mvr', momentum=1.0), 'momentum in .0, 1.'),
+  )
+  def test_rejects(self, kwargs, message):
+    with self.assertRaisesRegex(ValueError, message):
+      self.step(self.method(**kwargs))
+
+
+class LoopTest(parameterized.TestCase):
+
+  @pytest.fixture(autouse=True)
+  def _tmp(self, tmp_path):
+    self.tmp = tmp_path
+
+  def test_run_directory(self):
+    config = small_config()
+    summary = experiment.train(config, self.tmp)
+    lines = [
+        json.loads(line)
+        for line in (self.tmp / 'metrics.jsonl').read_text().splitlines()
+    ]
+    self.assertEqual([line['step'] for line in lines], [0, 6, 12, 18, 24])
+    self.assertLess(lines[-1]['train_loss'], lines[0]['train_loss'])
+    self.assertIn('grad_norm_sq', lines[-1])
+    np.testing.assert_allclose(
+        lines[-1]['data_passes'], 24 * 32 / 549, rtol=1e-5
+    )
+    self.assertEqual(
+        json.loads((self.tmp / 'summary.json').read_text()), summary
+    )
+    self.assertIn('test_accuracy', summary)
+    # r (n + m) / 2 of 64 x 16 and 16 x 5 at rank 4 and p = 1/2.
+    self.assertEqual(summary['trained_parameters'], 4 * 40 + 4 * 10.5)
+    self.assertTrue(list((self.tmp / 'events').iterdir()))
+    self.assertTrue((self.tmp / 'checkpoints' / '24').is_dir())
+    # A second call runs nothing.
+    self.assertEqual(experiment.train(config, self.tmp), summary)
+
+  @parameterized.parameters('page', 'mvr')
+  def test_resume_is_bit_identical(self, estimator):
+    config = small_config(
+        method__estimator=estimator,
+        method__optimizer='adam',
+        method__period=5,
+        training__checkpoint_every=8,
+    )  # pyformat: disable
+    experiment.train(config, self.tmp / 'whole')
+    program = experiment.make_program(config)
+
+    def interrupted(state, key, start, num):
+      if start >= 16:
+        raise KeyboardInterrupt
+      return program.run(state, key, start, num)
+
+    with self.assertRaises(KeyboardInterrupt):
+      experiment.train(
+          config, self.tmp / 'cut', program._replace(run=interrupted)
+      )
+    self.assertFalse((self.tmp / 'cut' / 'summary.json').exists())
+    experiment.train(config, self.tmp / 'cut')
+    chex.assert_trees_all_equal(
+        final_params(self.tmp / 'whole', config),
+        final_params(self.tmp / 'cut', config),
+    )
+    text = lambda name: [
+        json.loads(line)
+        for line in (self.tmp / name / 'metrics.jsonl').read_text().splitlines()
+    ]
+    self.assertEqual(text('whole'), text('cut'))
+
+  def test_unfinished_checkpoint_is_not_taken(self):
+    config = small_config(training__checkpoint_every=8)
+    experiment.train(config, self.tmp)
+    folder = self.tmp / 'checkpoints'
+    whole = folder / '24'
+    whole.rename(folder / '32.orbax-checkpoint-tmp')
+    with checkpoint.Checkpointer(self.tmp) as saver:
+      self.assertEqual(saver.latest(), 16)
+
+  def test_damaged_checkpoint_is_refused(self):
+    config = small_config()
+    experiment.train(config, self.tmp)
+    for path in (self.tmp / 'checkpoints' / '24').rglob('*'):
+      if path.is_file() and 'd' in path.parent.name:
+        path.write_bytes(path.read_bytes()[:10])
+    with self.assertRaisesRegex(ValueError, 'step 24 that does not restore'):
+      final_params(self.tmp, config)
+
+  def test_other_configuration_is_refused(self):
+    experiment.train(small_config(), self.tmp)
+    with self.assertRaisesRegex(
+        ValueError, 'method.rank=4, as in .*got method.rank=2'
+    ):
+      experiment.train(small_config(method__rank=2), self.tmp)
+
+  def test_longer_run_goes_on(self):
+    experiment.train(small_config(), self.tmp)
+    summary = experiment.train(small_config(training__num_steps=30), self.tmp)
+    self.assertEqual(summary['step'], 30)
+
+  def test_nan_stops_with_the_step(self):
+    config = small_config(
+        method__name='full',
+        method__learning_rate=1e30,
+        training__checkpoint_every=1,
+    )  # pyformat: disable
+    with self.assertRaisesRegex(loop.DivergedError, 'at step'):
+      experiment.train(config, self.tmp)
+    for leaf in jax.tree.leaves(final_params(self.tmp, config)):
+      self.assertTrue(np.isfinite(leaf).all())
+    self.assertFalse((self.tmp / 'summary.json').exists())
+
+  def test_early_stopping_keeps_the_best(self):
+    config = small_config(
+        method__name='full',
+        method__learning_rate=0.5,
+        training__num_steps=600,
+        training__num_evals=200,
+        training__patience=3,
+    )  # pyformat: disable
+    summary = experiment.train(config, self.tmp)
+    self.assertTrue(summary['stopped'])
+    losses = {}
+    for line in (self.tmp / 'metrics.jsonl').read_text().splitlines():
+      values = json.loads(line)
+      losses[values['step']] = values['validation_loss']
+    best = min((s for s in losses if s > 0), key=losses.get)
+    self.assertEqual(summary['best_step'], best)
+    self.assertEqual(summary['step'], best + 9)
+    np.testing.assert_allclose(summary['validation_loss'], losses[best])
+
+  def test_seeds_share_a_program_and_differ(self):
+    program = experiment.make_program(small_config())
+    losses = [
+        experiment.train(
+            small_config(seed=seed), self.tmp / str(seed), program
+        )['train_loss']
+        for seed in (0, 1)
+    ]
+    self.assertNotEqual(*losses)
+    alone = experiment.train(small_config(seed=1), self.tmp / 'alone')
+    self.assertEqual(alone['train_loss'], losses[1])
+
+
+class SigtermTest(parameterized.TestCase):
+
+  @pytest.fixture(autouse=True)
+  def _tmp(self, tmp_path):
+    self.tmp = tmp_path
+
+  def test_saves_before_it_ends(self):
+    tmp = self.tmp
+    command = [
+        sys.executable,
+        str(_ROOT / 'launch/train.py'),
+        f'--config={_ROOT}/configs/digits.py',
+        f'--workdir={tmp}',
+        '--config.training.num_steps=2000000',
+        '--config.task.hidden=(8,)',
+        '--config.training.num_evals=1000000',
+        '--config.task.pretrain_epochs=1',
+        '--noconfig.training.progress',
+    ]  # pyformat: disable
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    deadline = time.time() + 120
+    metrics = tmp / 'metrics.jsonl'
+    while time.time() < deadline and process.poll() is None:
+      if metrics.exists() and metrics.read_text().count('\n') > 3:
+        break
+      time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    self.assertEqual(process.returncode, 128 + signal.SIGTERM, errors)
+    with checkpoint.Checkpointer(tmp) as saver:
+      last = json.loads(metrics.read_text().splitlines()[-1])['step']
+      self.assertEqual(saver.latest(), last)
+
+
+class ParallelTest(parameterized.TestCase):
+  """On 8 virtual devices; conftest makes them."""
+
+  @pytest.fixture(autouse=True)
+  def _tmp(self, tmp_path):
+    self.tmp = tmp_path
+
+  @parameterized.product(kind=['jit', 'pmap'], estimator=['sgd', 'page', 'gd'])
+  def test_equals_one_device(self, kind, estimator):
+    self.assertEqual(jax.device_count(), 8)
+    config = small_config(method__estimator=estimator)
+    experiment.train(config, self.tmp / 'one')
+    experiment.train(
+        small_config(method__estimator=estimator, training__parallel=kind),
+        self.tmp / kind,
+    )
+    # Dropout included; means in another order: float32 rounding over 24 steps.
+    chex.assert_trees_all_close(
+        final_params(self.tmp / 'one', config),
+        final_params(self.tmp / kind, config),
+        rtol=2e-5,
+        atol=2e-6,
+    )  # pyformat: disable
+
+  @parameterized.parameters(
+      ('jit', 'none', 8), ('none', 'pmap', 4), ('pmap', 'jit', 2)
+  )
+  def test_checkpoint_moves_to_other_devices(self, first, second, count):
+    half = small_config(training__num_steps=12, training__parallel=first)
+    whole = small_config(
+        training__parallel=second,
+        **{} if second == 'none' else {'training__num_devices': count},
+    )
+    # The evaluations of both: every 6 steps.
+    half.training.num_evals = 4
+    whole.training.num_evals = 4
+    experiment.train(half, self.tmp)
+    experiment.train(whole, self.tmp)
+    experiment.train(small_config(), self.tmp / 'one')
+    chex.assert_trees_all_close(
+        final_params(self.tmp, small_config()),
+        final_params(self.tmp / 'one', small_config()),
+        rtol=2e-5,
+        atol=2e-6,
+    )  # pyformat: disable
+
+  def test_batch_must_divide(self):
+    config = small_config(training__parallel='jit', task__batch_size=30)
+    with self.assertRaisesRegex(ValueError, 'batch_size.*8 devices.*=30'):
+      experiment.train(config, self.tmp)
+
+
+class ConfigTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ('method.rank', 0, 'rank >= 1, got rank=0'),
+      ('method.rank', 65, 'rank <= 64.*got rank=65'),
+      ('method.prob', 1.5, 'prob in .0, 1.*prob=1.5'),
+      ('method.period', 0, 'period >= 1, got period=0'),
+      ('method.sketch', 'fourier', "method.sketch in .*'fourier'"),
+      ('method.name', 'lora', "method.name in .*'lora'"),
+      ('method.estimator', 'adam', "method.estimator in .*'adam'"),
+      ('method.optimizer', 'lion', "method.optimizer .*'lion'"),
+      ('method.schedule', 'step', "method.schedule .*'step'"),
+      (
+          'method.select',
+          'Conv',
+          "select='Conv' to match.*(?s:.)*Dense_0/kernel",
+      ),
+      ('method.learning_rate', -1.0, 'method.learning_rate > 0.*=-1'),
+      ('method.stepsize_factor', 1.0, 'stepsize_factor.*knows L'),
+      ('method.warmup_steps', 25, 'warmup_steps in .0, 24.*=25'),
+      ('task.name', 'cifar', "task.name .*'cifar'"),
+      ('task.batch_size', 0, 'task.batch_size in .1, 549.*=0'),
+      ('task.dropout', 1.0, 'dropout in .0, 1.*dropout=1.0'),
+      ('training.num_evals', 0, 'training.num_evals >= 1'),
+      ('training.parallel', 'tpu', "training.parallel .*'tpu'"),
+      ('training.num_devices', 9, 'num_devices in .1, 8.*=9'),
+      ('training.steps_per_dispatch', 0, 'training.steps_per_dispatch >= 1'),
+  )
+  def test_bad_values_are_named(self, field, value, message):
+    overrides = {field: value}
+    if field == 'training.num_devices':
+      overrides['training.parallel'] = 'jit'
+    config = experiment.apply_overrides(small_config(), overrides)
+    with self.assertRaisesRegex(ValueError, message):
+      experiment.make_program(config)
+
+  def test_unknown_field(self):
+    with self.assertRaisesRegex(KeyError, 'rnak'):
+      experiment.apply_overrides(small_config(), {'method.rnak': 2})
+    config = base_config.get_config()
+    config.method.rnak = 2
+    with self.assertRaisesRegex(ValueError, 'config.method.rnak=2'):
+      experiment.make_program(config)
+
+  def test_wrong_type(self):
+    with self.assertRaisesRegex(TypeError, 'rank'):
+      experiment.apply_overrides(small_config(), {'method.rank': 'four'})
+
+  def test_selection_table_says_clipped(self):
+    config = small_config(method__rank=8)
+    rows = experiment.selection(config, experiment.make_task(config))
+    self.assertEqual(rows[0]['rank'], 8)
+    self.assertEqual(rows[1]['rank'], 'left 8, right 5 (clipped)')
+    self.assertEqual(rows[1]['trained'], (8 * 5 + 16 * 5) / 2)
+
+
+class ReportingTest(parameterized.TestCase):
+
+  @pytest.fixture(autouse=True)
+  def _tmp(self, tmp_path):
+    self.tmp = tmp_path
+
+  def _run(self, name, seed, accuracy):
+    path = self.tmp / f'{name}-{seed}'
+    path.mkdir()
+    config = small_config(method__name=name, seed=seed)
+    checkpoint.write_json(path / 'config.json', config.to_dict())
+    checkpoint.write_json(
+        path / 'summary.json',
+        {
+            'test_accuracy': accuracy,
+            'trained_parameters': 1234.0,
+            'seconds': 2.0,
+        },
+    )
+    lines = [
+        {
+            'step': s,
+            'data_passes': s,
+            'validation_accuracy': accuracy * s,
+            'grad_norm_sq': 10.0**-s,
+            'train_loss': 1.0,
+        }
+        for s in range(3)
+    ]  # pyformat: disable
+    text = ''.join(json.dumps(line) + '\n' for line in lines)
+    (path / 'metrics.jsonl').write_text(text)
+
+  def test_table_and_figures(self):
+    self._run('bernoulli', 0, 0.5)
+    self._run('bernoulli', 1, 0.7)
+    self._run('full', 0, 0.9)
+    runs = reporting.load_runs([self.tmp])
+    rows = reporting.comparison(runs)
+    self.assertEqual([row['rank'] for row in rows], ['-', '4'])
+    # Mean 60, deviation with n - 1: 14.1.
+    self.assertEqual(rows[1]['test accuracy, %'], '60 +- 14.1')
+    self.assertIn('1,234', reporting.table(rows))
+    curve = reporting.curve(runs[:2], 'grad_norm_sq', log=True)
+    np.testing.assert_allclose(curve.mean, np.log(10) * np.array([0, -1, -2]))
+    for path in reporting.write_figures(runs, self.tmp / 'figures'):
+      self.assertGreater(path.stat().st_size, 10_000)
+
+  def test_empty_directory_is_named(self):
+    with self.assertRaisesRegex(FileNotFoundError, str(self.tmp)):
+      reporting.load_runs([self.tmp])
+
+
+def _launch(*args):
+  environment = {**os.environ, 'PYTHONPATH': str(_ROOT)}
+  return subprocess.run(
+      [sys.executable, *args],
+      capture_output=True,
+      text=True,
+      env=environment,
+      cwd=_ROOT,
+      timeout=300,
+  )  # pyformat: disable
+
+
+class LaunchTest(parameterized.TestCase):
+
+  @pytest.fixture(autouse=True)
+  def _tmp(self, tmp_path):
+    self.tmp = tmp_path
+
+  @parameterized.parameters('train', 'sweep', 'report')
+  def test_help_explains_itself(self, script):
+    result = _launch(f'launch/{script}.py', '--help')
+    self.assertIn(f'python launch/{script}.py', result.stdout)
+
+  @parameterized.parameters(
+      ('--config.method.rnak=2', 'rnak'),
+      ('--config.method.rank=four', 'rank'),
+      ('--config.method.rank=0', 'Expected rank >= 1, got rank=0'),
+      ('--config.task.data_dir=/nowhere', 'task.data_dir'),
+  )
+  def test_bad_input_is_one_clear_message(self, flag, message):
+    name = 'mnist' if 'data_dir' in flag else 'quadratic'
+    workdir = self.tmp
+    result = _launch(
+        'launch/train.py',
+        f'--config=configs/{name}.py:smoke',
+        f'--workdir={workdir}',
+        flag,
+    )  # pyformat: disable
+    self.assertNotEqual(result.returncode, 0)
+    self.assertIn(message, result.stderr)
+    self.assertNotIn('Traceback', result.stderr)
+
+  def test_sweep_skips_finished_runs_and_report_reads_them(self):
+    workdir = self.tmp
+    command = [
+        'launch/sweep.py',
+        '--config=configs/quadratic.py:smoke',
+        f'--workdir={workdir}/runs',
+    ]  # pyformat: disable
+    self.assertEqual(_launch(*command).returncode, 0)
+    summaries = sorted(pathlib.Path(workdir).rglob('summary.json'))
+    self.assertLen(summaries, 12)
+    times = [path.stat().st_mtime_ns for path in summaries]
+    self.assertEqual(_launch(*command).returncode, 0)
+    self.assertEqual([path.stat().st_mtime_ns for path in summaries], times)
+    result = _launch(
+        'launch/report.py', f'{workdir}/runs', f'--figures={workdir}/figures'
+    )
+    self.assertIn('RAC-LoRA left, GD', result.stdout)
+    self.assertTrue(list(pathlib.Path(workdir, 'figures').glob('*.png')))
+
+
+class SmokeTest(parameterized.TestCase):
+  """Every variant of every config trains a few steps."""
+
+  @pytest.fixture(autouse=True)
+  def _tmp(self, tmp_path):
+    self.tmp = tmp_path
+
+  @parameterized.parameters(
+      *[
+          (name, variant)
+          for name, variants in {
+              'digits': 'full rac_left rac_right bernoulli gd page mvr',
+              'quadratic': 'full rac_left rac_right bernoulli',
+              'linear_regression': 'full rac_left gd sgd page mvr',
+              'mnist': 'full bernoulli page',
+          }.items()
+          for variant in variants.split()
+      ]
+  )
+  def test_variant(self, name, variant):
+    if name == 'mnist' and not os.environ.get('BERNOULLI_LORA_DATA'):
+      self.skipTest('BERNOULLI_LORA_DATA is not set: no MNIST files.')
+    module = runpy.run_path(str(_ROOT / 'configs' / f'{name}.py'))
+    config = module['get_config'](f'{variant},smoke')
+    config.training.progress = False
+    config.x64 = False
+    summary = experiment.train(config, self.tmp)
+    self.assertTrue(np.isfinite(summary['train_loss']))
+    with self.assertRaisesRegex(ValueError, 'nonsense'):
+      module['get_config']('nonsense')
+    for overrides in module['sweep']():
+      experiment.apply_overrides(config, overrides)
+
+
+def test_public_names():
+  for name in ('bernoulli_lora', 'rac_lora', 'page', 'mvr', 'project'):
+    assert callable(getattr(bl, name))
+  assert parallel.make_driver('none').num_devices == 1
