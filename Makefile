@@ -31,8 +31,9 @@ format: $(VENV)/.installed-dev
 	$(BIN)/pyink --quiet .
 
 # The API reference, built from the docstrings, in docs/api.
+DOCS ?= docs/api
 docs: $(VENV)/.installed-dev
-	$(BIN)/pdoc -d google -o docs/api bernoulli_lora_jax
+	$(BIN)/pdoc -d google -o $(DOCS) bernoulli_lora_jax
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -160,7 +160,8 @@ def find(tree: Any, matrices: Matrices | None = None) -> list[Matrix]:
   Raises:
     ValueError: a rule or a selection that matches nothing (the paths that exist
       are listed), two rules with different axes for one leaf, axes that do not
-      fit the leaf, or a selected leaf of three axes or more without a rule.
+      fit the leaf, a selected leaf of three axes or more without a rule, or two
+      leaves with one name and layer.
   """
   spec = Matrices() if matrices is None else matrices
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -183,6 +184,7 @@ def find(tree: Any, matrices: Matrices | None = None) -> list[Matrix]:
         else (f'select={spec.select!r}')
     )
     raise ValueError(_no_match(what, named))
+  _check_distinct(found)
   return found
 
 
@@ -202,6 +204,19 @@ def check_unmasked(tree: Any, name: str) -> None:
         ' optax.masked or optax.partition: its grad_fn returns the whole'
         f' gradient. Put {name} first and mask what follows it.'
     )
+
+
+def _check_distinct(found: Sequence[Matrix]) -> None:
+  """Raises where two leaves would share their draws."""
+  seen: dict[Any, str] = {}
+  for matrix in found:
+    identity = (matrix.words, matrix.layer)
+    if identity in seen:
+      raise ValueError(
+          f'Expected matrices with names of their own, got {seen[identity]} and'
+          f' {matrix.path} with the same name and layer.'
+      )
+    seen[identity] = matrix.path
 
 
 def _name(path: str) -> str:

@@ -206,7 +206,9 @@ def expand(basis: Basis, s: jax.Array, dim: int, side: str) -> jax.Array:
   # with whatever is done to the result.
   rank = basis.shape[-1]
   place = lambda rows: (
-      jnp.full((dim,), rank, jnp.int32).at[rows].set(jnp.arange(rank))
+      jnp.full((dim,), rank, jnp.int32)
+      .at[rows]
+      .set(jnp.arange(rank, dtype=jnp.int32))
   )
   places = jnp.vectorize(place, signature='(r)->(d)')(basis)
   axis = 0 if side == 'left' else 1
@@ -317,18 +319,27 @@ def _eyes(gram: jax.Array) -> jax.Array:
 
 
 def _householder_qr(a: jax.Array, keys: jax.Array | None) -> jax.Array:
-  """Returns Q of A = Q R, dependent columns replaced by Gaussian ones."""
+  """Returns Q of A = Q R; deficient entries are completed at random."""
   q, r = jnp.linalg.qr(a)
   if keys is None:
     return q
-  _, dim, rank = a.shape
+  eps = a.shape[1] * jnp.finfo(a.dtype).eps
   residuals = jnp.abs(jnp.diagonal(r, axis1=1, axis2=2))
-  tolerance = dim * jnp.finfo(a.dtype).eps * jnp.linalg.norm(a, axis=1)
-  is_free = residuals > tolerance
+  norms = jnp.linalg.norm(a, axis=1)
+  # Generous: `_complete` judges by singular values.
+  is_good = jnp.all(residuals > 100 * eps * norms, axis=1)
+  return jax.lax.cond(
+      jnp.all(is_good),
+      lambda: q,
+      lambda: jnp.where(is_good[:, None, None], q, _complete(a, keys)),
+  )
 
-  def complete():
-    draw = lambda key: _gaussian(jax.random.fold_in(key, 1), dim, rank, a.dtype)
-    fresh = jax.vmap(draw)(keys)
-    return jnp.linalg.qr(jnp.where(is_free[:, None, :], a, fresh))[0]
 
-  return jax.lax.cond(jnp.all(is_free), lambda: q, complete)
+def _complete(a: jax.Array, keys: jax.Array) -> jax.Array:
+  """Returns frames that contain range(A), the rest of them Gaussian."""
+  _, dim, rank = a.shape
+  u, s, _ = jnp.linalg.svd(a, full_matrices=False)  # Singular values fall.
+  is_free = s > 10 * dim * jnp.finfo(a.dtype).eps * s[:, :1]
+  draw = lambda key: _gaussian(jax.random.fold_in(key, 1), dim, rank, a.dtype)
+  fresh = jax.vmap(draw)(keys)
+  return jnp.linalg.qr(jnp.where(is_free[:, None, :], u, fresh))[0]

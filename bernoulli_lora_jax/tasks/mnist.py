@@ -1,7 +1,7 @@
 """MNIST from IDX files, gzipped or not, or from OpenML (X2).
 
-Files are looked for in `data_dir`, then in `$BERNOULLI_LORA_DATA`, each also in
-a folder `mnist` inside; without either, OpenML is asked.
+Files are looked for in `data_dir`, else in `$BERNOULLI_LORA_DATA`, there or in
+a folder `mnist` inside; where neither is set, OpenML is asked.
 """
 
 import gzip
@@ -104,12 +104,12 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
 
 
 def _find_folder(data_dir: str | None) -> pathlib.Path | None:
-  for base in (data_dir, os.environ.get('BERNOULLI_LORA_DATA')):
-    for folder in (
-        (pathlib.Path(base), pathlib.Path(base, 'mnist')) if base else ()
-    ):
-      if any(folder.glob(_FILES['train_x'] + '*')):
-        return folder
+  base = data_dir or os.environ.get('BERNOULLI_LORA_DATA')
+  if not base:
+    return None
+  for folder in (pathlib.Path(base), pathlib.Path(base, 'mnist')):
+    if any(folder.glob(_FILES['train_x'] + '*')):
+      return folder
   if data_dir:
     raise FileNotFoundError(
         f'Expected the MNIST files in task.data_dir={data_dir!r}, for example'

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-P = jax.sharding.PartitionSpec
+_P = jax.sharding.PartitionSpec
 _AXIS = 'data'
 
 
@@ -83,8 +83,8 @@ def _make_mesh(devices: list[Any]) -> jax.sharding.Mesh:
 
 def _mesh(devices: list[Any]) -> Driver:
   mesh = _make_mesh(devices)
-  replicated = jax.sharding.NamedSharding(mesh, P())
-  split = jax.sharding.NamedSharding(mesh, P(_AXIS))
+  replicated = jax.sharding.NamedSharding(mesh, _P())
+  split = jax.sharding.NamedSharding(mesh, _P(_AXIS))
 
   def shard(batch):
     _check_divisible(batch, len(devices))
@@ -102,7 +102,7 @@ def _mesh(devices: list[Any]) -> Driver:
 
 def _pmap(devices: list[Any]) -> Driver:
   count = len(devices)
-  split = jax.sharding.NamedSharding(_make_mesh(devices), P(_AXIS))
+  split = jax.sharding.NamedSharding(_make_mesh(devices), _P(_AXIS))
 
   def shard(batch):
     _check_divisible(batch, count)

@@ -1,0 +1,494 @@
+"""Tests of which leaves are matrices, their views, and their identities."""
+
+import hashlib
+import re
+
+from absl.testing import parameterized
+import chex
+from flax import linen as nn
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bernoulli_lora_jax as bl
+from bernoulli_lora_jax import matrices
+
+Matrices = matrices.Matrices
+Rule = matrices.Rule
+
+
+def spec(*shape, dtype=jnp.float32):
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def paths(tree, selection=None):
+  return [matrix.path for matrix in matrices.find(tree, selection)]
+
+
+class LinenModel(nn.Module):
+  """One dense layer, optionally boxed in partitioning metadata."""
+
+  partitioned: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    init = nn.initializers.lecun_normal()
+    if self.partitioned:
+      init = nn.with_partitioning(init, (None, 'model'))
+    return nn.Dense(3, name='linear', kernel_init=init)(x)
+
+
+class NnxModel(nnx.Module):
+
+  def __init__(self, rngs):
+    self.linear = nnx.Linear(4, 3, rngs=rngs)
+
+
+class NnxStack(nnx.Module):
+
+  def __init__(self, rngs):
+    self.layers = nnx.List([nnx.Linear(3, 3, rngs=rngs) for _ in range(3)])
+
+
+class Block(nn.Module):
+  """One layer of a residual stack, in the form that nn.scan wants."""
+
+  @nn.compact
+  def __call__(self, x, _):
+    return nn.Dense(3, name='linear')(x), None
+
+
+class ScannedModel(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    scan = nn.scan(
+        Block,
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        length=3,
+    )
+    return scan(name='layers')(x, None)[0]
+
+
+class UnrolledModel(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    for i in range(3):
+      x, _ = Block(name=f'layers_{i}')(x, None)
+    return x
+
+
+class SelectionTest(parameterized.TestCase):
+  """Which leaves are matrices."""
+
+  def test_flax_trees_select_kernels(self):
+    tree = {
+        'embed': {'embedding': spec(9, 4)},
+        'dense': {'kernel': spec(4, 3), 'bias': spec(3)},
+        'out': {'kernel': spec(3, 2), 'lora': spec(3, 2)},
+    }
+    self.assertEqual(paths(tree), ['dense/kernel', 'out/kernel'])
+
+  def test_plain_trees_select_two_axes(self):
+    tree = {'w': spec(4, 3), 'b': spec(3), 't': spec(2, 3, 4), 's': spec()}
+    self.assertEqual(paths(tree), ['w'])
+
+  def test_a_bare_array_is_a_matrix(self):
+    (matrix,) = matrices.find(spec(4, 3))
+    self.assertEqual((matrix.m, matrix.n, matrix.batch), (4, 3, ()))
+
+  @parameterized.parameters(None, 'layers')
+  def test_stacked_bias_is_not_selected(self, select):
+    tree = {'layers': {'kernel': spec(5, 4, 3), 'bias': spec(5, 3)}}
+    rules = (matrices.stacked('layers/kernel'),)
+    found = paths(tree, Matrices(select=select, rules=rules))
+    self.assertEqual(found, ['layers/kernel'])
+
+  def test_expression_selects_all_but_vectors_biases_and_scales(self):
+    tree = {
+        'embedding': spec(9, 4),
+        'norm': {'scale': spec(2, 4), 'bias': spec(2, 4)},
+        'kernel': spec(4, 3),
+        'vector': spec(4),
+    }
+    self.assertEqual(paths(tree, Matrices('.')), ['embedding', 'kernel'])
+
+  def test_expression_narrows_the_kernels(self):
+    tree = {'a': {'kernel': spec(4, 3)}, 'b': {'kernel': spec(4, 3)}}
+    self.assertEqual(paths(tree, Matrices('^b/')), ['b/kernel'])
+
+  def test_a_rule_selects_but_not_against_the_expression(self):
+    tree = {'a': {'kernel': spec(4, 3)}, 'b': {'tensor': spec(2, 3, 4)}}
+    rules = (matrices.heads_out('tensor'),)
+    self.assertEqual(
+        paths(tree, Matrices(rules=rules)), ['a/kernel', 'b/tensor']
+    )
+    self.assertEqual(
+        paths(tree, Matrices(select='a', rules=rules)), ['a/kernel']
+    )
+
+  @parameterized.parameters(jnp.int32, jnp.uint8, jnp.bool_)
+  def test_leaves_that_are_not_floating_are_ignored(self, dtype):
+    tree = {'codes': spec(4, 3, dtype=dtype), 'w': spec(4, 3)}
+    self.assertEqual(paths(tree), ['w'])
+    self.assertEqual(paths(tree, Matrices('.')), ['w'])
+
+  def test_mask_marks_the_matrices(self):
+    tree = {'a': {'kernel': spec(4, 3), 'bias': spec(3)}, 'b': [spec(2, 2)]}
+    expected = {'a': {'kernel': True, 'bias': False}, 'b': [False]}
+    self.assertEqual(matrices.mask(tree), expected)
+
+  def test_mask_drives_optax_masked(self):
+    tree = {'a': {'kernel': jnp.ones((4, 3)), 'bias': jnp.ones(3)}}
+    tx = optax.masked(optax.scale(2.0), matrices.mask)
+    updates, _ = tx.update(tree, tx.init(tree))
+    expected = {'a': {'kernel': 2 * jnp.ones((4, 3)), 'bias': jnp.ones(3)}}
+    chex.assert_trees_all_equal(updates, expected)
+
+
+class RejectsTest(parameterized.TestCase):
+  """Every bad selection, with its message."""
+
+  def test_kernel_without_rule_shows_a_rule_that_works(self):
+    tree = {'conv': {'kernel': spec(3, 3, 4, 5)}}
+    with self.assertRaisesRegex(ValueError, 'a rule for conv/kernel') as caught:
+      matrices.find(tree)
+    message = str(caught.exception)
+    self.assertIn('(3, 3, 4, 5)', message)
+    shown = re.search(r'Rule\(.*?right=\(\d+,\)\)', message).group()
+    rule = eval(shown, {'Rule': Rule})  # As a user would paste it.
+    (matrix,) = matrices.find(tree, Matrices(rules=(rule,)))
+    self.assertEqual((matrix.m, matrix.n), (36, 5))
+
+  def test_selected_tensor_of_a_plain_tree_needs_a_rule(self):
+    with self.assertRaisesRegex(ValueError, 'a rule for t of shape'):
+      matrices.find({'t': spec(2, 3, 4)}, Matrices('t'))
+
+  @parameterized.named_parameters(
+      ('rule', Matrices(rules=(Rule('nowhere', (0,), (1,)),)), 'nowhere'),
+      ('select', Matrices('nowhere'), 'nowhere'),
+  )
+  def test_no_match_lists_the_paths(self, selection, pattern):
+    tree = {'params': {'a': {'kernel': spec(4, 3), 'bias': spec(3)}}}
+    with self.assertRaisesRegex(ValueError, pattern) as caught:
+      matrices.find(tree, selection)
+    self.assertIn('a/kernel (4, 3)', str(caught.exception))
+    self.assertIn('a/bias (3,)', str(caught.exception))
+
+  def test_no_default_match_lists_the_paths(self):
+    with self.assertRaisesRegex(
+        ValueError, r'default selection(.|\n)*v \(3,\)'
+    ):
+      matrices.find({'v': spec(3)})
+
+  def test_two_rules_with_different_axes(self):
+    tree = {'a': {'kernel': spec(2, 3, 4)}}
+    rules = (matrices.heads_out('kernel'), matrices.heads_in('a/'))
+    with self.assertRaisesRegex(ValueError, 'one rule for a/kernel.*different'):
+      matrices.find(tree, Matrices(rules=rules))
+
+  def test_two_rules_with_the_same_axes_agree(self):
+    tree = {'a': {'kernel': spec(2, 3, 4)}}
+    rules = (matrices.heads_out('kernel'), matrices.heads_out('a/'))
+    self.assertEqual(paths(tree, Matrices(rules=rules)), ['a/kernel'])
+
+  @parameterized.named_parameters(
+      ('repeated', (0,), (0,), (1,)),
+      ('missing', (0,), (1,), ()),
+      ('too_large', (0,), (1,), (3,)),
+      ('too_small', (0,), (1,), (-4,)),
+      ('same_axis_twice', (0, 2), (-1,), (1,)),
+  )
+  def test_axes_that_do_not_fit(self, left, right, batch):
+    rule = Rule('t', left, right, batch)
+    with self.assertRaisesRegex(ValueError, 'name each axis of t once'):
+      matrices.find({'t': spec(2, 3, 4)}, Matrices(rules=(rule,)))
+
+  @parameterized.parameters(((), (0,)), ((0,), ()))
+  def test_rule_without_a_side(self, left, right):
+    with self.assertRaisesRegex(ValueError, 'one left and one right axis'):
+      Rule('t', left, right)
+
+  def test_pattern_that_is_no_expression(self):
+    with self.assertRaisesRegex(ValueError, r'regular expression, got .\(a'):
+      Rule('(a', (0,), (1,))
+
+  def test_paths_that_normalisation_makes_equal_stay_apart_or_raise(self):
+    # 'params/w' and 'w' are one name; the chain keeps factors by name.
+    key = jax.random.key(0)
+    tree = {'params': {'w': jnp.ones((4, 3))}, 'w': 2 * jnp.ones((4, 3))}
+    tx = bl.scale_by_bernoulli_chain(key, rank=4)  # The identity.
+    try:
+      updates, _ = tx.update(tree, tx.init(tree))
+    except ValueError:
+      return
+    chex.assert_trees_all_equal(updates, tree)
+
+
+class ViewTest(parameterized.TestCase):
+  """Views against index arithmetic written out."""
+
+  @parameterized.named_parameters(
+      ('conv', matrices.conv('t'), (3, 2, 4, 5), 'abcd->(abc)(d)'),
+      ('heads_out', matrices.heads_out('t'), (6, 2, 3), 'abc->(a)(bc)'),
+      ('heads_in', matrices.heads_in('t'), (2, 3, 6), 'abc->(ab)(c)'),
+      ('stacked', matrices.stacked('t'), (4, 3, 5), 'abc->a(b)(c)'),
+      (
+          'experts',
+          Rule('t', (2,), (3,), batch=(0, 1)),
+          (2, 3, 4, 5),
+          'abcd->ab(c)(d)',
+      ),
+      (
+          'negative',
+          Rule('t', (-2,), (-1,), batch=(-4, -3)),
+          (2, 3, 4, 5),
+          'abcd->ab(c)(d)',
+      ),
+      (
+          'experts_before_layers',
+          Rule('t', (2,), (3,), batch=(1, 0)),
+          (2, 3, 4, 5),
+          'abcd->ba(c)(d)',
+      ),
+      ('transposed', Rule('t', (2,), (0,), (1,)), (2, 3, 4), 'abc->b(c)(a)'),
+      ('order', Rule('t', (1, 0), (2,)), (2, 3, 4), 'abc->(ba)(c)'),
+      ('split', Rule('t', (0, 2), (1,)), (2, 3, 4), 'abc->(ac)(b)'),
+      ('two_axes', Rule('t', (0,), (1,)), (4, 3), 'ab->(a)(b)'),
+  )
+  def test_view_and_round_trip(self, rule, shape, formula):
+    # 'abc->b(c)(a)': source axes, then batch, (left), (right).
+    source, target = formula.split('->')
+    batch, left, right = re.fullmatch(
+        r'(\w*)\((\w+)\)\((\w+)\)', target
+    ).groups()
+    sizes = dict(zip(source, shape, strict=True))
+    leaf = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    (matrix,) = matrices.find({'t': leaf}, Matrices(rules=(rule,)))
+    view = np.asarray(matrix.view(jnp.asarray(leaf)))
+
+    expected = np.empty(view.shape, np.float32)
+    for index in np.ndindex(*shape):
+      at = dict(zip(source, index, strict=True))
+      flat = lambda axes, at=at: np.ravel_multi_index(
+          [at[a] for a in axes], [sizes[a] for a in axes]
+      )
+      place = (*(at[a] for a in batch), flat(left), flat(right))
+      expected[place] = leaf[index]
+    np.testing.assert_array_equal(view, expected)
+    self.assertEqual(
+        view.shape, (*(sizes[a] for a in batch), matrix.m, matrix.n)
+    )
+    self.assertEqual(matrix.batch, tuple(sizes[a] for a in batch))
+    np.testing.assert_array_equal(matrix.unview(matrix.view(leaf)), leaf)
+
+  def test_conv_is_for_two_window_axes(self):
+    selection = Matrices(rules=(matrices.conv('t'),))
+    with self.assertRaisesRegex(ValueError, 'name each axis of t once'):
+      matrices.find({'t': spec(3, 4, 5)}, selection)
+
+
+class PathTest(parameterized.TestCase):
+  """One model has one set of names."""
+
+  def linen(self, partitioned):
+    model = LinenModel(partitioned)
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 4)))
+
+  @parameterized.named_parameters(
+      ('linen_variables', lambda self: self.linen(False)),
+      ('linen_params', lambda self: self.linen(False)['params']),
+      ('partitioned_variables', lambda self: self.linen(True)),
+      ('partitioned_params', lambda self: self.linen(True)['params']),
+      ('unboxed', lambda self: nn.meta.unbox(self.linen(True))),
+      (
+          'nnx_state',
+          lambda self: nnx.state(NnxModel(nnx.Rngs(0)), nnx.Param),
+      ),
+      ('nnx_module', lambda self: NnxModel(nnx.Rngs(0))),
+      (
+          'nnx_pure_dict',
+          lambda self: nnx.to_pure_dict(
+              nnx.state(NnxModel(nnx.Rngs(0)), nnx.Param)
+          ),
+      ),
+      ('plain', lambda self: {'linear': {'kernel': spec(4, 3)}}),
+  )
+  def test_wrappers_leave_no_trace(self, make):
+    (matrix,) = matrices.find(make(self))
+    self.assertEqual(matrix.path, 'linear/kernel')
+    self.assertEqual((matrix.m, matrix.n), (4, 3))
+    # The identity that checkpoints and papers' seeds rest on.
+    digest = hashlib.blake2b(b'linear/kernel', digest_size=8).digest()
+    self.assertEqual(
+        matrix.words,
+        (
+            int.from_bytes(digest[:4], 'little'),
+            int.from_bytes(digest[4:], 'little'),
+        ),
+    )
+
+  def test_partitioned_leaves_are_projected_in_their_box(self):
+    model = LinenModel(partitioned=True)
+    params = model.init(jax.random.key(0), jnp.ones((1, 4)))['params']
+    tx = bl.scale_by_bernoulli_chain(jax.random.key(1), rank=1, prob=1.0)
+    update = jax.jit(lambda tree: tx.update(tree, tx.init(tree))[0])
+    boxed, plain = update(params), update(nn.meta.unbox(params))
+    self.assertIsInstance(boxed['linear']['kernel'], nn.Partitioned)
+    chex.assert_trees_all_equal(nn.meta.unbox(boxed), plain)
+
+  def test_a_dictionary_may_have_a_key_value(self):
+    self.assertEqual(
+        paths({'query': spec(2, 2), 'value': spec(2, 2)}), ['query', 'value']
+    )
+
+  def test_only_a_leading_collection_is_dropped(self):
+    self.assertEqual(
+        paths({'a': {'params': {'w': spec(2, 2)}}}), ['a/params/w']
+    )
+    self.assertEqual(paths({'params': spec(2, 2)}), ['params'])
+
+
+class IdentityTest(parameterized.TestCase):
+  """Draws depend on path and layer, not on siblings or on the layout."""
+
+  def setUp(self):
+    super().setUp()
+    rng = np.random.default_rng(0)
+    make = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    self.stacks = {
+        'attn': {'kernel': make(4, 6, 5)},
+        'experts': {'kernel': make(4, 3, 5, 6)},
+    }
+    self.rules = {
+        'scanned': (
+            matrices.stacked('attn/kernel'),
+            Rule('experts/kernel', (2,), (3,), (0, 1)),
+        ),
+        'unrolled': (matrices.stacked('experts/kernel'),),
+    }
+
+  def unroll(self, layout):
+    layer = lambda i: jax.tree.map(lambda x: x[i], self.stacks)
+    if layout == 'list':
+      return {'layers': [layer(i) for i in range(4)]}
+    if layout == 'keys':
+      return {'layers': {str(i): layer(i) for i in range(4)}}
+    return {f'layers_{i}': layer(i) for i in range(4)}
+
+  @parameterized.parameters(
+      ('layers_3/mlp/kernel', 'layers/mlp/kernel', 3),
+      ('layers/3/mlp/kernel', 'layers/mlp/kernel', 3),
+      ('encoder/layer/12/q/kernel', 'encoder/layer/q/kernel', 12),
+      ('h_0/kernel', 'h/kernel', 0),
+      ('blocks/7/kernel', 'blocks/kernel', 7),
+      ('layers/kernel', 'layers/kernel', 0),
+      ('Dense_3/kernel', 'Dense_3/kernel', 0),
+      ('sublayers_3/kernel', 'sublayers_3/kernel', 0),
+  )
+  def test_layer_index_is_read_from_the_path(self, path, name, layer):
+    tree = spec(4, 3)
+    for part in reversed(path.split('/')):
+      tree = {part: tree}
+    (matrix,) = matrices.find(tree)
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    self.assertEqual(matrix.words[0], int.from_bytes(digest[:4], 'little'))
+    self.assertEqual(matrix.words[1], int.from_bytes(digest[4:], 'little'))
+    self.assertEqual(matrix.layer, layer)
+    np.testing.assert_array_equal(matrix.entries, layer)
+
+  def test_layer_expression_can_be_changed(self):
+    tree = {f'stage{i}': {'kernel': spec(4, 3)} for i in range(3)}
+    found = matrices.find(tree, Matrices(layer=r'stage(\d+)'))
+    self.assertLen({matrix.words for matrix in found}, 1)
+    self.assertEqual([matrix.layer for matrix in found], [0, 1, 2])
+
+  def test_paths_have_different_words(self):
+    tree = {name: {'kernel': spec(4, 3)} for name in ('q', 'k', 'v', 'o')}
+    self.assertLen({matrix.words for matrix in matrices.find(tree)}, 4)
+
+  @parameterized.parameters('suffix', 'keys', 'list')
+  def test_scanned_and_unrolled_have_the_same_words_and_entries(self, layout):
+    scanned = matrices.find(
+        {'layers': self.stacks}, Matrices(rules=self.rules['scanned'])
+    )
+    unrolled = matrices.find(
+        self.unroll(layout), Matrices(rules=self.rules['unrolled'])
+    )
+    for stack in scanned:
+      layers = [m for m in unrolled if m.words == stack.words]
+      self.assertEqual([m.layer for m in layers], [0, 1, 2, 3])
+      np.testing.assert_array_equal(
+          stack.entries, np.stack([m.entries for m in layers])
+      )
+    every = np.concatenate([m.entries.ravel() for m in scanned[1:]])
+    self.assertLen(set(every.tolist()), 12)  # 4 layers of 3 experts.
+
+  def test_real_flax_models_agree_scanned_unrolled_and_in_nnx(self):
+    init = lambda model: jax.eval_shape(
+        model.init, jax.random.key(0), jnp.ones((1, 3))
+    )
+    rules = (matrices.stacked('layers/linear/kernel'),)
+    (scanned,) = matrices.find(init(ScannedModel()), Matrices(rules=rules))
+    unrolled = matrices.find(init(UnrolledModel()))
+    self.assertEqual(scanned.batch, (3,))
+    self.assertEqual({m.words for m in unrolled}, {scanned.words})
+    self.assertEqual([int(m.entries) for m in unrolled], [0, 1, 2])
+    np.testing.assert_array_equal(scanned.entries, [0, 1, 2])
+    state = nnx.state(NnxStack(nnx.Rngs(0)), nnx.Param)
+    listed = matrices.find(state)
+    self.assertLen({m.words for m in listed}, 1)
+    self.assertEqual([m.layer for m in listed], [0, 1, 2])
+
+  def test_scanned_and_unrolled_get_the_very_same_updates(self):
+    # Frames of 16 entries are one batched factorisation in both layouts, and
+    # products of different batch shapes may round differently: 1e-6, a few
+    # units in the last place of entries of size one.
+    def updates(tree, rules):
+      tx = bl.scale_by_bernoulli_chain(
+          jax.random.key(7), rank=2, matrices=Matrices(rules=rules)
+      )
+      return jax.jit(lambda tree: tx.update(tree, tx.init(tree))[0])(tree)
+
+    scanned = updates({'layers': self.stacks}, self.rules['scanned'])
+    unrolled = updates(self.unroll('suffix'), self.rules['unrolled'])
+    layers = [unrolled[f'layers_{i}'] for i in range(4)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    chex.assert_trees_all_close(
+        scanned['layers'], stacked, rtol=1e-6, atol=1e-6
+    )
+
+  def test_selecting_a_sibling_changes_nothing(self):
+    tree = {
+        'a': {'kernel': jnp.ones((6, 5))},
+        'b': {'kernel': jnp.ones((6, 5))},
+        'c': {'kernel': jnp.ones((5, 8))},
+    }
+
+    def update(select):
+      tx = bl.scale_by_bernoulli_chain(
+          jax.random.key(7), rank=2, matrices=Matrices(select)
+      )
+      return jax.jit(lambda tree: tx.update(tree, tx.init(tree))[0])(tree)
+
+    alone, both, every = update('^b'), update('^b|^c'), update('.')
+    # Batches of another size may round differently: units in the last place.
+    for other in (both, every):
+      chex.assert_trees_all_close(alone['b'], other['b'], rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(both['c'], every['c'], rtol=1e-6, atol=1e-6)
+    self.assertGreater(
+        jnp.max(jnp.abs(every['a']['kernel'] - every['b']['kernel'])), 0.1
+    )
+
+
+class UnmaskedTest(parameterized.TestCase):
+
+  def test_hidden_leaves_are_found(self):
+    tree = {'a': jnp.ones(2), 'b': optax.MaskedNode()}
+    with self.assertRaisesRegex(ValueError, 'page to stand outermost'):
+      matrices.check_unmasked(tree, 'page')
+    matrices.check_unmasked({'a': jnp.ones(2)}, 'page')
