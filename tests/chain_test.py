@@ -15,7 +15,6 @@ import optax
 import bernoulli_lora_jax as bl
 from bernoulli_lora_jax import chain
 from bernoulli_lora_jax import links as links_lib
-from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices
 
 SKETCHES = {

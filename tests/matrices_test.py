@@ -217,16 +217,31 @@ class RejectsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, r'regular expression, got .\(a'):
       Rule('(a', (0,), (1,))
 
-  def test_paths_that_normalisation_makes_equal_stay_apart_or_raise(self):
-    # 'params/w' and 'w' are one name; the chain keeps factors by name.
-    key = jax.random.key(0)
-    tree = {'params': {'w': jnp.ones((4, 3))}, 'w': 2 * jnp.ones((4, 3))}
-    tx = bl.scale_by_bernoulli_chain(key, rank=4)  # The identity.
-    try:
-      updates, _ = tx.update(tree, tx.init(tree))
-    except ValueError:
-      return
-    chex.assert_trees_all_equal(updates, tree)
+  @parameterized.named_parameters(
+      (
+          'one_name',
+          {'params': {'w': spec(4, 3)}, 'w': spec(4, 3)},
+          (),
+      ),
+      (
+          'one_name_and_layer',
+          {'layers_0': {'w': spec(4, 3)}, 'layers': [{'w': spec(4, 3)}]},
+          (),
+      ),
+      (
+          'an_entry_of_a_stack',
+          {'layers_1': {'w': spec(4, 3)}, 'layers': {'w': spec(5, 4, 3)}},
+          (matrices.stacked('layers/w'),),
+      ),
+  )
+  def test_leaves_that_would_share_their_draws(self, tree, rules):
+    with self.assertRaisesRegex(ValueError, 'w with the same name and layer'):
+      matrices.find(tree, Matrices(rules=rules))
+
+  def test_layers_beyond_a_stack_have_draws_of_their_own(self):
+    tree = {'layers_5': {'w': spec(4, 3)}, 'layers': {'w': spec(5, 4, 3)}}
+    rules = (matrices.stacked('layers/w'),)
+    self.assertLen(matrices.find(tree, Matrices(rules=rules)), 2)
 
 
 class ViewTest(parameterized.TestCase):
