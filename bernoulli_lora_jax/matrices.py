@@ -208,15 +208,17 @@ def check_unmasked(tree: Any, name: str) -> None:
 
 def _check_distinct(found: Sequence[Matrix]) -> None:
   """Raises where two leaves would share their draws."""
-  seen: dict[Any, str] = {}
+  owner: dict[tuple[tuple[int, int], int], str] = {}
   for matrix in found:
-    identity = (matrix.words, matrix.layer)
-    if identity in seen:
-      raise ValueError(
-          f'Expected matrices with names of their own, got {seen[identity]} and'
-          f' {matrix.path} with the same name and layer.'
-      )
-    seen[identity] = matrix.path
+    for entry in matrix.entries.flat:
+      identity = (matrix.words, int(entry))
+      if identity in owner:
+        raise ValueError(
+            f'Expected matrices with names of their own, got'
+            f' {owner[identity]} and'
+            f' {matrix.path} with the same name and layer.'
+        )
+      owner[identity] = matrix.path
 
 
 def _name(path: str) -> str:

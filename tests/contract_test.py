@@ -47,7 +47,9 @@ CHAINS = {
     'coordinate': chain_of('coordinate'),
     'srht': chain_of('srht'),
     'shared_coin': chain_of('coordinate', shared_coin=True),
-    'traced_prob': chain_of('coordinate', prob=np.float32(0.3)),
+    'traced_prob': lambda key: chain_of('coordinate', prob=jnp.float32(0.3))(
+        key
+    ),
     'period': chain_of('coordinate', period=3),
     'momentum': chain_of('coordinate', period=3, inner=optax.trace(0.9)),
     'adam': chain_of(period=2, inner=optax.scale_by_adam()),

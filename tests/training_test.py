@@ -210,11 +210,11 @@ class LoopTest(parameterized.TestCase):
     def interrupted(state, key, start, num):
       if start >= 16:
         raise KeyboardInterrupt
-      return program.run(state, key, start, num)
+      return program.prepare(state, key, start, num)
 
     with self.assertRaises(KeyboardInterrupt):
       experiment.train(
-          config, self.tmp / 'cut', program._replace(run=interrupted)
+          config, self.tmp / 'cut', program._replace(prepare=interrupted)
       )
     self.assertFalse((self.tmp / 'cut' / 'summary.json').exists())
     experiment.train(config, self.tmp / 'cut')

@@ -56,7 +56,8 @@ def get_config() -> config_dict.ConfigDict:
   config.method.clip_norm = config_dict.placeholder(float)  # Global norm.
 
   config.training = config_dict.ConfigDict()
-  config.training.num_steps = 0  # 0: as many as num_passes takes in the mean.
+  # 0: as many as num_passes takes in the mean, in whole evaluation intervals.
+  config.training.num_steps = 0
   config.training.num_passes = 20.0  # Budget in data passes.
   config.training.num_evals = 20  # Evaluations, evenly spaced.
   config.training.checkpoint_every = 0  # Steps; 0: at the end only.

@@ -120,6 +120,10 @@ def make_program(
       'trained': None if c.train_others else methods.matrices_only(matrices),
       'driver': driver,
   }
+  if t.num_evals < 1:
+    raise ValueError(
+        f'Expected training.num_evals >= 1, got num_evals={t.num_evals}.'
+    )
   if t.num_steps < 0 or (t.num_steps == 0 and t.num_passes <= 0):
     raise ValueError(
         'Expected training.num_steps > 0 or training.num_passes > 0, got'
@@ -129,7 +133,9 @@ def make_program(
   cost = methods.gradient_method(
       task.loss, lambda key: optax.identity(), **estimate
   ).passes_per_step
-  num_steps = t.num_steps or math.ceil(t.num_passes / cost)
+  # Whole evaluation intervals: one length of dispatch, compiled once.
+  every = max(1, (t.num_steps or round(t.num_passes / cost)) // t.num_evals)
+  num_steps = t.num_steps or every * max(1, round(t.num_passes / cost / every))
   make_tx = methods.make_transformation(
       c.name,
       _schedule(config, _learning_rate(config, task), num_steps),
@@ -148,13 +154,9 @@ def make_program(
   )
   method = methods.gradient_method(task.loss, make_tx, **estimate)
   jax.eval_shape(method.init, jax.random.key(0), task.init(jax.random.key(0)))
-  if t.num_evals < 1:
-    raise ValueError(
-        f'Expected training.num_evals >= 1, got num_evals={t.num_evals}.'
-    )
   settings = loop.Settings(
       num_steps=num_steps,
-      eval_every=max(1, num_steps // t.num_evals),
+      eval_every=every,
       checkpoint_every=t.checkpoint_every,
       steps_per_dispatch=t.steps_per_dispatch,
       patience=t.patience,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -88,7 +89,9 @@ class Program(NamedTuple):
   driver: parallel.Driver
   settings: Settings
   data: Any  # Where the steps read it.
-  run: Callable[..., Any]  # (state, key, start, num) -> (state, metrics)
+  # (state, key, start, num) -> a function of the same state, key and start
+  # that runs num steps: (state, metrics). Compiled once for each num.
+  prepare: Callable[..., Callable[..., Any]]
   evaluate: Callable[[Any], dict[str, jax.Array]]  # Not on the test split.
   test: Callable[[Any], dict[str, jax.Array]]
 
@@ -116,10 +119,11 @@ def make_program(
 
     return jax.lax.scan(body, state, start + jnp.arange(num))
 
-  def run(state, key, start, num):
+  def prepare(state, key, start, num):
     if num not in compiled:
-      compiled[num] = driver.jit(steps, num)
-    return compiled[num](state, data, key, start)
+      run = functools.partial(steps, num=num)
+      compiled[num] = driver.compile(run, (state, data, key, start))
+    return lambda state, key, start: compiled[num](state, data, key, start)
 
   def evaluate(params, data):
     grad = jax.grad(lambda p: task.loss(p, data['train'], None)[0])(params)
@@ -143,7 +147,7 @@ def make_program(
       driver,
       settings,
       data,
-      run,
+      prepare,
       lambda params: jit_evaluate(params, eval_data),
       lambda params: {
           f'{test_split}_{name}': value
@@ -243,35 +247,21 @@ def _run_to_end(
 ) -> tuple[Any, Any, Progress]:
   """Runs dispatches, evaluations and checkpoints until the run ends."""
   settings, driver = program.settings, program.driver
-  begun = time.perf_counter() - progress.seconds
   last_save = progress.step
   if progress.step == 0:
     log.write(0, _evaluate(program, state))
   while progress.step < settings.num_steps:
     if settings.patience and progress.stale >= settings.patience:
       break
-    start = progress.step
-    num = _next_event(start, settings) - start
-    state, metrics = program.run(state, key, start, num)
-    metrics = {name: np.asarray(value) for name, value in metrics.items()}
-    _check_finite(metrics['loss'], start)
-    step = start + num
-    progress = progress._replace(step=step, seconds=time.perf_counter() - begun)
-    line = {name: float(value.mean()) for name, value in metrics.items()}
-    line['data_passes'] = float(metrics['data_passes'][-1])
-    if step % settings.eval_every == 0 or step == settings.num_steps:
-      line |= _evaluate(program, state)
-      if not math.isfinite(line['grad_norm_sq']):
-        raise DivergedError(
-            f'Expected a finite gradient, got {line["grad_norm_sq"]} at step'
-            f' {step}.'
-        )
+    state, line, progress = _advance(program, key, state, progress)
+    step = progress.step
+    if 'grad_norm_sq' in line:
       progress, is_best = _judge(progress, line)
       if is_best and settings.patience:
         best = program.method.params(driver.get(state))
         best = jax.tree.map(jnp.copy, best)  # The state is donated.
     log.write(step, line)
-    bar.update(num)
+    bar.update(step - bar.n)
     bar.set_postfix({k: f'{v:.4g}' for k, v in line.items() if k in _SHOWN})
     is_due = settings.checkpoint_every and not step % settings.checkpoint_every
     if is_due or terminated or step == settings.num_steps:
@@ -282,6 +272,31 @@ def _run_to_end(
   if last_save < progress.step:
     _save(saver, driver.get(state), best, progress)
   return state, best, progress
+
+
+def _advance(
+    program: Program, key: jax.Array, state: Any, progress: Progress
+) -> tuple[Any, dict[str, float], Progress]:
+  """Runs one dispatch and the evaluation that is due after it."""
+  settings, start = program.settings, progress.step
+  num = _next_event(start, settings) - start
+  run = program.prepare(state, key, start, num)
+  begun = time.perf_counter()
+  state, metrics = run(state, key, start)
+  metrics = {name: np.asarray(value) for name, value in metrics.items()}
+  _check_finite(metrics['loss'], start)
+  step = start + num
+  line = {name: float(value.mean()) for name, value in metrics.items()}
+  line['data_passes'] = float(metrics['data_passes'][-1])
+  if step % settings.eval_every == 0 or step == settings.num_steps:
+    line |= _evaluate(program, state)
+    if not math.isfinite(line['grad_norm_sq']):
+      raise DivergedError(
+          f'Expected a finite gradient, got {line["grad_norm_sq"]} at step'
+          f' {step}.'
+      )
+  seconds = progress.seconds + time.perf_counter() - begun
+  return state, line, progress._replace(step=step, seconds=seconds)
 
 
 _SHOWN = ('loss', 'accuracy', 'validation_accuracy', 'validation_loss')

@@ -5,7 +5,6 @@ batch; `shard` hands each device its part, `average` joins what the parts gave.
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -23,9 +22,9 @@ class Driver(NamedTuple):
   average: Callable[[Any], Any]  # Inside a step: mean over the devices' parts.
   put: Callable[[Any], Any]  # Host or one-device tree -> as `compile` wants it.
   get: Callable[[Any], Any]  # What a step returned -> a tree as without driver.
-  # (run, num) -> jitted (state, data, key, start) -> (state, metrics); donates
-  # the state. run takes num as its last argument.
-  jit: Callable[[Callable[..., Any], int], Any]
+  # (run, args) -> run compiled for args = (state, data, key, start); it returns
+  # (state, metrics) and donates the state.
+  compile: Callable[[Callable[..., Any], tuple], Callable[..., Any]]
 
 
 def make_driver(kind: str, num_devices: int | None = None) -> Driver:
@@ -64,12 +63,12 @@ def _identity(tree: Any) -> Any:
   return tree
 
 
-def _jit(run: Callable[..., Any], num: int) -> Any:
-  return jax.jit(functools.partial(run, num=num), donate_argnums=0)
+def _compile(run: Callable[..., Any], args: tuple) -> Callable[..., Any]:
+  return jax.jit(run, donate_argnums=0).lower(*args).compile()
 
 
 def _single() -> Driver:
-  return Driver(1, _identity, _identity, jax.device_put, _identity, _jit)
+  return Driver(1, _identity, _identity, jax.device_put, _identity, _compile)
 
 
 def _make_mesh(devices: list[Any]) -> jax.sharding.Mesh:
@@ -96,7 +95,7 @@ def _mesh(devices: list[Any]) -> Driver:
       average=_identity,  # A mean over the sharded batch is the whole mean.
       put=lambda tree: jax.device_put(tree, replicated),
       get=_identity,
-      jit=_jit,
+      compile=_compile,
   )
 
 
@@ -113,14 +112,15 @@ def _pmap(devices: list[Any]) -> Driver:
     stack = lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x)))
     return jax.device_put(jax.tree.map(stack, tree), split)
 
-  def jit(run, num):
+  def compile_(run, args):
     mapped = jax.pmap(
-        functools.partial(run, num=num),
+        run,
         axis_name=_AXIS,
         in_axes=(0, 0, None, None),
         donate_argnums=0,
         devices=devices,
     )
+    mapped = mapped.lower(*args).compile()
 
     def first_metrics(state, data, key, start):
       state, metrics = mapped(state, data, key, start)
@@ -136,7 +136,7 @@ def _pmap(devices: list[Any]) -> Driver:
       get=lambda tree: jax.device_put(
           jax.tree.map(lambda x: x[0], tree), devices[0]
       ),
-      jit=jit,
+      compile=compile_,
   )
 
 
