@@ -127,7 +127,8 @@ def scale_by_bernoulli_chain(
     prob=0 and prob=1 are exactly RAC right and RAC left.
     rank >= max(m, n) of a matrix passes its update through.
     Draws depend on key, link, path and layer: not on other leaves, on
-      compilation, on restarts, or on whether layers are stacked.
+      compilation, on restarts, or on whether layers are stacked (coins and raw
+      samples to the bit, frames to rounding).
 
   References:
     Sokolov et al., Bernoulli-LoRA, arXiv 2508.03820, Algorithm 1.

@@ -11,6 +11,7 @@ layer index: selecting a sibling, stacking layers for a scan or unrolling them
 changes no draw (see `Matrix.words` and `Matrix.entries`).
 """
 
+import collections
 from collections.abc import Sequence
 import dataclasses
 import hashlib
@@ -132,19 +133,25 @@ class Matrix(NamedTuple):
     return transposed.transpose(np.argsort(self.perm))
 
 
-def path_name(path: Sequence[Any]) -> str:
-  """Returns a key path as `a/b/kernel`, without wrappers.
+def path_names(paths: Sequence[Sequence[Any]]) -> list[str]:
+  """Returns key paths as `a/b/kernel`, without wrappers.
 
-  A leading `params` collection and the `value` attribute that NNX variables and
-  partitioned metadata add are dropped, so that one model has one set of names.
+  A leading `params` collection and the one attribute `value` that NNX variables
+  and partitioned metadata add are dropped: one model has one set of names.
   """
-  names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-  if path and isinstance(path[-1], jax.tree_util.GetAttrKey):
-    if names[-1] in ('value', 'raw_value'):
-      names = names[:-1]
-  if len(names) > 1 and names[0] == 'params':
-    names = names[1:]
-  return '/'.join(names)
+  parents = collections.Counter(tuple(path[:-1]) for path in paths)
+
+  def name(path):
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    is_attribute = path and isinstance(path[-1], jax.tree_util.GetAttrKey)
+    if is_attribute and names[-1] in ('value', 'raw_value'):
+      # A tuple (query, key, value) has other children: no wrapper.
+      names = names[:-1] if parents[tuple(path[:-1])] == 1 else names
+    if len(names) > 1 and names[0] == 'params':
+      names = names[1:]
+    return '/'.join(names)
+
+  return [name(path) for path in paths]
 
 
 def find(tree: Any, matrices: Matrices | None = None) -> list[Matrix]:
@@ -165,8 +172,8 @@ def find(tree: Any, matrices: Matrices | None = None) -> list[Matrix]:
   """
   spec = Matrices() if matrices is None else matrices
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  named = [(path_name(path), leaf) for path, leaf in leaves]
-  paths = [path for path, _ in named]
+  paths = path_names([path for path, _ in leaves])
+  named = list(zip(paths, (leaf for _, leaf in leaves), strict=True))
   for rule in spec.rules:
     if not any(re.search(rule.pattern, path) for path in paths):
       raise ValueError(_no_match(f'rule pattern {rule.pattern!r}', named))

@@ -222,7 +222,10 @@ class ProjectionTest(parameterized.TestCase):
         is_left=None,
     )
     g = jnp.broadcast_to(jnp.arange(1.0, 17).reshape(4, 4), (2, 4, 4))
-    moved = links_lib.expand(link, links_lib.compress(link, g), 4, 4)
+    factors = links_lib.compress(link, g)
+    np.testing.assert_array_equal(factors['left'][1], 0)
+    np.testing.assert_array_equal(factors['right'][0], 0)
+    moved = links_lib.expand(link, factors, 4, 4)
     expected = np.zeros((2, 4, 4))
     expected[0, 0], expected[1, :, 0] = g[0, 0], g[1, :, 0]
     np.testing.assert_array_equal(moved, expected)

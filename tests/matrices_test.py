@@ -1,5 +1,6 @@
 """Tests of which leaves are matrices, their views, and their identities."""
 
+import collections
 import hashlib
 import re
 
@@ -242,6 +243,17 @@ class RejectsTest(parameterized.TestCase):
     tree = {'layers_5': {'w': spec(4, 3)}, 'layers': {'w': spec(5, 4, 3)}}
     rules = (matrices.stacked('layers/w'),)
     self.assertLen(matrices.find(tree, Matrices(rules=rules)), 2)
+
+
+class NamedTupleTest(parameterized.TestCase):
+
+  def test_value_beside_others_is_a_name(self):
+    heads = collections.namedtuple('Heads', 'query key value')
+    tree = {'attention': heads(*[jnp.ones((4, 3))] * 3)}
+    paths = [matrix.path for matrix in matrices.find(tree)]
+    self.assertEqual(
+        paths, ['attention/query', 'attention/key', 'attention/value']
+    )
 
 
 class ViewTest(parameterized.TestCase):

@@ -140,6 +140,21 @@ class FrameTest(parameterized.TestCase):
       # The completion is random.
       self.assertGreater(np.abs(first - second).max(), 1e-2)
 
+  @parameterized.parameters(1e-1, 1e-2, 1e-3, 1e-5)
+  def test_badly_conditioned_factors_are_orthonormalised(self, least):
+    # Cholesky-QR squares the condition: one pass leaves 1e-3 at 1e-2, and two
+    # do not suffice at 1e-5.
+    def sampler(key, dim, rank, dtype):
+      left, right = jax.random.split(key)
+      scales = jnp.geomspace(1.0, least, rank, dtype=dtype)
+      mixed = jax.random.orthogonal(right, rank, dtype=dtype)
+      return jax.random.normal(left, (dim, rank), dtype) * scales[None] @ mixed
+
+    sketch = sketches.Sketch('skewed', sampler)
+    keys = jax.random.split(jax.random.key(7), 20)
+    q = jax.jit(lambda keys: sketch.bases(keys, 60, 10, jnp.float32))(keys)
+    self.assertLess(orthonormality(np.asarray(q, np.float64)), 1e-5)
+
   @parameterized.parameters(
       *((name, (8, 2)) for name in NAMES), ('rademacher', (6, 4))
   )

@@ -17,6 +17,9 @@ from bernoulli_lora_jax.models import mlp
 from bernoulli_lora_jax.tasks import cache
 from bernoulli_lora_jax.tasks import task as task_lib
 
+# Raised when the same settings begin to give other weights.
+_RECIPE = 1
+
 
 class Images(NamedTuple):
   """Labelled images of all classes, split before classes are selected."""
@@ -99,6 +102,7 @@ def make_task(
       batch_size=batch_size,
   )
   settings = {
+      'recipe': _RECIPE,
       'features': [*hidden, half],
       'dropout': dropout,
       **pretraining._asdict(),
