@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
 import tqdm
 
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import methods
+from bernoulli_lora_jax.training import metrics_log
 from bernoulli_lora_jax.training import parallel
 
 _METHOD, _BATCH, _NOISE = range(3)  # Purposes folded into the run's key.
@@ -200,7 +200,7 @@ def train(
     if saver.latest() is not None:
       state, best, progress = _restore(saver, state, best)
     state = program.driver.put(state)
-    log = stack.enter_context(_Log(workdir, progress.step))
+    log = stack.enter_context(metrics_log.MetricsLog(workdir, progress.step))
     terminated = stack.enter_context(_catch_sigterm())
     bar = stack.enter_context(
         tqdm.tqdm(
@@ -241,7 +241,7 @@ def _run_to_end(
     best: Any,
     progress: Progress,
     saver: checkpoint.Checkpointer,
-    log: '_Log',
+    log: metrics_log.MetricsLog,
     bar: Any,
     terminated: list[int],
 ) -> tuple[Any, Any, Progress]:
@@ -392,37 +392,3 @@ def _catch_sigterm():
     yield received
   finally:
     signal.signal(signal.SIGTERM, old)
-
-
-class _Log:
-  """metrics.jsonl and TensorBoard events; lines after `step` are dropped."""
-
-  def __init__(self, workdir: pathlib.Path, step: int):
-    self._path = workdir / 'metrics.jsonl'
-    kept = []
-    if self._path.exists() and step > 0:
-      for line in self._path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # Cut by a kill.
-          if json.loads(line)['step'] <= step:
-            kept.append(line + '\n')
-    self._path.write_text(''.join(kept))
-    self._file = self._path.open('a')
-    self._events = tensorboardX.SummaryWriter(
-        str(workdir / 'events'), purge_step=step + 1 if step else None
-    )
-
-  def __enter__(self) -> '_Log':
-    return self
-
-  def __exit__(self, *unused: Any) -> None:
-    self.close()
-
-  def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    self._file.write(json.dumps({'step': step, **metrics}) + '\n')
-    self._file.flush()
-    for name, value in metrics.items():
-      self._events.add_scalar(name, value, step)
-
-  def close(self) -> None:
-    self._file.close()
-    self._events.close()

@@ -1,0 +1,45 @@
+"""What a run writes while it goes on: metrics.jsonl and TensorBoard events."""
+
+from collections.abc import Mapping
+import contextlib
+import json
+import pathlib
+from typing import Any
+
+import tensorboardX
+
+
+class MetricsLog:
+  """metrics.jsonl and TensorBoard events; lines after `step` are dropped."""
+
+  def __init__(self, workdir: pathlib.Path, step: int):
+    self._path = workdir / 'metrics.jsonl'
+    kept = []
+    if self._path.exists() and step > 0:
+      for line in self._path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # Cut by a kill.
+          if json.loads(line)['step'] <= step:
+            kept.append(line + '\n')
+    whole = self._path.with_suffix('.tmp')  # An old log is replaced whole.
+    whole.write_text(''.join(kept))
+    whole.replace(self._path)
+    self._file = self._path.open('a')
+    self._events = tensorboardX.SummaryWriter(
+        str(workdir / 'events'), purge_step=step + 1 if step else None
+    )
+
+  def __enter__(self) -> 'MetricsLog':
+    return self
+
+  def __exit__(self, *unused: Any) -> None:
+    self.close()
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    self._file.write(json.dumps({'step': step, **metrics}) + '\n')
+    self._file.flush()
+    for name, value in metrics.items():
+      self._events.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    self._file.close()
+    self._events.close()
