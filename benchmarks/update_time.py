@@ -48,7 +48,7 @@ def make_tree(key: jax.Array) -> dict[str, dict[str, jax.Array]]:
       'gate': (d, f),
       'up': (d, f),
       'down': (f, d),
-  }  # pyformat: disable
+  }
   tree = {}
   for i in range(_LAYERS.value):
     keys = jax.random.split(jax.random.fold_in(key, i), len(shapes))
@@ -69,7 +69,7 @@ def optimisers() -> Iterator[tuple[str, optax.GradientTransformation]]:
         jax.random.key(0),
         rank=_RANK.value,
         sketch=getattr(bl.sketches, name)(),
-    )  # pyformat: disable
+    )
   for side in ('left', 'right'):
     yield f'RAC {side}, gaussian', bl.rac_lora(
         1e-3, jax.random.key(0), rank=_RANK.value, side=side
@@ -80,7 +80,7 @@ def optimisers() -> Iterator[tuple[str, optax.GradientTransformation]]:
       rank=_RANK.value,
       period=10,
       inner=optax.scale_by_adam(),
-  )  # pyformat: disable
+  )
   yield 'optax.contrib.galore', optax.contrib.galore(1e-3, rank=_RANK.value)
 
 
@@ -174,7 +174,7 @@ def main(argv: list[str]) -> None:
           disable_numparse=True,
           colalign=('left', *['right'] * 5),
       )
-  )  # pyformat: disable
+  )
 
 
 if __name__ == '__main__':

@@ -157,7 +157,7 @@ def scale_by_bernoulli_chain(
         prob=prob,
         sketch=sketch,
         shared_coin=shared_coin,
-    )  # pyformat: disable
+    )
     leaves, treedef = jax.tree.flatten(updates)
     factors: Any = {
         matrix.path: links_lib.compress(link, matrix.view(leaves[matrix.index]))
@@ -170,7 +170,7 @@ def scale_by_bernoulli_chain(
           lambda fresh, old: jnp.where(start, fresh, old),
           inner.init(links_lib.zero_factors(found, rank, prob)),
           inner_state,
-      )  # pyformat: disable
+      )
       factors, inner_state = inner.update(factors, inner_state)
     for matrix, link in zip(found, links, strict=True):
       moved = links_lib.expand(link, factors[matrix.path], matrix.m, matrix.n)

@@ -50,7 +50,7 @@ def mvr_estimate(
       grad,
       previous_grad,
       estimate,
-  )  # pyformat: disable
+  )
 
 
 class PageState(NamedTuple):
@@ -190,7 +190,7 @@ def mvr(
             state.estimate,
             momentum,
         ),
-    )  # pyformat: disable
+    )
     count = optax.safe_increment(state.count)
     return estimate, MvrState(count, params, estimate)
 

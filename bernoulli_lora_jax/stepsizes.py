@@ -213,7 +213,7 @@ def nonsmooth(
     lmin: float,
     lmax: float,
     num_steps: int,
-) -> float:  # pyformat: disable
+) -> float:
   """Returns the best constant stepsize of T8 for convex Lipschitz objectives.
 
   It minimises R0^2 / (2 gamma lmin T) + gamma L0^2 kappa / 2; for isotropic

@@ -12,7 +12,8 @@ page, mvr (Bernoulli-LoRA with that estimator), smoke (a few steps).
 from bernoulli_lora_jax.training import base_config
 
 # The largest of 0.005 * 2^k, k <= 6, at which no method of this file with that
-# estimator diverged (seeds 0-2, 60 data passes).
+# estimator diverged (60 data passes; the grid with seed 0, the chosen one with
+# seeds 0-2; one run each: launch/train.py --config.method.learning_rate=...).
 LEARNING_RATES = {'gd': 0.32, 'sgd': 0.16, 'page': 0.08, 'mvr': 0.16}
 METHODS = ('full', 'rac_left', 'rac_right', 'bernoulli')
 

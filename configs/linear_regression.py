@@ -16,7 +16,8 @@ from bernoulli_lora_jax.training import base_config
 METHODS = ('full', 'rac_left', 'rac_right', 'bernoulli')
 ESTIMATORS = ('gd', 'sgd', 'page', 'mvr')
 # Multiples of 1/L: of 2^-7, ..., 4 the one with the smallest squared gradient
-# norm after 60 data passes (default size, seed 0).
+# norm after 60 data passes (default size, seed 0; one run each: launch/train.py
+# --config.method.stepsize_factor=...).
 FACTORS = {'gd': 1.0, 'sgd': 2**-7, 'page': 0.5, 'mvr': 2**-6}
 
 

@@ -99,7 +99,7 @@ class DigitsTest(parameterized.TestCase):
         dropout=0.0,
         batch_size=32,
         pretraining=classification.Pretraining(20, 3e-3, 32, 0),
-    )  # pyformat: disable
+    )
     params = task.init(jax.random.key(0))
     lower = classification.select_classes(images, 0, 5)
     old = task.evaluate(params, lower, 'test')['accuracy']
@@ -204,7 +204,7 @@ class LinearRegressionTest(parameterized.TestCase):
         problem.regularisation,
         np.linalg.norm(problem.x.T @ problem.x / 50, 2),
         rtol=1e-10,
-    )  # pyformat: disable
+    )
     self.assertEqual(problem.smoothness, 3 * problem.regularisation)
     for array in (problem.x, problem.y):
       np.testing.assert_allclose([array.mean(), array.std()], [1, 2])

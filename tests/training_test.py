@@ -87,7 +87,7 @@ class GradientMethodTest(parameterized.TestCase):
         num_samples=10,
         batch_size=2,
         **kwargs,
-    )  # pyformat: disable
+    )
 
   def step(self, method, state=None):
     if state is None:
@@ -140,7 +140,7 @@ class GradientMethodTest(parameterized.TestCase):
         num_samples=10,
         batch_size=2,
         trained=lambda p: {'w': True, 'bias': False},
-    )  # pyformat: disable
+    )
     state, _ = self.step(method)
     moved = state.params['w'] - self.params['w']
     np.testing.assert_allclose(jnp.linalg.norm(moved), 0.5, rtol=1e-5)
@@ -203,7 +203,7 @@ class LoopTest(parameterized.TestCase):
         method__optimizer='adam',
         method__period=5,
         training__checkpoint_every=8,
-    )  # pyformat: disable
+    )
     experiment.train(config, self.tmp / 'whole')
     program = experiment.make_program(config)
 
@@ -263,7 +263,7 @@ class LoopTest(parameterized.TestCase):
         method__name='full',
         method__learning_rate=1e30,
         training__checkpoint_every=1,
-    )  # pyformat: disable
+    )
     with self.assertRaisesRegex(loop.DivergedError, 'at step'):
       experiment.train(config, self.tmp)
     for leaf in jax.tree.leaves(final_params(self.tmp, config)):
@@ -277,7 +277,7 @@ class LoopTest(parameterized.TestCase):
         training__num_steps=600,
         training__num_evals=200,
         training__patience=3,
-    )  # pyformat: disable
+    )
     summary = experiment.train(config, self.tmp)
     self.assertTrue(summary['stopped'])
     losses = {}
@@ -320,7 +320,7 @@ class SigtermTest(parameterized.TestCase):
         '--config.training.num_evals=1000000',
         '--config.task.pretrain_epochs=1',
         '--noconfig.training.progress',
-    ]  # pyformat: disable
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     deadline = time.time() + 120
     metrics = tmp / 'metrics.jsonl'
@@ -358,7 +358,7 @@ class ParallelTest(parameterized.TestCase):
         final_params(self.tmp / kind, config),
         rtol=2e-5,
         atol=2e-6,
-    )  # pyformat: disable
+    )
 
   @parameterized.parameters(
       ('jit', 'none', 8), ('none', 'pmap', 4), ('pmap', 'jit', 2)
@@ -380,7 +380,7 @@ class ParallelTest(parameterized.TestCase):
         final_params(self.tmp / 'one', small_config()),
         rtol=2e-5,
         atol=2e-6,
-    )  # pyformat: disable
+    )
 
   def test_batch_must_divide(self):
     config = small_config(training__parallel='jit', task__batch_size=30)
@@ -472,7 +472,7 @@ class ReportingTest(parameterized.TestCase):
             'train_loss': 1.0,
         }
         for s in range(3)
-    ]  # pyformat: disable
+    ]
     text = ''.join(json.dumps(line) + '\n' for line in lines)
     (path / 'metrics.jsonl').write_text(text)
 
@@ -505,7 +505,7 @@ def _launch(*args):
       env=environment,
       cwd=_ROOT,
       timeout=300,
-  )  # pyformat: disable
+  )
 
 
 class LaunchTest(parameterized.TestCase):
@@ -533,7 +533,7 @@ class LaunchTest(parameterized.TestCase):
         f'--config=configs/{name}.py:smoke',
         f'--workdir={workdir}',
         flag,
-    )  # pyformat: disable
+    )
     self.assertNotEqual(result.returncode, 0)
     self.assertIn(message, result.stderr)
     self.assertNotIn('Traceback', result.stderr)
@@ -544,7 +544,7 @@ class LaunchTest(parameterized.TestCase):
         'launch/sweep.py',
         '--config=configs/quadratic.py:smoke',
         f'--workdir={workdir}/runs',
-    ]  # pyformat: disable
+    ]
     self.assertEqual(_launch(*command).returncode, 0)
     summaries = sorted(pathlib.Path(workdir).rglob('summary.json'))
     self.assertLen(summaries, 12)

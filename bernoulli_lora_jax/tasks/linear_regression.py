@@ -52,7 +52,7 @@ def make_problem(
       tail_strength=0.9,
       effective_rank=max(1, side // 2),
       random_state=84,
-  )  # pyformat: disable
+  )
   x, y = _rescale(drawn[0]), _rescale(drawn[1])
   settings = {
       'dim': dim,
@@ -64,7 +64,7 @@ def make_problem(
       'linear_regression',
       settings,
       lambda: _constants(x, dim, side, num_pretraining),
-  )  # pyformat: disable
+  )
   lam = float(constants['regularisation'])
   return Problem(x, y, lam, 3 * lam, constants['start'])
 
@@ -141,7 +141,7 @@ def _constants(
       tail_strength=0.8,
       effective_rank=side,
       random_state=42,
-  )  # pyformat: disable
+  )
   old_x = (drawn[0] - drawn[0].mean(0)) / drawn[0].std(0)
   old_y = (drawn[1] - drawn[1].mean()) / drawn[1].std()
   gram = old_x.T @ old_x / num_pretraining
@@ -159,6 +159,6 @@ def _constants(
       jac=True,
       method='L-BFGS-B',
       options={'maxiter': 10000, 'ftol': 1e-15, 'gtol': 1e-10},
-  )  # pyformat: disable
+  )
   spectrum = np.linalg.eigvalsh(x.T @ x / len(x))
   return {'regularisation': spectrum[-1], 'start': found.x}

@@ -30,6 +30,6 @@ def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
       KeyError,
       FileNotFoundError,
       loop.DivergedError,
-  ) as e:  # pyformat: disable
+  ) as e:
     logging.debug('Traceback:', exc_info=True)
     raise SystemExit(f'{type(e).__name__}: {e}') from e

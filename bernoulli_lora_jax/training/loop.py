@@ -131,7 +131,7 @@ def make_program(
         lambda moves, g: jnp.vdot(g, g) if moves else 0.0,
         method.trained(params),
         grad,
-    )  # pyformat: disable
+    )
     metrics = {'grad_norm_sq': sum(jax.tree.leaves(squares))}
     for split in sorted(data.keys() - {'test'}):
       for name, value in task.evaluate(params, data, split).items():
@@ -153,7 +153,7 @@ def make_program(
           f'{test_split}_{name}': value
           for name, value in jit_test(params, eval_data).items()
       },
-  )  # pyformat: disable
+  )
 
 
 def train(
@@ -209,7 +209,7 @@ def train(
             unit='step',
             disable=not program.settings.progress,
         )
-    )  # pyformat: disable
+    )
     state, best, progress = _run_to_end(
         program, key, state, best, progress, saver, log, bar, terminated
     )

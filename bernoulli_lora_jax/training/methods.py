@@ -142,7 +142,7 @@ def gradient_method(
         state.params,
         grad_fn=grad_fn,
         full_grad_fn=full_grad_fn,
-    )  # pyformat: disable
+    )
     cost = mean_cost[estimator]
     if estimator == 'page':
       is_full = optax.tree.get(opt_state, 'is_full')

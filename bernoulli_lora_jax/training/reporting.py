@@ -20,7 +20,7 @@ _COLOURS = [
     '#CC79A7',
     '#56B4E9',
     '#E69F00',
-]  # pyformat: disable
+]
 
 
 class Run(NamedTuple):
@@ -151,7 +151,7 @@ def table(rows: Sequence[Mapping[str, Any]], style: str = 'simple') -> str:
       ]
       if rows
       else None,
-  )  # pyformat: disable
+  )
 
 
 def _cell(value: Any) -> str:
@@ -244,9 +244,7 @@ def plot(
           marker=_MARKERS[i % len(_MARKERS)],
           markersize=4,
           markevery=(i % 4, 4),
-      )[
-          0
-      ]  # pyformat: disable
+      )[0]
       panel.fill_between(
           values.passes,
           transform(values.mean - values.std),
@@ -254,7 +252,7 @@ def plot(
           alpha=0.15,
           linewidth=0,
           color=_COLOURS[i % len(_COLOURS)],
-      )  # pyformat: disable
+      )
     if shown != '-':
       panel.set_title(f'rank {shown}')
     panel.set_xlabel('data passes (a full gradient is 1)')
@@ -271,7 +269,7 @@ def plot(
       fontsize=9,
       title='mean, band: 1 std',
       title_fontsize=9,
-  )  # pyformat: disable
+  )
   if title:
     figure.suptitle(title)
   return figure
