@@ -3,9 +3,15 @@
 The public surface; see the README for what each name is for.
 """
 
+from bernoulli_lora_jax import adapters
+from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import matrices
+from bernoulli_lora_jax import recipes
+from bernoulli_lora_jax import rounding
 from bernoulli_lora_jax import sketches
 from bernoulli_lora_jax import stepsizes
+from bernoulli_lora_jax.adapters import ChainPolicy
+from bernoulli_lora_jax.adapters import Target
 from bernoulli_lora_jax.chain import bernoulli_lora
 from bernoulli_lora_jax.chain import project
 from bernoulli_lora_jax.chain import rac_lora

@@ -74,7 +74,11 @@ def project(
   found = matrices_lib.find({'g': g})
   _check_ranks(found, rank)
   (link,) = links_lib.draw_links(
-      key, found, rank=rank, prob=prob, sketch=sketch or sketches.gaussian()
+      key,
+      found,
+      ranks=[rank],
+      probs=[prob],
+      sketch=sketch or sketches.gaussian(),
   )
   return links_lib.expand(link, links_lib.compress(link, g), *g.shape).astype(
       g.dtype
@@ -153,8 +157,8 @@ def scale_by_bernoulli_chain(
     links = links_lib.draw_links(
         jax.random.fold_in(state.key, state.count // period),
         found,
-        rank=rank,
-        prob=prob,
+        ranks=[rank] * len(found),
+        probs=[prob] * len(found),
         sketch=sketch,
         shared_coin=shared_coin,
     )

@@ -40,10 +40,11 @@ def draw_links(
     key: jax.Array,
     found: Sequence[Matrix],
     *,
-    rank: int,
-    prob: float | jax.Array,
+    ranks: Sequence[int],
+    probs: Sequence[float | jax.Array],
     sketch: Sketch,
     shared_coin: bool = False,
+    frame: str = 'orthonormal',
 ) -> list[Link]:
   """Draws coin and bases for every matrix of a tree.
 
@@ -54,40 +55,47 @@ def draw_links(
   Args:
     key: typed PRNG key of the link.
     found: the matrices, see `matrices.find`.
-    rank: dimension of the subspaces, clipped to each side.
-    prob: P(left); a Python 0 or 1 draws only the side it needs.
+    ranks: dimension of the subspace of each, clipped to each side.
+    probs: P(left) of each; a Python 0 or 1 draws only the side it needs.
     sketch: law of the subspaces.
-    shared_coin: one coin for the whole tree.
+    shared_coin: one uniform number decides for the whole tree.
+    frame: 'orthonormal', or 'raw' for the samples as drawn (never None then).
 
   Returns:
     One `Link` for each matrix.
   """
-  is_left = _known_side(prob)
-  keys = _matrix_keys(key, found)
-  coins = None
-  if is_left is None:
-    toss = lambda key: jax.random.bernoulli(
-        jax.random.fold_in(key, _COIN), prob
-    )
-    coins = (
-        jnp.full(keys.shape, toss(key))
-        if shared_coin
-        else (jax.vmap(toss)(keys))
-    )
+  sides = [known_side(prob) for prob in probs]
+  keys = matrix_keys(key, found)
   sizes = [matrix.entries.size for matrix in found]
   starts = np.cumsum([0] + sizes)
-  bases = _draw_bases(keys, starts, found, rank, sketch, is_left)
+  coins = None
+  if None in sides:
+    spread = jnp.concatenate(
+        [
+            jnp.full(size, prob, jnp.result_type(float))
+            for size, prob in zip(sizes, probs, strict=True)
+        ]
+    )
+    toss = lambda key, prob: jax.random.bernoulli(
+        jax.random.fold_in(key, _COIN), prob
+    )
+    coins = jax.vmap(toss, (None if shared_coin else 0, 0))(
+        key if shared_coin else keys, spread
+    )
+  bases = _draw_bases(keys, starts, found, ranks, sketch, sides, frame)
 
   def link(i: int) -> Link:
     reshape = lambda x: x.reshape(found[i].batch + x.shape[1:])
     get = lambda side: (reshape(bases[i, side]) if (i, side) in bases else None)
-    coin = None if coins is None else reshape(coins[starts[i] : starts[i + 1]])
-    return Link(coin, get('left'), get('right'), is_left)
+    coin = None
+    if coins is not None and sides[i] is None:
+      coin = reshape(coins[starts[i] : starts[i + 1]])
+    return Link(coin, get('left'), get('right'), sides[i])
 
   return [link(i) for i in range(len(found))]
 
 
-def _matrix_keys(key: jax.Array, found: Sequence[Matrix]) -> jax.Array:
+def matrix_keys(key: jax.Array, found: Sequence[Matrix]) -> jax.Array:
   """Returns the link's key of every entry of every matrix, concatenated."""
   words = np.concatenate(
       [
@@ -112,30 +120,33 @@ def _draw_bases(
     keys: jax.Array,
     starts: np.ndarray,
     found: Sequence[Matrix],
-    rank: int,
+    ranks: Sequence[int],
     sketch: Sketch,
-    is_left: bool | None,
+    sides: Sequence[bool | None],
+    frame: str,
 ) -> dict[tuple[int, str], jax.Array]:
   """Returns {(matrix, side): (entries, ...) bases}, drawn once a length.
 
   Both sides of a square matrix use one draw: only one of them is applied.
   """
-  wanted: dict[tuple[int, Any], list[int]] = {}
+  is_raw = frame == 'raw'
+  draw = sketch.samples if is_raw else sketch.bases
+  wanted: dict[tuple[int, int, Any], list[int]] = {}
   for i, matrix in enumerate(found):
     dims = {True: {matrix.m}, False: {matrix.n}, None: {matrix.m, matrix.n}}
-    for dim in dims[is_left]:
-      if rank < dim:
+    for dim in dims[sides[i]]:
+      if ranks[i] < dim or is_raw:
         dtype = jnp.promote_types(matrix.dtype, jnp.float32)
-        wanted.setdefault((dim, dtype), []).append(i)
+        wanted.setdefault((dim, min(ranks[i], dim), dtype), []).append(i)
   drawn = {}
-  for (dim, dtype), members in wanted.items():
+  for (dim, rank, dtype), members in wanted.items():
     places = np.concatenate(
         [np.arange(starts[i], starts[i + 1]) for i in members]
     )
     frame_keys = jax.vmap(lambda key: jax.random.fold_in(key, _FRAME))(
         keys[places]
     )
-    stacked = sketch.bases(frame_keys, dim, rank, dtype)
+    stacked = draw(frame_keys, dim, rank, dtype)
     offset = 0
     for i in members:
       size = int(starts[i + 1] - starts[i])
@@ -213,7 +224,7 @@ def zero_factors(
 ) -> dict[str, dict[str, jax.Array]]:
   """Returns zeros shaped like `compress`, by path of the matrix."""
   sides = {True: ('left',), False: ('right',), None: ('left', 'right')}[
-      _known_side(prob)
+      known_side(prob)
   ]
 
   def zeros(matrix: Matrix, side: str) -> jax.Array:
@@ -229,7 +240,7 @@ def zero_factors(
   }
 
 
-def _known_side(prob: float | jax.Array) -> bool | None:
+def known_side(prob: float | jax.Array) -> bool | None:
   """Returns whether links are left when `prob` is a Python 0 or 1, else None."""
   if isinstance(prob, jax.Array) or prob not in (0, 1):
     return None

@@ -141,6 +141,13 @@ class Sketch:
       return raw
     return _orthonormalize(raw, None if self.is_full_rank else keys)
 
+  def samples(
+      self, keys: jax.Array, dim: int, rank: int, dtype: Any
+  ) -> jax.Array:
+    """Returns the raw factors of many keys at once, shape (b, dim, rank)."""
+    _check_rank(rank, dim)
+    return jax.vmap(lambda key: self.sampler(key, dim, rank, dtype))(keys)
+
 
 def gaussian() -> Sketch:
   """Returns the sketch of independent N(0, 1) entries; its range is Haar."""
@@ -171,6 +178,23 @@ def srht() -> Sketch:
   return Sketch(
       'srht', _srht, is_orthonormal=lambda dim: dim == _next_power_of_two(dim)
   )
+
+
+def by_name(name: str) -> Sketch:
+  """Returns the sketch of this file with a name, as configs and files say it.
+
+  Raises:
+    ValueError: another name.
+  """
+  known = {
+      'gaussian': gaussian,
+      'rademacher': rademacher,
+      'coordinate': coordinate,
+      'srht': srht,
+  }
+  if name not in known:
+    raise ValueError(f'Expected sketch in {tuple(known)}, got {name!r}.')
+  return known[name]()
 
 
 def compress(basis: Basis, g: jax.Array, side: str) -> jax.Array:

@@ -30,6 +30,8 @@ def link_drawer(tree, selection=None, **kwargs):
   """Returns (key, link) -> the links that the chain draws, jitted."""
   found = matrices.find(tree, selection)
   kwargs = {'prob': 0.5, 'sketch': SKETCHES['gaussian'], **kwargs}
+  kwargs['ranks'] = [kwargs.pop('rank')] * len(found)
+  kwargs['probs'] = [kwargs.pop('prob')] * len(found)
 
   def draw(key, number=0):
     key = jax.random.fold_in(key, number)
@@ -234,7 +236,7 @@ class ProjectionTest(parameterized.TestCase):
 class LawTest(parameterized.TestCase):
   """Coins and means against their laws."""
 
-  def coins(self, tree, num, selection=None, **kwargs):
+  def coins(self, tree, num, selection=None, *, prob, **kwargs):
     """Returns (num, entries) coins of consecutive links."""
     found = matrices.find(tree, selection)
     full = max(max(matrix.m, matrix.n) for matrix in found)
@@ -243,7 +245,9 @@ class LawTest(parameterized.TestCase):
       links = links_lib.draw_links(
           jax.random.fold_in(jax.random.key(5), step),
           found,
-          rank=full,  # The whole space: nothing but coins is drawn.
+          # The whole space: nothing but coins is drawn.
+          ranks=[full] * len(found),
+          probs=[prob] * len(found),
           sketch=SKETCHES['gaussian'],
           **kwargs,
       )

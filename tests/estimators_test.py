@@ -89,8 +89,8 @@ class NumpyChain:
       (link,) = links_lib.draw_links(
           jax.random.fold_in(key, step),
           found,
-          rank=rank,
-          prob=0.5,
+          ranks=[rank],
+          probs=[0.5],
           sketch=bl.sketches.gaussian(),
       )
       return link.coin, link.left, link.right

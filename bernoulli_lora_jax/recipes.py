@@ -1,0 +1,337 @@
+"""Recipes: a chain written down as its seeds and trained factors.
+
+A recipe of T links holds a checksum of the base weights, the policy, the key and
+the factors that each link trained: r n or m r numbers a matrix and link where
+the weights are m n. `replay` draws the frozen factors anew and repeats the
+merges, bit for bit where programs round alike (the same versions on the same
+kind of device); the checksum of the result tells whether they did.
+
+On disk a recipe is a directory, `recipe.json` beside one `link_000000.npz` a
+link. Each file appears whole, so a run adds links while it goes on.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import tempfile
+from typing import Any, NamedTuple
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bernoulli_lora_jax import adapters
+from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax import sketches
+
+_VERSION = 1
+_Factors = dict[str, np.ndarray]  # {'left:path' or 'right:path': array}
+
+
+class Recipe(NamedTuple):
+  """What rebuilds the weights of a chain from its base."""
+
+  base: str  # `checksum` of the base weights.
+  final: str  # Of the weights at the end; '' where it was not recorded.
+  policy: adapters.ChainPolicy
+  matrices: matrices_lib.Matrices | None
+  key: jax.Array  # shape=(), typed PRNG key of the chain.
+  num_steps: int  # Done; the last link may be an unfinished one.
+  links: tuple[_Factors, ...]  # What was trained, the unchosen side zero.
+
+
+def checksum(params: Any) -> str:
+  """Returns a hash of the paths, shapes, dtypes and bytes of a tree."""
+  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+  paths = matrices_lib.path_names([path for path, _ in leaves])
+  digest = hashlib.blake2b(digest_size=16)
+  for path, (_, leaf) in sorted(zip(paths, leaves, strict=True)):
+    array = np.asarray(leaf)
+    digest.update(f'{path} {array.shape} {array.dtype}'.encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
+  return digest.hexdigest()
+
+
+def trained_factors(
+    state: adapters.AdapterState, chain: adapters.Chain
+) -> _Factors:
+  """Returns what the link of a state has trained, the unchosen side zero.
+
+  Call it with the states after `period`, 2 `period`, ... steps, and after the
+  last one.
+
+  Raises:
+    ValueError: a factor that is not finite, by path.
+  """
+  adapters.check_factors(state.factors)
+  factors = {}
+  for one in chain.adapted(state.params):
+    path = one.matrix.path
+    for side in one.trained:
+      factor = np.asarray(state.factors[path][side])
+      if path in state.coins:
+        is_left = np.asarray(state.coins[path])[..., None, None]
+        factor = np.where(is_left == (side == 'right'), factor, 0)
+      factors[f'{side}:{path}'] = factor
+  return factors
+
+
+def replay(base: Any, recipe: Recipe) -> Any:
+  """Returns the final weights of a chain.
+
+  Args:
+    base: the weights it started from.
+    recipe: see `Recipe`.
+
+  Returns:
+    The weights, in base's dtypes.
+
+  Raises:
+    ValueError: a base that is not the recipe's, by its checksum; a link that
+      lacks a factor or holds one of another shape.
+
+  Warns:
+    UserWarning: the result's checksum is not the recorded one.
+  """
+  found = checksum(base)
+  if found != recipe.base:
+    raise ValueError(
+        f'Expected base weights of checksum {recipe.base}, as in the recipe, got'
+        f' {found}: another base.'
+    )
+  chain = adapters.make_chain(recipe.policy, optax.identity(), recipe.matrices)
+  state = chain.init(recipe.key, base)
+  merge = jax.jit(lambda state, trained: _merge_link(chain, state, trained))
+  for number, link in enumerate(recipe.links):
+    _check_link(chain, state, link, number)
+    count = min((number + 1) * _period(recipe), recipe.num_steps)
+    state = merge(
+        state._replace(count=jnp.asarray(count, jnp.int32)),
+        {name: jnp.asarray(factor) for name, factor in link.items()},
+    )
+  result = checksum(state.params)
+  if recipe.final and result != recipe.final:
+    warnings.warn(
+        f'Replayed weights of checksum {result}, recorded was {recipe.final}:'
+        ' equal up to rounding at best. Replay on the device and versions of the'
+        ' run for equal bits.',
+        stacklevel=2,
+    )
+  return state.params
+
+
+def make_recipe(
+    base: Any,
+    chain: adapters.Chain,
+    key: jax.Array,
+    links: Sequence[_Factors],
+    final: adapters.AdapterState,
+    matrices: matrices_lib.Matrices | None = None,
+) -> Recipe:
+  """Returns the recipe of a finished chain.
+
+  Args:
+    base: the weights that it started from.
+    chain: as trained.
+    key: as given to `chain.init`.
+    links: `trained_factors` of each link, the last one included.
+    final: state at the end.
+    matrices: as given to `make_chain`.
+  """
+  return Recipe(
+      checksum(base),
+      checksum(jax.jit(chain.params)(final)),
+      chain.policy,
+      matrices,
+      key,
+      int(final.count),
+      tuple(links),
+  )
+
+
+def save_recipe(directory: str | os.PathLike[str], recipe: Recipe) -> None:
+  """Writes a recipe into a directory, which is made if need be."""
+  directory = pathlib.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  for number, link in enumerate(recipe.links):
+    save_link(directory, number, link)
+  for path in directory.glob('link_*.npz'):  # Of a longer chain before.
+    if int(path.stem.removeprefix('link_')) >= len(recipe.links):
+      path.unlink()
+  policy = {
+      field.name: getattr(recipe.policy, field.name)
+      for field in dataclasses.fields(recipe.policy)
+  }
+  policy['sketch'] = recipe.policy.sketch.name
+  policy['prob'] = float(recipe.policy.prob)
+  policy['targets'] = [dataclasses.asdict(t) for t in recipe.policy.targets]
+  spec = recipe.matrices
+  record = {
+      'version': _VERSION,
+      'base': recipe.base,
+      'final': recipe.final,
+      'policy': policy,
+      'matrices': None if spec is None else dataclasses.asdict(spec),
+      'key': {
+          'impl': str(jax.random.key_impl(recipe.key)),
+          'data': np.asarray(jax.random.key_data(recipe.key)).tolist(),
+      },
+      'num_steps': recipe.num_steps,
+      'num_links': len(recipe.links),
+      'jax': jax.__version__,
+      'device': jax.devices()[0].device_kind,
+  }
+  text = json.dumps(record, indent=2) + '\n'
+  _write(directory / 'recipe.json', lambda f: f.write(text.encode()))
+
+
+def save_link(
+    directory: str | os.PathLike[str], number: int, link: _Factors
+) -> None:
+  """Writes the trained factors of one link, whole or not at all."""
+  directory = pathlib.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  _write(
+      directory / f'link_{number:06d}.npz',
+      lambda f: np.savez_compressed(f, **link),  # pyrefly: ignore
+  )
+
+
+def load_link(directory: str | os.PathLike[str], number: int) -> _Factors:
+  """Reads the trained factors of one link.
+
+  Raises:
+    FileNotFoundError: no such link.
+    ValueError: a damaged file.
+  """
+  path = pathlib.Path(directory) / f'link_{number:06d}.npz'
+  if not path.exists():
+    raise FileNotFoundError(f'Expected link {number} of the recipe in {path}.')
+  try:
+    with np.load(path) as stored:
+      return dict(stored)
+  except Exception as e:  # zipfile, zlib and NumPy each have their own.
+    raise ValueError(f'Expected {path} to be a whole npz file: {e}.') from e
+
+
+def load_recipe(
+    directory: str | os.PathLike[str], sketch: sketches.Sketch | None = None
+) -> Recipe:
+  """Reads a recipe.
+
+  Args:
+    directory: where `save_recipe` wrote it.
+    sketch: the law of the frozen factors where it is none of `sketches`.
+
+  Raises:
+    FileNotFoundError: no recipe there, or a link that is missing.
+    ValueError: a file that is damaged or of another version, or an unknown
+      sketch.
+  """
+  directory = pathlib.Path(directory)
+  path = directory / 'recipe.json'
+  if not path.exists():
+    raise FileNotFoundError(f'Expected a recipe in {path}.')
+  try:
+    record = json.loads(path.read_text())
+  except json.JSONDecodeError as e:
+    raise ValueError(f'Expected {path} to be JSON: {e}.') from e
+  if record.get('version') != _VERSION:
+    raise ValueError(
+        f'Expected version {_VERSION} of a recipe in {path}, got'
+        f' version={record.get("version")}.'
+    )
+  policy = dict(record['policy'])
+  name = policy['sketch']
+  policy['sketch'] = sketches.by_name(name) if sketch is None else sketch
+  policy['targets'] = tuple(adapters.Target(**t) for t in policy['targets'])
+  return Recipe(
+      record['base'],
+      record['final'],
+      adapters.ChainPolicy(**policy),
+      _matrices(record['matrices']),
+      jax.random.wrap_key_data(
+          jnp.asarray(record['key']['data'], jnp.uint32),
+          impl=re.sub(r'^PRNGSpec\("(.*)"\)$', r'\1', record['key']['impl']),
+      ),
+      record['num_steps'],
+      tuple(load_link(directory, i) for i in range(record['num_links'])),
+  )
+
+
+def _matrices(record: Mapping[str, Any] | None) -> matrices_lib.Matrices | None:
+  if record is None:
+    return None
+  rules = tuple(
+      matrices_lib.Rule(
+          rule['pattern'],
+          tuple(rule['left']),
+          tuple(rule['right']),
+          tuple(rule['batch']),
+      )
+      for rule in record['rules']
+  )
+  return matrices_lib.Matrices(record['select'], rules, record['layer'])
+
+
+def _period(recipe: Recipe) -> int:
+  return recipe.policy.period or max(1, recipe.num_steps)
+
+
+def _merge_link(
+    chain: adapters.Chain, state: adapters.AdapterState, trained: _Factors
+) -> adapters.AdapterState:
+  """Draws the link that ends at `state.count`, puts in what it trained, merges."""
+  policy = chain.policy
+  found = chain.adapted(state.params)
+  link = 0
+  if policy.resample and policy.period is not None:
+    link = (state.count - 1) // policy.period
+  drawn = adapters.draw_link(state.key, link, found, policy)
+  factors = {}
+  for one in found:
+    path = one.matrix.path
+    pair = dict(drawn.factors[path])
+    for side in one.trained:
+      moves = True
+      if path in drawn.coins:
+        is_left = drawn.coins[path][..., None, None]
+        moves = is_left if side == 'right' else ~is_left
+      pair[side] = jnp.where(moves, trained[f'{side}:{path}'], pair[side])
+    factors[path] = pair
+  return chain.merge(state._replace(factors=factors, coins=drawn.coins))
+
+
+def _check_link(
+    chain: adapters.Chain,
+    state: adapters.AdapterState,
+    link: _Factors,
+    number: int,
+) -> None:
+  for one in chain.adapted(state.params):
+    for side in one.trained:
+      name = f'{side}:{one.matrix.path}'
+      expected = state.factors[one.matrix.path][side].shape
+      given = link[name].shape if name in link else None
+      if given != expected:
+        raise ValueError(
+            f'Expected {name} of shape {expected} in link {number}, got {given}.'
+        )
+      if not np.isfinite(link[name]).all():
+        raise ValueError(
+            f'Expected finite factors, got others in {name} of link {number}.'
+        )
+
+
+def _write(path: pathlib.Path, write: Any) -> None:
+  """Writes a file that appears whole or not at all."""
+  with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
+    write(f)
+  os.chmod(f.name, 0o644)
+  os.replace(f.name, path)

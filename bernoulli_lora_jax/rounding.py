@@ -1,0 +1,83 @@
+"""How the sum W + s L R is rounded into the dtype of a weight.
+
+A merge sums in promote_types(dtype, float32) and rounds once. Many small merges
+into a low-precision weight differ in what becomes of updates below half an ulp
+(the spacing of the dtype's numbers):
+
+  nearest      to the nearest number, ties to even: such updates are lost.
+  stochastic   up or down at random, to x in the mean: they arrive on average,
+               with a random walk of at most one ulp a merge.
+  compensated  to nearest, and what was cut off is kept in a second array of the
+               same dtype, added at the next merge: they arrive to a relative
+               eps of one ulp a merge.
+
+Reference: Gupta et al., Deep learning with limited numerical precision,
+arXiv 1502.02551 (stochastic); Kahan, Further remarks on reducing truncation
+errors, 1965 (compensated).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+MODES = ('nearest', 'stochastic', 'compensated')
+
+
+def stochastic(x: jax.Array, key: jax.Array, dtype: Any) -> jax.Array:
+  """Rounds to one of the two neighbours in `dtype`, to x in the mean.
+
+  Args:
+    x: array of a wider floating-point dtype, finite or not.
+    key: typed PRNG key.
+    dtype: floating-point dtype of the result.
+
+  Returns:
+    Array of x's shape: the neighbour above with probability (x - below) / ulp.
+
+  Guarantees:
+    E[result] = x to the resolution 2^-23 of the uniform draws, where x lies
+      within the range of `dtype`.
+    |result - x| < one ulp; numbers of `dtype` are returned as they are.
+  """
+  near = x.astype(dtype)
+  wide = near.astype(x.dtype)
+  towards = jnp.where(x > wide, jnp.inf, -jnp.inf).astype(dtype)
+  other = jnp.nextafter(near, towards)
+  gap = jnp.abs(other.astype(x.dtype) - wide)
+  is_exact = (x == wide) | ~jnp.isfinite(x) | ~jnp.isfinite(wide)
+  prob = jnp.where(is_exact, 0, jnp.abs(x - wide) / jnp.where(gap > 0, gap, 1))
+  return jnp.where(jax.random.uniform(key, x.shape) < prob, other, near)
+
+
+def add(
+    weight: jax.Array,
+    update: jax.Array,
+    remainder: jax.Array | None,
+    keys: jax.Array,
+    mode: str,
+) -> tuple[jax.Array, jax.Array | None]:
+  """Returns weight + update in the weight's dtype, and the new remainder.
+
+  Args:
+    weight: (*batch, m, n).
+    update: (*batch, m, n) in promote_types(weight.dtype, float32).
+    remainder: of 'compensated', shape and dtype of the weight; else None.
+    keys: shape=batch, typed PRNG keys, read by 'stochastic' alone.
+    mode: one of `MODES`.
+
+  Returns:
+    The rounded sum; what it lacks ('compensated') or None.
+  """
+  total = weight.astype(update.dtype) + update
+  if mode == 'stochastic':
+    flat = total.reshape(-1, *total.shape[-2:])
+    draw = lambda x, key: stochastic(x, key, weight.dtype)
+    return jax.vmap(draw)(flat, keys.reshape(-1)).reshape(total.shape), None
+  if mode == 'nearest':
+    return total.astype(weight.dtype), None
+  assert remainder is not None
+  total += remainder.astype(total.dtype)
+  rounded = total.astype(weight.dtype)
+  rest = total - rounded.astype(total.dtype)
+  return rounded, rest.astype(weight.dtype)
