@@ -235,6 +235,7 @@ class Chain(NamedTuple):
   """A policy with its optimiser, as pure functions."""
 
   policy: ChainPolicy
+  matrices: Matrices | None
   adapted: Callable[[Any], list[Adapted]]  # (params) -> what is adapted.
   init: Callable[[jax.Array, Any], AdapterState]  # (key, params) -> state.
   # (state, loss, batch, *args, scale=1) -> (state, (value, aux)); see `make_chain`.
@@ -358,7 +359,10 @@ def make_chain(
     return _merge(state, resolve(state.params), policy)
 
   return Chain(
-      policy, resolve, init, step, lambda state: merged(state).params, merged
+      policy,
+      matrices,
+      resolve,
+      init, step, lambda state: merged(state).params, merged
   )
 
 

@@ -148,7 +148,7 @@ def make_recipe(
       checksum(base),
       checksum(jax.jit(chain.params)(final)),
       chain.policy,
-      matrices,
+      chain.matrices if matrices is None else matrices,
       key,
       int(final.count),
       tuple(links),

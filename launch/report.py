@@ -1,7 +1,15 @@
 """Prints a table of finished runs and writes figures.
 
-python launch/report.py runs/digits --figures=figures
+  python launch/report.py runs/digits --figures=figures
+  python launch/report.py runs/mnist --published=configs/mnist.py --csv=mnist.csv
+
+Run directories may be given in any number, at any depth. Runs that differ in
+the seed alone are one row and one curve; of several learning rates the one with
+the lowest mean validation loss is shown. --published names a config file with
+published figures, which the table then compares with.
 """
+
+import runpy
 
 from absl import flags
 
@@ -9,10 +17,14 @@ from bernoulli_lora_jax.training import cli
 from bernoulli_lora_jax.training import reporting
 
 _FIGURES = flags.DEFINE_string(
-    'figures', 'figures', 'Directory of the figures.'
+    'figures', 'figures', "Directory of the figures; '' for none."
 )
 _STYLE = flags.DEFINE_enum(
     'style', 'simple', ['simple', 'github', 'tsv'], 'Format of the table.'
+)
+_CSV = flags.DEFINE_string('csv', '', 'File for the numbers of the table.')
+_PUBLISHED = flags.DEFINE_string(
+    'published', '', 'Config file with PUBLISHED figures to compare with.'
 )
 
 
@@ -20,9 +32,18 @@ def main(argv: list[str]) -> None:
   if len(argv) < 2:
     raise ValueError('Expected run directories, got none.')
   runs = reporting.load_runs(argv[1:])
-  print(reporting.table(reporting.comparison(runs), _STYLE.value))
-  for path in reporting.write_figures(runs, _FIGURES.value):
-    print(path)
+  published = None
+  if _PUBLISHED.value:
+    published = runpy.run_path(_PUBLISHED.value).get('PUBLISHED')
+    if published is None:
+      raise ValueError(f'Expected PUBLISHED in {_PUBLISHED.value}.')
+  rows = reporting.comparison(runs, published)
+  print(reporting.table(rows, _STYLE.value))
+  if _CSV.value:
+    reporting.write_csv(_CSV.value, reporting.statistics(runs, published))
+  if _FIGURES.value:
+    for path in reporting.write_figures(runs, _FIGURES.value):
+      print(path)
 
 
 if __name__ == '__main__':

@@ -28,21 +28,28 @@ def get_config() -> config_dict.ConfigDict:
   config.task.num_samples = 1000  # linear_regression: rows to fine-tune on.
 
   config.method = config_dict.ConfigDict()
-  # 'full' (no projection), 'rac_left' (p = 1), 'rac_right' (p = 0) or
-  # 'bernoulli'. Left and right name the sketched side: left trains the right
-  # factor.
+  # 'gradient': the whole gradient, projected (chains and full fine-tuning).
+  # 'adapter': thin factors beside frozen weights (the LoRA family).
+  config.method.mode = 'gradient'
+  # Both modes: 'rac_left' (p = 1), 'rac_right' (p = 0), 'bernoulli'; gradient
+  # mode: 'full' (no projection); adapter mode: 'lora', 'asymmetric_left',
+  # 'asymmetric_right', 'cola'. Left and right name the sketched, frozen side:
+  # left trains the right factor.
   config.method.name = 'bernoulli'
-  config.method.estimator = 'sgd'  # 'gd', 'sgd', 'page' or 'mvr'.
+  config.method.estimator = 'sgd'  # Gradient mode: 'gd', 'sgd', 'page', 'mvr'.
   config.method.rank = 4  # Dimension of the subspaces, clipped to each side.
   config.method.prob = 0.5  # p = P(left), for 'bernoulli'.
   config.method.sketch = 'gaussian'  # or 'rademacher', 'coordinate', 'srht'.
   config.method.period = 1  # Steps a link: coin and subspace are kept.
+  # In place of period: data passes a link.
+  config.method.period_passes = config_dict.placeholder(float)
   config.method.shared_coin = False  # One coin for all matrices.
   config.method.select = ''  # Regular expression of the matrices; '': kernels.
   config.method.train_others = False  # Whether biases and the like move too.
-  # 'sgd', 'momentum' or 'adam'; in chains it lives in the subspace and restarts
-  # at each link.
+  # 'sgd', 'momentum', 'adam' or 'adamw' (adapter mode and 'full'); in chains it
+  # lives in the subspace and restarts at each link.
   config.method.optimizer = 'sgd'
+  config.method.weight_decay = 0.01  # For 'adamw'.
   config.method.optimizer_momentum = 0.9  # For 'momentum'.
   config.method.page_prob = config_dict.placeholder(float)  # q; b / (b + N).
   config.method.mvr_momentum = 0.9  # 1 - b of MVR.
@@ -55,15 +62,34 @@ def get_config() -> config_dict.ConfigDict:
   config.method.warmup_steps = 0  # Linear warm-up from zero.
   config.method.clip_norm = config_dict.placeholder(float)  # Global norm.
 
+  # Adapter mode only; see adapters.ChainPolicy.
+  config.method.alpha = config_dict.placeholder(float)  # None: scale 1.
+  config.method.scaling = 'rank'  # alpha / rank; 'sqrt': alpha / sqrt(rank).
+  config.method.frame = 'orthonormal'  # Frozen factor; or 'raw'.
+  config.method.init = 'uniform'  # lora, cola: random factor; or 'normal'.
+  config.method.zero = 'right'  # lora, cola: the factor that starts from zero.
+  config.method.resample = True  # Whether each link draws anew.
+  config.method.reset_optimizer = True  # Whether each link has fresh moments.
+  config.method.link_warmup = 0  # Steps of linear warm-up of each link.
+  config.method.rounding = 'nearest'  # or 'stochastic', 'compensated'.
+
   config.training = config_dict.ConfigDict()
   # 0: as many as num_passes takes in the mean, in whole evaluation intervals.
   config.training.num_steps = 0
   config.training.num_passes = 20.0  # Budget in data passes.
+  # In place of num_passes: the FLOPs of that many passes of full fine-tuning.
+  config.training.num_full_passes = config_dict.placeholder(float)
   config.training.num_evals = 20  # Evaluations, evenly spaced.
   config.training.checkpoint_every = 0  # Steps; 0: at the end only.
   config.training.steps_per_dispatch = 1000  # Most steps in one compiled loop.
   config.training.num_micro_batches = 1  # Parts of a minibatch's gradient.
   config.training.patience = 0  # Evaluations; 0: no early stopping.
+  # Evaluations without a better one after which the learning rate drops; 0: no.
+  config.training.plateau_patience = 0
+  config.training.plateau_factor = 0.1
+  config.training.eval_gradient = True  # Whether to report ||grad f||^2.
+  config.training.recipe = False  # Adapter mode: write what rebuilds the run.
+  config.training.group_size = 0  # Runs together in a sweep; 0: by the device.
   config.training.parallel = 'none'  # 'jit' (sharded batch) or 'pmap'.
   config.training.num_devices = config_dict.placeholder(int)  # None: all.
   config.training.progress = True  # Progress bar.

@@ -19,6 +19,7 @@ _FREE = (
     'training.num_devices',
     'training.progress',
     'training.max_to_keep',
+    'training.group_size',
     'task.data_dir',
 )
 

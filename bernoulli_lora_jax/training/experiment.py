@@ -5,12 +5,16 @@ import json
 import math
 import pathlib
 from typing import Any
+import warnings
 
 import jax
+import jax.numpy as jnp
 from ml_collections import config_dict
 import optax
 
+from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import chain
+from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import sketches
 from bernoulli_lora_jax.tasks import classification
@@ -24,13 +28,6 @@ from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import methods
 from bernoulli_lora_jax.training import parallel
-
-SKETCHES = {
-    'gaussian': sketches.gaussian,
-    'rademacher': sketches.rademacher,
-    'coordinate': sketches.coordinate,
-    'srht': sketches.srht,
-}
 
 
 def apply_overrides(
@@ -107,19 +104,23 @@ def make_program(
   """
   check_config(config)
   task = make_task(config) if task is None else task
-  c, t = config.method, config.training
+  t = config.training
   driver = parallel.make_driver(t.parallel, t.num_devices)
-  matrices = _matrices(config)
-  estimate: dict[str, Any] = {
-      'estimator': c.estimator,
-      'num_samples': task.num_samples,
-      'batch_size': task.batch_size,
-      'page_prob': c.page_prob,
-      'momentum': c.mvr_momentum,
-      'num_micro_batches': t.num_micro_batches,
-      'trained': None if c.train_others else methods.matrices_only(matrices),
-      'driver': driver,
-  }
+  settings = make_settings(config, task)
+  method = make_method(config, task, driver=driver)
+  if t.recipe and method.chain is None:
+    raise ValueError(
+        'Expected training.recipe=False in gradient mode, got recipe=True.'
+    )
+  jax.eval_shape(method.init, jax.random.key(0), task.init(jax.random.key(0)))
+  return loop.make_program(task, method, settings, driver)
+
+
+def make_settings(
+    config: config_dict.ConfigDict, task: task_lib.Task
+) -> loop.Settings:
+  """Returns how long a run is and what happens how often."""
+  t = config.training
   if t.num_evals < 1:
     raise ValueError(
         f'Expected training.num_evals >= 1, got num_evals={t.num_evals}.'
@@ -130,40 +131,176 @@ def make_program(
         f' num_steps={t.num_steps}, num_passes={t.num_passes}.'
     )
   # The cost of a step decides the number of steps, which the schedule needs.
-  cost = methods.gradient_method(
-      task.loss, lambda key: optax.identity(), **estimate
-  ).passes_per_step
+  wanted = float(t.num_steps)
+  if not t.num_steps:
+    wanted = t.num_passes / _make_method(config, task).passes_per_step
+  if not t.num_steps and t.num_full_passes is not None:
+    wanted = _equal_flops(config, task, t.num_full_passes)
   # Whole evaluation intervals: one length of dispatch, compiled once.
-  every = max(1, (t.num_steps or round(t.num_passes / cost)) // t.num_evals)
-  num_steps = t.num_steps or every * max(1, round(t.num_passes / cost / every))
-  make_tx = methods.make_transformation(
-      c.name,
-      _schedule(config, _learning_rate(config, task), num_steps),
-      rank=c.rank,
-      prob=c.prob,
-      inner=_inner(config),
-      clip_norm=c.clip_norm,
-      **{}
-      if c.name == 'full'
-      else {
-          'sketch': _sketch(c.sketch),
-          'period': c.period,
-          'shared_coin': c.shared_coin,
-          'matrices': matrices,
-      },
-  )
-  method = methods.gradient_method(task.loss, make_tx, **estimate)
-  jax.eval_shape(method.init, jax.random.key(0), task.init(jax.random.key(0)))
-  settings = loop.Settings(
-      num_steps=num_steps,
+  every = max(1, (t.num_steps or round(wanted)) // t.num_evals)
+  return loop.Settings(
+      num_steps=t.num_steps or every * max(1, round(wanted / every)),
       eval_every=every,
       checkpoint_every=t.checkpoint_every,
       steps_per_dispatch=t.steps_per_dispatch,
       patience=t.patience,
+      plateau_patience=t.plateau_patience,
+      plateau_factor=t.plateau_factor,
+      eval_gradient=t.eval_gradient,
+      recipe=t.recipe,
       progress=t.progress,
       max_to_keep=t.max_to_keep,
   )
-  return loop.make_program(task, method, settings, driver)
+
+
+def make_method(
+    config: config_dict.ConfigDict,
+    task: task_lib.Task,
+    *,
+    driver: parallel.Driver | None = None,
+    prob: float | jax.Array | None = None,
+    learning_rate: float | jax.Array | None = None,
+) -> methods.Method:
+  """Returns the method of a config for its task.
+
+  Args:
+    config: see `base_config`.
+    task: see `make_task`.
+    driver: None for one device.
+    prob: in place of the config's; may be traced.
+    learning_rate: in place of the config's; may be traced.
+
+  Raises:
+    ValueError: a field outside its range, by name.
+  """
+  num_steps = make_settings(config, task).num_steps
+  period = _period(config, task)
+  is_chain = config.method.name in ('cola', 'rac_left', 'rac_right', 'bernoulli')
+  if config.method.mode == 'adapter' and is_chain and period > num_steps:
+    warnings.warn(
+        f'Expected method.period <= {num_steps}, the steps of the run, got'
+        f' period={period}: no merge will happen.',
+        stacklevel=2,
+    )
+  return _make_method(
+      config, task, num_steps, driver, prob=prob, learning_rate=learning_rate
+  )
+
+
+def _make_method(
+    config: config_dict.ConfigDict,
+    task: task_lib.Task,
+    num_steps: int | None = None,  # None: without a learning-rate schedule.
+    driver: parallel.Driver | None = None,
+    prob: float | jax.Array | None = None,
+    learning_rate: float | jax.Array | None = None,
+) -> methods.Method:
+  c = config.method
+  if c.mode not in ('gradient', 'adapter'):
+    raise ValueError(
+        f"Expected method.mode to be 'gradient' or 'adapter', got {c.mode!r}."
+    )
+  prob = c.prob if prob is None else prob
+  if learning_rate is None:
+    learning_rate = _learning_rate(config, task)
+  schedule = learning_rate
+  if num_steps is not None:
+    schedule = _schedule(config, learning_rate, num_steps)
+  matrices = _matrices(config, task)
+  common: dict[str, Any] = {
+      'num_samples': task.num_samples,
+      'batch_size': task.batch_size,
+      'num_micro_batches': config.training.num_micro_batches,
+      'driver': driver,
+  }
+  if c.mode == 'adapter':
+    if c.estimator != 'sgd':
+      raise ValueError(
+          "Expected method.estimator='sgd' in adapter mode, got"
+          f' {c.estimator!r}: the others carry a full gradient (gradient mode).'
+      )
+    if c.train_others:
+      raise ValueError(
+          'Expected method.train_others=False in adapter mode, got True.'
+      )
+    return methods.adapter_method(
+        task.loss,
+        _policy(config, task, prob),
+        _adapter_optimizer(config, schedule),
+        matrices=matrices,
+        additive=not _is_flax(task),
+        **common,
+    )
+  is_full = c.name == 'full'
+  make_tx = methods.make_transformation(
+      c.name,
+      schedule,
+      rank=c.rank,
+      prob=prob,
+      inner=_inner(config),
+      clip_norm=c.clip_norm,
+      weight_decay=c.weight_decay if c.optimizer == 'adamw' else 0.0,
+      matrices=matrices,
+      **{}
+      if is_full
+      else {
+          'sketch': _sketch(c.sketch),
+          'period': _period(config, task),
+          'shared_coin': c.shared_coin,
+      },
+  )
+  return methods.gradient_method(
+      task.loss,
+      make_tx,
+      estimator=c.estimator,
+      page_prob=c.page_prob,
+      momentum=c.mvr_momentum,
+      trained=None if c.train_others else methods.matrices_only(matrices),
+      **common,
+  )
+
+
+def step_flops(
+    config: config_dict.ConfigDict, task: task_lib.Task
+) -> float | None:
+  """Returns the floating-point operations of a step, as XLA counts them.
+
+  Counted in the program before its optimisation; None where the backend does
+  not tell.
+  """
+  method = _make_method(config, task)
+
+  def one(key, data):
+    state = loop.make_start(task, method)(key)
+    return loop.make_steps(task, method)(state, data, key, 0, 1)
+
+  def count(f):
+    analysis = jax.jit(f).lower(jax.random.key(0), task.data).cost_analysis()
+    return analysis.get('flops', 0.0) if analysis else math.nan
+
+  start = lambda key, data: loop.make_start(task, method)(key)
+  flops = count(one) - count(start)
+  return flops if math.isfinite(flops) and flops > 0 else None
+
+
+def _equal_flops(
+    config: config_dict.ConfigDict, task: task_lib.Task, passes: float
+) -> float:
+  """Returns the steps that cost `passes` data passes of full fine-tuning."""
+  full = apply_overrides(
+      config,
+      {
+          'method.mode': 'gradient',
+          'method.name': 'full',
+          'method.estimator': 'sgd',
+      },
+  )
+  ours, theirs = step_flops(config, task), step_flops(full, task)
+  if not ours or not theirs:
+    raise ValueError(
+        'Expected a backend that counts FLOPs for training.num_full_passes.'
+    )
+  return passes * task.num_samples / task.batch_size * theirs / ours
 
 
 def train(
@@ -174,8 +311,33 @@ def train(
   """Trains the run of a config in a directory; see `loop.train`."""
   program = make_program(config) if program is None else program
   record = json.loads(config.to_json_best_effort())
-  facts = {'trained_parameters': trained_parameters(config, program.task)}
-  return loop.train(program, config.seed, pathlib.Path(workdir), record, facts)
+  return loop.train(
+      program,
+      config.seed,
+      pathlib.Path(workdir),
+      record,
+      facts(config, program.task, step_flops(config, program.task)),
+  )
+
+
+def facts(
+    config: config_dict.ConfigDict, task: task_lib.Task, flops: float | None
+) -> dict[str, Any]:
+  """Returns what a summary says of the config: parameters, FLOPs, link."""
+  return {
+      'trained_parameters': trained_parameters(config, task),
+      'step_flops': flops,
+      'steps_per_link': _period(config, task) or None,
+  }
+
+
+def argument(
+    config: config_dict.ConfigDict, task: task_lib.Task, name: str
+) -> float:
+  """Returns the value that a config gives to 'prob' or 'learning_rate'."""
+  if name == 'prob':
+    return config.method.prob
+  return _learning_rate(config, task)
 
 
 def selection(
@@ -184,16 +346,17 @@ def selection(
   """Returns the table of what the config selects, a row a matrix."""
   params = task.init(jax.random.key(0))
   c = config.method
-  found = matrices_lib.find(params, _matrices(config))
+  matrices = _matrices(config, task)
+  if c.mode == 'adapter':
+    policy = _policy(config, task, c.prob)
+    return adapters.describe(params, policy, matrices)
   if c.name == 'full':
     return [
         {'matrix': m.path, 'shape': f'{m.m} x {m.n}', 'trained': m.m * m.n}
-        for m in found
+        for m in matrices_lib.find(params, matrices)
     ]
   prob = {'rac_left': 1.0, 'rac_right': 0.0}.get(c.name, c.prob)
-  return chain.describe(
-      params, rank=c.rank, prob=prob, matrices=_matrices(config)
-  )
+  return chain.describe(params, rank=c.rank, prob=prob, matrices=matrices)
 
 
 def trained_parameters(
@@ -204,22 +367,88 @@ def trained_parameters(
   total = float(sum(row['trained'] for row in rows))
   if config.method.train_others:
     params = task.init(jax.random.key(0))
-    chosen = matrices_lib.mask(params, _matrices(config))
+    chosen = matrices_lib.mask(params, _matrices(config, task))
     sizes = jax.tree.map(lambda p, m: 0 if m else p.size, params, chosen)
     total += sum(jax.tree.leaves(sizes))
   return total
 
 
-def _matrices(config: config_dict.ConfigDict) -> matrices_lib.Matrices:
-  return matrices_lib.Matrices(select=config.method.select or None)
+def _matrices(
+    config: config_dict.ConfigDict, task: task_lib.Task
+) -> matrices_lib.Matrices:
+  select = config.method.select
+  if select == 'all-linear':
+    key = jax.random.key(0)
+    batch = task.batch(task.data, key, jnp.zeros([], jnp.int32))
+    return inject.all_linear(task.loss, task.init(key), batch, key)
+  return matrices_lib.Matrices(select=select or None)
+
+
+def _is_flax(task: task_lib.Task) -> bool:
+  """Returns whether params are those of a Flax model (a leaf `kernel`)."""
+  leaves = jax.tree_util.tree_flatten_with_path(task.init(jax.random.key(0)))[0]
+  paths = matrices_lib.path_names([path for path, _ in leaves])
+  return any(path.rpartition('/')[2] == 'kernel' for path in paths)
+
+
+def _period(config: config_dict.ConfigDict, task: task_lib.Task) -> int:
+  """Returns the steps of a link."""
+  c = config.method
+  if c.period_passes is None:
+    return c.period
+  if c.period_passes <= 0:
+    raise ValueError(
+        'Expected method.period_passes > 0, got'
+        f' period_passes={c.period_passes}.'
+    )
+  steps_per_pass = task.num_samples // task.batch_size  # Of an epoch.
+  return max(1, round(c.period_passes * steps_per_pass))
+
+
+def _policy(
+    config: config_dict.ConfigDict,
+    task: task_lib.Task,
+    prob: float | jax.Array,
+) -> adapters.ChainPolicy:
+  c = config.method
+  return methods.make_policy(
+      c.name,
+      c.rank,
+      _period(config, task) or None,
+      prob,
+      alpha=c.alpha,
+      scaling=c.scaling,
+      resample=c.resample,
+      sketch=_sketch(c.sketch),
+      frame=c.frame,
+      init=c.init,
+      zero=c.zero,
+      warmup=c.link_warmup,
+      reset_optimizer=c.reset_optimizer,
+      rounding=c.rounding,
+      shared_coin=c.shared_coin,
+  )
+
+
+def _adapter_optimizer(
+    config: config_dict.ConfigDict, learning_rate: Any
+) -> optax.GradientTransformation:
+  c = config.method
+  parts = []
+  if c.clip_norm is not None:
+    parts.append(optax.clip_by_global_norm(c.clip_norm))
+  parts.append(_inner(config) or optax.identity())
+  if c.optimizer == 'adamw':
+    parts.append(optax.add_decayed_weights(c.weight_decay))
+  return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
 
 
 def _sketch(name: str) -> sketches.Sketch:
-  if name not in SKETCHES:
-    raise ValueError(
-        f'Expected method.sketch in {tuple(SKETCHES)}, got {name!r}.'
-    )
-  return SKETCHES[name]()
+  try:
+    return sketches.by_name(name)
+  except ValueError as e:
+    message = str(e).replace('Expected sketch', 'Expected method.sketch')
+    raise ValueError(message) from e
 
 
 def _inner(config: config_dict.ConfigDict) -> Any:
@@ -228,10 +457,10 @@ def _inner(config: config_dict.ConfigDict) -> Any:
     return None
   if c.optimizer == 'momentum':
     return optax.trace(c.optimizer_momentum)
-  if c.optimizer == 'adam':
+  if c.optimizer in ('adam', 'adamw'):
     return optax.scale_by_adam()
   raise ValueError(
-      "Expected method.optimizer to be 'sgd', 'momentum' or 'adam', got"
+      "Expected method.optimizer to be 'sgd', 'momentum', 'adam' or 'adamw', got"
       f' {c.optimizer!r}.'
   )
 
@@ -258,8 +487,10 @@ def _learning_rate(
 
 
 def _schedule(
-    config: config_dict.ConfigDict, peak: float, num_steps: int
-) -> float | optax.Schedule:
+    config: config_dict.ConfigDict,
+    peak: float | jax.Array,
+    num_steps: int,
+) -> float | jax.Array | optax.Schedule:
   c = config.method
   if not 0 <= c.warmup_steps <= num_steps:
     raise ValueError(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import methods
@@ -40,6 +41,12 @@ class Settings:
     steps_per_dispatch: most steps in one compiled loop, >= 1.
     patience: evaluations without a lower validation loss after which the run
       stops; 0 never stops early. The params of the lowest one are then kept.
+    plateau_patience: evaluations without a lower validation loss after which
+      the learning rate is multiplied by `plateau_factor`; 0 never.
+    plateau_factor: in (0, 1).
+    eval_gradient: whether evaluations report the squared norm of the full
+      gradient over trained leaves, at the cost of a data pass.
+    recipe: whether an adapter-mode run writes its recipe, see `recipes`.
     progress: whether to show a progress bar.
     max_to_keep: checkpoints kept.
   """
@@ -49,6 +56,10 @@ class Settings:
   checkpoint_every: int = 0
   steps_per_dispatch: int = 1000
   patience: int = 0
+  plateau_patience: int = 0
+  plateau_factor: float = 0.1
+  eval_gradient: bool = True
+  recipe: bool = False
   progress: bool = True
   max_to_keep: int = 2
 
@@ -59,6 +70,7 @@ class Settings:
         'checkpoint_every': 0,
         'steps_per_dispatch': 1,
         'patience': 0,
+        'plateau_patience': 0,
         'max_to_keep': 1,
     }
     for name, low in least.items():
@@ -67,6 +79,11 @@ class Settings:
             f'Expected training.{name} >= {low}, got'
             f' {name}={getattr(self, name)}.'
         )
+    if not 0 < self.plateau_factor < 1:
+      raise ValueError(
+          'Expected training.plateau_factor in (0, 1), got'
+          f' plateau_factor={self.plateau_factor}.'
+      )
 
 
 class Progress(NamedTuple):
@@ -76,9 +93,8 @@ class Progress(NamedTuple):
   best_step: int  # Step of the lowest validation loss.
   best_loss: float
   stale: int  # Evaluations since then.
-  seconds: (
-      float  # Wall time of the steps and evaluations, compilation included.
-  )
+  flat: int  # Evaluations since then or since the learning rate dropped.
+  seconds: float  # Wall time of steps and evaluations, without compilation.
 
 
 class Program(NamedTuple):
@@ -92,6 +108,7 @@ class Program(NamedTuple):
   # (state, key, start, num) -> a function of the same state, key and start
   # that runs num steps: (state, metrics). Compiled once for each num.
   prepare: Callable[..., Callable[..., Any]]
+  params: Callable[[Any], Any]  # (state) -> merged params, on one device.
   evaluate: Callable[[Any], dict[str, jax.Array]]  # Not on the test split.
   test: Callable[[Any], dict[str, jax.Array]]
 
@@ -107,6 +124,39 @@ def make_program(
   data = driver.put(task.data)
   eval_data = driver.get(data)
   compiled = {}
+  steps = make_steps(task, method)
+
+  def prepare(state, key, start, num):
+    if num not in compiled:
+      run = functools.partial(steps, num=num)
+      compiled[num] = driver.compile(run, (state, data, key, start))
+    return lambda state, key, start: compiled[num](state, data, key, start)
+
+  evaluate = make_evaluate(task, method, settings)
+  jit_params = jax.jit(method.params)
+  split = test_split(task)
+  jit_evaluate = jax.jit(evaluate)
+  jit_test = jax.jit(lambda p, data: task.evaluate(p, data, split))
+  return Program(
+      task,
+      method,
+      driver,
+      settings,
+      data,
+      prepare,
+      lambda state: jit_params(driver.get(state)),
+      lambda params: jit_evaluate(params, eval_data),
+      lambda params: {
+          f'{split}_{name}': value
+          for name, value in jit_test(params, eval_data).items()
+      },
+  )
+
+
+def make_steps(
+    task: task_lib.Task, method: methods.Method
+) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+  """Returns (state, data, key, start, num) -> (state, metrics of num steps)."""
 
   def steps(state, data, key, start, num):
     batch_key = jax.random.fold_in(key, _BATCH)
@@ -119,41 +169,75 @@ def make_program(
 
     return jax.lax.scan(body, state, start + jnp.arange(num))
 
-  def prepare(state, key, start, num):
-    if num not in compiled:
-      run = functools.partial(steps, num=num)
-      compiled[num] = driver.compile(run, (state, data, key, start))
-    return lambda state, key, start: compiled[num](state, data, key, start)
+  return steps
+
+
+def make_start(
+    task: task_lib.Task, method: methods.Method
+) -> Callable[[jax.Array], Any]:
+  """Returns (run's key) -> state of the method at step 0."""
+
+  def start(key):
+    params = make_params(task)(key)
+    return method.init(jax.random.fold_in(key, _METHOD), params)
+
+  return start
+
+
+def make_params(task: task_lib.Task) -> Callable[[jax.Array], Any]:
+  """Returns (run's key) -> params at step 0."""
+  return lambda key: task.init(jax.random.fold_in(key, _METHOD))
+
+
+def test_split(task: task_lib.Task) -> str:
+  """Returns the split that is looked at once, at the end."""
+  return 'test' if 'test' in task.data else 'train'
+
+
+def make_evaluate(
+    task: task_lib.Task, method: methods.Method, settings: Settings
+) -> Callable[..., dict[str, jax.Array]]:
+  """Returns (params, data) -> metrics of all splits but the test split."""
 
   def evaluate(params, data):
-    grad = jax.grad(lambda p: task.loss(p, data['train'], None)[0])(params)
-    squares = jax.tree.map(
-        lambda moves, g: jnp.vdot(g, g) if moves else 0.0,
-        method.trained(params),
-        grad,
-    )
-    metrics = {'grad_norm_sq': sum(jax.tree.leaves(squares))}
+    metrics: dict[str, Any] = {}
+    if settings.eval_gradient:
+      grad = jax.grad(lambda p: task.loss(p, data['train'], None)[0])(params)
+      squares = jax.tree.map(
+          lambda moves, g: jnp.vdot(g, g) if moves else 0.0,
+          method.trained(params),
+          grad,
+      )
+      metrics['grad_norm_sq'] = sum(jax.tree.leaves(squares))
     for split in sorted(data.keys() - {'test'}):
       for name, value in task.evaluate(params, data, split).items():
         metrics[f'{split}_{name}'] = value
     return metrics
 
-  test_split = 'test' if 'test' in task.data else 'train'
-  jit_evaluate = jax.jit(evaluate)
-  jit_test = jax.jit(lambda p, data: task.evaluate(p, data, test_split))
-  return Program(
-      task,
-      method,
-      driver,
-      settings,
-      data,
-      prepare,
-      lambda params: jit_evaluate(params, eval_data),
-      lambda params: {
-          f'{test_split}_{name}': value
-          for name, value in jit_test(params, eval_data).items()
-      },
-  )
+  return evaluate
+
+
+def judge(
+    loss: Any, best_loss: Any, stale: Any, flat: Any, settings: Settings
+) -> tuple[Any, Any, Any, Any]:
+  """Returns what an evaluation's loss means, for numbers or arrays of runs.
+
+  Args:
+    loss: of the validation split, or of training where there is none.
+    best_loss: the lowest so far.
+    stale: evaluations since then.
+    flat: evaluations since then or since the learning rate dropped.
+    settings: their patience.
+
+  Returns:
+    is_best, stale, flat, and whether the learning rate drops now.
+  """
+  is_best = loss < best_loss
+  stale = np.where(is_best, 0, stale + 1)
+  flat = np.where(is_best, 0, flat + 1)
+  patience = settings.plateau_patience
+  drops = flat >= patience if patience else np.zeros_like(flat, bool)
+  return is_best, stale, np.where(drops, 0, flat), drops
 
 
 def train(
@@ -189,10 +273,9 @@ def train(
     if is_over or summary.get('stopped'):
       return summary
   key = jax.random.key(seed)
-  init_key = jax.random.fold_in(key, _METHOD)
-  params = program.task.init(init_key)
-  state = program.method.init(init_key, params)
-  progress, best = Progress(0, 0, math.inf, 0, 0.0), params
+  state = make_start(program.task, program.method)(key)
+  best = make_params(program.task)(key)
+  progress, base = Progress(0, 0, math.inf, 0, 0, 0.0), best
   with contextlib.ExitStack() as stack:
     saver = stack.enter_context(
         checkpoint.Checkpointer(workdir, program.settings.max_to_keep)
@@ -214,11 +297,9 @@ def train(
         program, key, state, best, progress, saver, log, bar, terminated
     )
     log.close()
-  params = (
-      best
-      if program.settings.patience
-      else program.method.params(program.driver.get(state))
-  )
+  if program.settings.recipe:
+    _save_recipe(program, workdir, base, state)
+  params = best if program.settings.patience else program.params(state)
   summary = {
       'step': progress.step,
       'stopped': progress.step < program.settings.num_steps,
@@ -255,11 +336,21 @@ def _run_to_end(
       break
     state, line, progress = _advance(program, key, state, progress)
     step = progress.step
-    if 'grad_norm_sq' in line:
-      progress, is_best = _judge(progress, line)
+    if 'train_loss' in line:
+      loss = line.get('validation_loss', line['train_loss'])
+      is_best, stale, flat, drops = judge(
+          loss, progress.best_loss, progress.stale, progress.flat, settings
+      )
+      progress = progress._replace(stale=int(stale), flat=int(flat))
+      if is_best:
+        progress = progress._replace(best_step=step, best_loss=loss)
       if is_best and settings.patience:
-        best = program.method.params(driver.get(state))
-        best = jax.tree.map(jnp.copy, best)  # The state is donated.
+        best = jax.tree.map(jnp.copy, program.params(state))  # State is donated.
+      if drops:
+        scale = state.lr_scale * settings.plateau_factor
+        state = state._replace(lr_scale=scale)
+    if settings.recipe and program.method.chain is not None:
+      _save_link(program, log.directory, state, step)
     log.write(step, line)
     bar.update(step - bar.n)
     bar.set_postfix({k: f'{v:.4g}' for k, v in line.items() if k in _SHOWN})
@@ -279,7 +370,7 @@ def _advance(
 ) -> tuple[Any, dict[str, float], Progress]:
   """Runs one dispatch and the evaluation that is due after it."""
   settings, start = program.settings, progress.step
-  num = _next_event(start, settings) - start
+  num = _next_event(start, program) - start
   run = program.prepare(state, key, start, num)
   begun = time.perf_counter()
   state, metrics = run(state, key, start)
@@ -290,11 +381,11 @@ def _advance(
   line['data_passes'] = float(metrics['data_passes'][-1])
   if step % settings.eval_every == 0 or step == settings.num_steps:
     line |= _evaluate(program, state)
-    if not math.isfinite(line['grad_norm_sq']):
-      raise DivergedError(
-          f'Expected a finite gradient, got {line["grad_norm_sq"]} at step'
-          f' {step}.'
-      )
+    for name in {'grad_norm_sq', 'train_loss'} & line.keys():
+      if not math.isfinite(line[name]):
+        raise DivergedError(
+            f'Expected a finite {name}, got {line[name]} at step {step}.'
+        )
   seconds = progress.seconds + time.perf_counter() - begun
   return state, line, progress._replace(step=step, seconds=seconds)
 
@@ -302,34 +393,59 @@ def _advance(
 _SHOWN = ('loss', 'accuracy', 'validation_accuracy', 'validation_loss')
 
 
-def _next_event(step: int, settings: Settings) -> int:
+def _next_event(step: int, program: Program) -> int:
   """Returns the next step at which a dispatch ends.
 
   It depends on `step` alone, so a resumed run has the dispatches of the
   uninterrupted one.
   """
+  settings, chain = program.settings, program.method.chain
   cadences = [settings.eval_every, settings.steps_per_dispatch]
   cadences += [settings.checkpoint_every] if settings.checkpoint_every else []
+  if settings.recipe and chain is not None and chain.policy.period:
+    cadences.append(chain.policy.period)
   ends = [(step // every + 1) * every for every in cadences]
   return min(settings.num_steps, *ends)
 
 
-def _judge(
-    progress: Progress, line: Mapping[str, float]
-) -> tuple[Progress, bool]:
-  """Compares the validation loss with the best one so far."""
-  loss = line.get('validation_loss', line['train_loss'])
-  if loss < progress.best_loss:
-    return (
-        progress._replace(best_step=progress.step, best_loss=loss, stale=0),
-        True,
-    )
-  return progress._replace(stale=progress.stale + 1), False
-
-
 def _evaluate(program: Program, state: Any) -> dict[str, float]:
-  params = program.method.params(program.driver.get(state))
-  return _floats(program.evaluate(params))
+  return _floats(program.evaluate(program.params(state)))
+
+
+def _save_link(
+    program: Program, workdir: pathlib.Path, state: Any, step: int
+) -> None:
+  """Writes what a link has trained, if it ends at this step or with the run."""
+  chain, num_steps = program.method.chain, program.settings.num_steps
+  assert chain is not None
+  period = chain.policy.period or num_steps
+  if step % period and step != num_steps:
+    return
+  inner = program.driver.get(state).chain
+  link = recipes.trained_factors(inner, chain)
+  recipes.save_link(workdir / 'recipe', (step - 1) // period, link)
+
+
+def _save_recipe(
+    program: Program, workdir: pathlib.Path, base: Any, state: Any
+) -> None:
+  """Completes the recipe of a finished run."""
+  chain = program.method.chain
+  if chain is None:
+    raise ValueError('Expected training.recipe=False in gradient mode.')
+  final = program.driver.get(state).chain
+  step = int(final.count)
+  num_links = -(-step // (chain.policy.period or step))
+  folder = workdir / 'recipe'
+  if step != program.settings.num_steps:  # Stopped early, within a link.
+    recipes.save_link(
+        folder, num_links - 1, recipes.trained_factors(final, chain)
+    )
+  links = [recipes.load_link(folder, i) for i in range(num_links)]
+  recipes.save_recipe(
+      folder,
+      recipes.make_recipe(base, chain, final.key, links, final),
+  )
 
 
 def _check_finite(losses: np.ndarray, start: int) -> None:
@@ -345,15 +461,15 @@ def _check_finite(losses: np.ndarray, start: int) -> None:
 def _save(
     saver: checkpoint.Checkpointer, state: Any, best: Any, progress: Progress
 ) -> None:
-  if not all(
-      bool(jnp.all(jnp.isfinite(leaf)))
-      for leaf in jax.tree.leaves(state)
-      if jnp.issubdtype(leaf.dtype, jnp.floating)
-  ):
-    raise DivergedError(
-        f'Expected finite parameters, got others at step {progress.step}; the'
-        ' last good checkpoint is kept.'
-    )
+  leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+  for path, leaf in leaves:
+    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+    if is_float and not bool(jnp.all(jnp.isfinite(leaf))):
+      raise DivergedError(
+          'Expected finite parameters, got NaN or infinity in'
+          f' {jax.tree_util.keystr(path)} at step {progress.step}; the last good'
+          ' checkpoint is kept.'
+      )
   numbers = {k: np.asarray(v) for k, v in progress._asdict().items()}
   tree = {'method': state, 'best': best, 'progress': numbers}
   saver.save(progress.step, tree)
@@ -362,7 +478,7 @@ def _save(
 def _restore(
     saver: checkpoint.Checkpointer, state: Any, best: Any
 ) -> tuple[Any, Any, Progress]:
-  numbers = jax.tree.map(jnp.asarray, Progress(0, 0, 0.0, 0, 0.0)._asdict())
+  numbers = jax.tree.map(jnp.asarray, Progress(0, 0, 0.0, 0, 0, 0.0)._asdict())
   tree = saver.restore({'method': state, 'best': best, 'progress': numbers})
   found = {name: value.item() for name, value in tree['progress'].items()}
   return tree['method'], tree['best'], Progress(**found)

@@ -1,8 +1,10 @@
 """Methods: how params move. The other side of the narrow waist.
 
-A `Method` is made for a loss and a driver and runs any task. Gradient mode
-lives here: an estimator of the whole gradient (GD, SGD, PAGE, MVR), then an
-optax transformation such as the Bernoulli chain.
+A `Method` is made for a loss and a driver and runs any task. Two kinds:
+gradient mode, an estimator of the whole gradient (GD, SGD, PAGE, MVR) before an
+optax transformation such as the Bernoulli chain, and adapter mode, a policy of
+the LoRA family over pairs of thin factors. Both states have a field `lr_scale`
+that multiplies every update, for the loop to lower on plateaus.
 """
 
 from collections.abc import Callable
@@ -12,12 +14,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import chain
 from bernoulli_lora_jax import estimators
+from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax.training import parallel
 
 ESTIMATORS = ('gd', 'sgd', 'page', 'mvr')
+ADAPTERS = (
+    'lora',
+    'asymmetric_left',
+    'asymmetric_right',
+    'cola',
+    'rac_left',
+    'rac_right',
+    'bernoulli',
+)
 
 
 class Method(NamedTuple):
@@ -28,9 +41,8 @@ class Method(NamedTuple):
   step: Callable[..., tuple[Any, dict[str, jax.Array]]]
   params: Callable[[Any], Any]  # (state) -> params, merged.
   trained: Callable[[Any], Any]  # (params) -> tree of bool: leaves that move.
-  passes_per_step: (
-      float  # Data passes of a step in the mean: 1 a full gradient.
-  )
+  passes_per_step: float  # Data passes of a step in the mean: 1 a full gradient.
+  chain: adapters.Chain | None = None  # Of adapter mode.
 
 
 class GradientState(NamedTuple):
@@ -39,6 +51,15 @@ class GradientState(NamedTuple):
   params: Any
   opt_state: Any  # State of the chain (estimator, transformation).
   data_passes: jax.Array  # shape=(), float32; gradients of one example / N.
+  lr_scale: jax.Array  # shape=(), float32; multiplies the updates.
+
+
+class AdapterMethodState(NamedTuple):
+  """State of `adapter_method`."""
+
+  chain: adapters.AdapterState
+  data_passes: jax.Array  # shape=(), float32; gradients of one example / N.
+  lr_scale: jax.Array  # shape=(), float32; multiplies the updates.
 
 
 def gradient_method(
@@ -128,7 +149,9 @@ def gradient_method(
 
   def init(key, params):
     copy = jax.tree.map(jnp.copy, params)  # The loop donates the state.
-    return GradientState(copy, tx(key).init(copy), jnp.zeros([]))
+    return GradientState(
+        copy, tx(key).init(copy), jnp.zeros([]), jnp.ones([])
+    )
 
   def step(state, batch, key, full):
     batch = driver.shard(batch)
@@ -147,10 +170,12 @@ def gradient_method(
     if estimator == 'page':
       is_full = optax.tree.get(opt_state, 'is_full')
       cost = jnp.where(is_full, 1.0, 2 * part)
+    updates = jax.tree.map(lambda u: state.lr_scale.astype(u.dtype) * u, updates)
     state = GradientState(
         optax.apply_updates(state.params, updates),
         opt_state,
         state.data_passes + cost,
+        state.lr_scale,
     )
     return state, {'loss': value, **metrics, 'data_passes': state.data_passes}
 
@@ -159,14 +184,123 @@ def gradient_method(
   )
 
 
+def adapter_method(
+    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+    policy: adapters.ChainPolicy,
+    tx: optax.GradientTransformation,
+    *,
+    num_samples: int,
+    batch_size: int,
+    matrices: matrices_lib.Matrices | None = None,
+    additive: bool = False,
+    num_micro_batches: int = 1,
+    driver: parallel.Driver | None = None,
+) -> Method:
+  """Returns the method that trains adapters by minibatch gradients.
+
+  Args:
+    loss: (params, batch, key) -> (scalar mean over the batch, metrics).
+    policy: which member of the LoRA family, see `adapters.ChainPolicy`.
+    tx: optimiser of the factors, learning rate included.
+    num_samples: N, examples of a data pass.
+    batch_size: b, examples of a minibatch.
+    matrices: what is a matrix.
+    additive: whether factors enter by W + s L R, for losses that are no Linen
+      model.
+    num_micro_batches: parts in which a minibatch's gradient is accumulated.
+    driver: None for one device.
+
+  Returns:
+    A `Method`; its metrics are the loss before the step, those of `loss`, and
+    data_passes so far.
+  """
+  driver = parallel.make_driver('none') if driver is None else driver
+  links = adapters.make_chain(
+      policy,
+      tx,
+      matrices,
+      num_micro_batches=num_micro_batches,
+      average=driver.average,
+  )
+  adapted = (
+      inject.by_addition(loss, matrices)
+      if additive
+      else inject.by_product(loss)
+  )
+
+  def init(key, params):
+    # The key of the chain in `gradient_method`: both modes draw the same.
+    state = links.init(jax.random.fold_in(key, 1), params)
+    return AdapterMethodState(state, jnp.zeros([]), jnp.ones([]))
+
+  def step(state, batch, key, full):
+    del full
+    inner, (value, metrics) = links.step(
+        state.chain, adapted, driver.shard(batch), key, scale=state.lr_scale
+    )
+    passes = state.data_passes + batch_size / num_samples
+    state = AdapterMethodState(inner, passes, state.lr_scale)
+    return state, {'loss': value, **metrics, 'data_passes': passes}
+
+  def trained(params):
+    chosen = {one.matrix.index for one in links.adapted(params)}
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten([i in chosen for i in range(len(leaves))])
+
+  return Method(
+      init,
+      step,
+      lambda state: links.params(state.chain),
+      trained,
+      batch_size / num_samples,
+      links,
+  )
+
+
+def make_policy(
+    name: str,
+    rank: int,
+    period: int | None,
+    prob: float | jax.Array,
+    **kwargs: Any,
+) -> adapters.ChainPolicy:
+  """Returns the policy of a named method.
+
+  Args:
+    name: 'lora', 'asymmetric_left', 'asymmetric_right', 'cola', 'rac_left',
+      'rac_right' or 'bernoulli'; left and right name the frozen side.
+    rank: r.
+    period: steps of a link, for the last four.
+    prob: P(left) of 'bernoulli'.
+    **kwargs: as for `adapters.ChainPolicy`.
+
+  Raises:
+    ValueError: an unknown name, or a chain without a period.
+  """
+  if name not in ADAPTERS:
+    raise ValueError(
+        f'Expected method.name in {ADAPTERS} in adapter mode, got {name!r}.'
+    )
+  if name in ('lora', 'asymmetric_left', 'asymmetric_right'):
+    period = None
+  elif period is None:
+    raise ValueError(f'Expected method.period >= 1 for {name}, got 0.')
+  side = {'lora': None, 'cola': None}.get(name, name.rpartition('_')[2])
+  return adapters.ChainPolicy(
+      rank=rank, period=period, side=side, prob=prob, **kwargs
+  )
+
+
 def make_transformation(
     name: str,
-    learning_rate: float | optax.Schedule,
+    learning_rate: float | jax.Array | optax.Schedule,
     *,
     rank: int = 1,
-    prob: float = 0.5,
+    prob: float | jax.Array = 0.5,
     inner: optax.GradientTransformation | None = None,
     clip_norm: float | None = None,
+    weight_decay: float = 0.0,
+    matrices: matrices_lib.Matrices | None = None,
     **chain_args: Any,
 ) -> Callable[[jax.Array], optax.GradientTransformation]:
   """Returns key -> the transformation of a named method.
@@ -178,6 +312,8 @@ def make_transformation(
     prob: P(left) of 'bernoulli'.
     inner: momentum or Adam; in the subspace for chains, else on the gradient.
     clip_norm: bound of the estimate's global norm over trained leaves.
+    weight_decay: decoupled decay of the matrices, for 'full' alone.
+    matrices: what is a matrix.
     **chain_args: as for `chain.scale_by_bernoulli_chain`.
 
   Raises:
@@ -186,17 +322,34 @@ def make_transformation(
   probs = {'rac_left': 1.0, 'rac_right': 0.0, 'bernoulli': prob}
   if name not in (*probs, 'full'):
     raise ValueError(
-        f"Expected method.name in {(*probs, 'full')}, got {name!r}."
+        f"Expected method.name in {(*probs, 'full')} in gradient mode, got"
+        f' {name!r}.'
+    )
+  if weight_decay and name != 'full':
+    raise ValueError(
+        'Expected method.weight_decay=0 for chains in gradient mode, got'
+        f' weight_decay={weight_decay}.'
     )
 
   def make_tx(key):
     parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
     if name == 'full':
       parts.append(optax.identity() if inner is None else inner)
+      if weight_decay:
+        parts.append(
+            optax.add_decayed_weights(
+                weight_decay, lambda p: matrices_lib.mask(p, matrices)
+            )
+        )
     else:
       parts.append(
           chain.scale_by_bernoulli_chain(
-              key, rank=rank, prob=probs[name], inner=inner, **chain_args
+              key,
+              rank=rank,
+              prob=probs[name],
+              inner=inner,
+              matrices=matrices,
+              **chain_args,
           )
       )
     return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))

@@ -12,7 +12,8 @@ import tensorboardX
 class MetricsLog:
   """metrics.jsonl and TensorBoard events; lines after `step` are dropped."""
 
-  def __init__(self, workdir: pathlib.Path, step: int):
+  def __init__(self, workdir: pathlib.Path, step: int, events: bool = True):
+    self.directory = workdir
     self._path = workdir / 'metrics.jsonl'
     kept = []
     if self._path.exists() and step > 0:
@@ -24,9 +25,11 @@ class MetricsLog:
     whole.write_text(''.join(kept))
     whole.replace(self._path)
     self._file = self._path.open('a')
-    self._events = tensorboardX.SummaryWriter(
-        str(workdir / 'events'), purge_step=step + 1 if step else None
-    )
+    self._events: tensorboardX.SummaryWriter | None = None
+    if events:
+      self._events = tensorboardX.SummaryWriter(
+          str(workdir / 'events'), purge_step=step + 1 if step else None
+      )
 
   def __enter__(self) -> 'MetricsLog':
     return self
@@ -37,9 +40,11 @@ class MetricsLog:
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     self._file.write(json.dumps({'step': step, **metrics}) + '\n')
     self._file.flush()
-    for name, value in metrics.items():
-      self._events.add_scalar(name, value, step)
+    if self._events is not None:
+      for name, value in metrics.items():
+        self._events.add_scalar(name, value, step)
 
   def close(self) -> None:
     self._file.close()
-    self._events.close()
+    if self._events is not None:
+      self._events.close()

@@ -1,12 +1,15 @@
 """Tables and figures from finished runs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import csv
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
 import matplotlib.figure
 import numpy as np
+import scipy.stats
 import tabulate
 
 # Told apart in greyscale by line style and marker, not by colour alone.
@@ -21,6 +24,9 @@ _COLOURS = [
     '#56B4E9',
     '#E69F00',
 ]
+
+
+_FLOOR = 1e-16  # Of a logarithmic axis, relative to where a curve starts.
 
 
 class Run(NamedTuple):
@@ -59,21 +65,40 @@ def load_runs(directories: Iterable[str | pathlib.Path]) -> list[Run]:
   return runs
 
 
+_NAMES = {
+    'full': 'full fine-tuning',
+    'lora': 'LoRA',
+    'asymmetric_left': 'asymmetric LoRA left',
+    'asymmetric_right': 'asymmetric LoRA right',
+    'cola': 'COLA',
+    'rac_left': 'RAC-LoRA left',
+    'rac_right': 'RAC-LoRA right',
+    'bernoulli': 'Bernoulli-LoRA',
+}
+_OPTIMIZERS = {'momentum': 'momentum', 'adam': 'Adam', 'adamw': 'AdamW'}
+
+
 def label(run: Run) -> str:
-  """Returns the method's name in tables and legends."""
+  """Returns the method's name in tables and legends.
+
+  Left and right name the frozen side; (L) and (R) of LoRA and COLA the factor
+  that starts at random; p is P(left), K the steps of a link.
+  """
   method = run.config['method']
-  names = {
-      'full': 'full fine-tuning',
-      'rac_left': 'RAC-LoRA left',
-      'rac_right': 'RAC-LoRA right',
-      'bernoulli': 'Bernoulli-LoRA',
-  }
-  name = f'{names[method["name"]]}, {method["estimator"].upper()}'
-  return (
-      name
-      if method['optimizer'] == 'sgd'
-      else (f'{name}, {method["optimizer"]}')
-  )
+  name = _NAMES[method['name']]
+  if method['name'] == 'bernoulli':
+    name += f' p={method["prob"]:g}'
+  if method['mode'] == 'gradient':
+    parts = [method['estimator'].upper()]
+    if method['optimizer'] != 'sgd':
+      parts.append(_OPTIMIZERS[method['optimizer']])
+    return ', '.join([name, *parts[-1 if parts[0] == 'SGD' else 0 :]])
+  if method['name'] in ('lora', 'cola'):
+    name += ' (R)' if method['zero'] == 'left' else ' (L)'
+  if method['name'] not in ('lora', 'asymmetric_left', 'asymmetric_right'):
+    passes = method['period_passes']
+    name += f' K={method["period"]}' if passes is None else f' K={passes:g} pass'
+  return f'{name}, {_OPTIMIZERS.get(method["optimizer"], "SGD")} adapters'
 
 
 def rank(run: Run) -> str:
@@ -83,58 +108,156 @@ def rank(run: Run) -> str:
 
 
 def groups(runs: Iterable[Run]) -> dict[tuple[str, str, str], list[Run]]:
-  """Returns runs by (task, method, rank), in the order of their first."""
+  """Returns runs by (task, method, rank), in the order of the family.
+
+  Where runs of a group differ in the learning rate, those with the lowest mean
+  validation loss are kept (a diverged run counts as infinite).
+  """
   grouped: dict[tuple[str, str, str], list[Run]] = {}
   for run in runs:
     key = (run.config['task']['name'], label(run), rank(run))
     grouped.setdefault(key, []).append(run)
-  order = {'full': 0, 'rac_left': 1, 'rac_right': 2, 'bernoulli': 3}
-  place = lambda item: (
-      order[item[1][0].config['method']['name']],
-      item[0],
-  )
-  return dict(sorted(grouped.items(), key=place))
+
+  def place(item):
+    method = item[1][0].config['method']
+    return (
+        item[0][0],
+        method['mode'] == 'adapter',
+        list(_NAMES).index(method['name']),
+        method['prob'],
+        item[0],
+    )
+
+  return {
+      key: _best_learning_rate(members)
+      for key, members in sorted(grouped.items(), key=place)
+  }
+
+
+def learning_rate(run: Run) -> float:
+  """Returns the learning rate, or the factor of 1/L that stands for it."""
+  method = run.config['method']
+  factor = method['stepsize_factor']
+  return method['learning_rate'] if factor is None else factor
+
+
+def _best_learning_rate(runs: list[Run]) -> list[Run]:
+  rates: dict[float, list[Run]] = {}
+  for run in runs:
+    rates.setdefault(learning_rate(run), []).append(run)
+
+  def loss(members):
+    values = [
+        run.summary.get(
+            'validation_loss', run.summary.get('train_loss', math.inf)
+        )
+        for run in members
+    ]
+    return sum(values) / len(values)
+
+  return min(rates.values(), key=loss)
 
 
 def final_metric(runs: Sequence[Run]) -> str:
-  """Returns what tables compare: test accuracy, else the training loss."""
-  has_accuracy = all('test_accuracy' in run.summary for run in runs)
-  return 'test_accuracy' if has_accuracy else 'train_loss'
+  """Returns what tables compare: test accuracy, else f - f*, else the loss."""
+  for name in ('test_accuracy', 'train_gap'):
+    if runs and all(name in run.summary for run in runs):
+      return name
+  return 'train_loss'
 
 
-def comparison(runs: Sequence[Run]) -> list[dict[str, Any]]:
-  """Returns one row a method and rank: mean and deviation over the seeds."""
+def statistics(
+    runs: Sequence[Run],
+    published: Mapping[str, tuple[float, float | None, int]] | None = None,
+) -> list[dict[str, Any]]:
+  """Returns one row of numbers a method and rank.
+
+  Args:
+    runs: finished ones.
+    published: {label: (mean, standard deviation or None, runs)}, in the units of
+      the table; rows then say by how many standard errors ours differ.
+
+  Returns:
+    Rows with mean and standard deviation over the seeds; accuracies in percent.
+  """
   rows = []
-  done = [run for run in runs if 'diverged' not in run.summary]
-  metric = final_metric(done)
+  metric = final_metric([r for r in runs if 'diverged' not in r.summary])
+  scale = 100 if metric == 'test_accuracy' else 1
   for (task, method, rank_text), members in groups(runs).items():
     good = [run for run in members if 'diverged' not in run.summary]
-    values = [run.summary[metric] for run in good]
-    scale = 100 if metric == 'test_accuracy' else 1
-    name = 'test accuracy, %' if metric == 'test_accuracy' else 'training loss'
-    rows.append(
-        {
-            'task': task,
-            'method': method,
-            'rank': rank_text,
-            'trained a step': members[0].summary['trained_parameters'],
-            name: _mean_std(np.asarray(values) * scale),
-            'seeds': len(members)
-            if len(good) == len(members)
-            else (f'{len(members)} ({len(members) - len(good)} diverged)'),
-            'seconds': round(
-                float(np.mean([run.summary['seconds'] for run in members])), 2
-            ),
-        }
-    )
+    values = scale * np.asarray([run.summary[metric] for run in good])
+    mean = float(values.mean()) if len(values) else math.nan
+    std = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+    row: dict[str, Any] = {
+        'task': task,
+        'method': method,
+        'rank': rank_text,
+        'learning_rate': learning_rate(members[0]),
+        'trained': members[0].summary['trained_parameters'],
+        'metric': metric,
+        'mean': mean,
+        'std': std,
+        'runs': len(members),
+        'diverged': len(members) - len(good),
+        'steps': float(np.mean([r.summary.get('step', 0) for r in members])),
+        'step_flops': members[0].summary.get('step_flops'),
+        'seconds': float(np.mean([run.summary['seconds'] for run in members])),
+    }
+    if published is not None:
+      theirs = published.get(method, (math.nan, None, 0))
+      squares = std**2 / max(1, len(values))
+      if theirs[1] is not None:
+        squares += theirs[1] ** 2 / theirs[2]
+      row['published'] = theirs[0]
+      row['published_std'] = math.nan if theirs[1] is None else theirs[1]
+      row['standard_errors'] = (mean - theirs[0]) / math.sqrt(squares or math.nan)
+    rows.append(row)
   return rows
 
 
-def _mean_std(values: np.ndarray) -> str:
-  if values.size == 0:
+def comparison(
+    runs: Sequence[Run],
+    published: Mapping[str, tuple[float, float | None, int]] | None = None,
+) -> list[dict[str, Any]]:
+  """Returns `statistics` as text for a table."""
+  names = {
+      'test_accuracy': 'test accuracy, %',
+      'train_gap': 'f - f*',
+      'train_loss': 'training loss',
+  }
+  rows = []
+  for row in statistics(runs, published):
+    count = str(row['runs'])
+    if row['diverged']:
+      count += f' ({row["diverged"]} diverged)'
+    text = {
+        'task': row['task'],
+        'method': row['method'],
+        'rank': row['rank'],
+        'rate': f'{row["learning_rate"]:g}',
+        'trained a step': row['trained'],
+        names[row['metric']]: _mean_std(row['mean'], row['std']),
+    }
+    if published is not None:
+      text['published'] = _mean_std(row['published'], row['published_std'])
+      far = row['standard_errors']
+      text['ours - theirs, s.e.'] = '-' if math.isnan(far) else f'{far:+.1f}'
+    rows.append({**text, 'runs': count, 'seconds': round(row['seconds'], 2)})
+  return rows
+
+
+def write_csv(path: str | pathlib.Path, rows: Sequence[Mapping[str, Any]]):
+  """Writes rows of numbers as CSV."""
+  with open(path, 'w', newline='') as f:
+    writer = csv.DictWriter(f, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _mean_std(mean: float, std: float) -> str:
+  if math.isnan(mean):
     return '-'
-  spread = f' +- {values.std(ddof=1):.3g}' if values.size > 1 else ''
-  return f'{values.mean():.4g}{spread}'
+  return f'{mean:.4g}' + ('' if math.isnan(std) else f' +- {std:.2g}')
 
 
 def table(rows: Sequence[Mapping[str, Any]], style: str = 'simple') -> str:
@@ -155,6 +278,8 @@ def table(rows: Sequence[Mapping[str, Any]], style: str = 'simple') -> str:
 
 
 def _cell(value: Any) -> str:
+  if isinstance(value, bool):
+    return str(value).lower()
   if isinstance(value, float):
     return (
         f'{value:,.0f}'
@@ -169,11 +294,11 @@ class Curve(NamedTuple):
 
   passes: np.ndarray  # (points,)
   mean: np.ndarray
-  std: np.ndarray  # Zero for one seed.
+  half: np.ndarray  # Half of the 95% confidence interval; zero for one seed.
 
 
 def curve(runs: Sequence[Run], metric: str, log: bool = False) -> Curve | None:
-  """Returns mean and standard deviation of a metric at its evaluations.
+  """Returns the mean of a metric at its evaluations, with its confidence.
 
   Args:
     runs: the seeds of one method.
@@ -202,9 +327,13 @@ def curve(runs: Sequence[Run], metric: str, log: bool = False) -> Curve | None:
   passes = passes[passes <= 1.05 * end]
   values = np.stack([np.interp(passes, s[:, 0], s[:, 1]) for s in series])
   if log:
-    values = np.log(np.maximum(values, np.finfo(float).tiny))
-  spread = values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
-  return Curve(passes, values.mean(0), spread)
+    # What is rounding to zero has no logarithm.
+    values = np.log(np.maximum(values, _FLOOR * abs(values[:, :1])))
+  half = 0 * values[0]
+  if len(values) > 1:
+    half = values.std(0, ddof=1) / math.sqrt(len(values))
+    half *= scipy.stats.t.ppf(0.975, len(values) - 1)
+  return Curve(passes, values.mean(0), half)
 
 
 def plot(
@@ -217,8 +346,8 @@ def plot(
 ) -> matplotlib.figure.Figure | None:
   """Returns a figure of a metric against data passes, one panel a rank.
 
-  Bands are one standard deviation over seeds to either side (of the logarithm
-  where the axis is logarithmic).
+  Bands are 95% confidence intervals of the mean over seeds, by Student's t (of
+  the mean logarithm where the axis is logarithmic).
   """
   grouped = groups(runs)
   ranks = sorted({key[2] for key in grouped} - {'-'}, key=int) or ['-']
@@ -228,7 +357,9 @@ def plot(
   panels = figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0]
   names = list(dict.fromkeys(key[1] for key in grouped))
   transform: Callable = np.exp if log else (lambda x: x)
-  drawn = {}
+  if metric.endswith('accuracy'):
+    transform = lambda x: np.clip(x, 0, 1)  # An interval may reach beyond.
+  drawn, lost = {}, {}
   for panel, shown in zip(panels, ranks, strict=True):
     for (_, name, found), members in grouped.items():
       values = curve(members, metric, log)
@@ -240,15 +371,18 @@ def plot(
           transform(values.mean),
           label=name,
           color=_COLOURS[i % len(_COLOURS)],
-          linestyle=_STYLES[i % len(_STYLES)],
+          linestyle=_STYLES[(i + i // len(_COLOURS)) % len(_STYLES)],
           marker=_MARKERS[i % len(_MARKERS)],
           markersize=4,
-          markevery=(i % 4, 4),
+          markevery=0.1 if len(values.passes) > 40 else (i % 4, 4),
       )[0]
+      bad = sum('diverged' in run.summary for run in members)
+      if bad:
+        lost[name] = f'{name} ({bad} of {len(members)} diverged)'
       panel.fill_between(
           values.passes,
-          transform(values.mean - values.std),
-          transform(values.mean + values.std),
+          transform(values.mean - values.half),
+          transform(values.mean + values.half),
           alpha=0.15,
           linewidth=0,
           color=_COLOURS[i % len(_COLOURS)],
@@ -259,15 +393,21 @@ def plot(
     panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
     if log:
       panel.set_yscale('log')
+      starts = [np.asarray(line.get_ydata())[0] for line in panel.get_lines()]
+      if starts:  # Divergence is cut off.
+        panel.set_ylim(top=min(panel.get_ylim()[1], 1e6 * max(starts)))
+    if panel.dataLim.x1 > 1000:  # What happens early stays visible.
+      panel.set_xscale('symlog', linthresh=10)
+      panel.set_xlim(left=0)
   if not drawn:
     return None
   panels[0].set_ylabel(ylabel)
   figure.legend(
       drawn.values(),
-      drawn.keys(),
+      [lost.get(name, name) for name in drawn],
       loc='outside right center',
       fontsize=9,
-      title='mean, band: 1 std',
+      title='mean, band: 95% interval',
       title_fontsize=9,
   )
   if title:
@@ -277,6 +417,7 @@ def plot(
 
 FIGURES = (
     ('validation_accuracy', 'validation accuracy', False),
+    ('train_gap', 'f - f*', True),
     ('grad_norm_sq', 'squared gradient norm, trained leaves', True),
     ('train_loss', 'training loss', False),
 )
@@ -297,4 +438,54 @@ def write_figures(
         path = directory / f'{task}_{metric}.png'
         figure.savefig(path, dpi=130)
         written.append(path)
+    figure = plot_prob(members)
+    if figure is not None:
+      path = directory / f'{task}_prob.png'
+      figure.savefig(path, dpi=130)
+      written.append(path)
   return written
+
+
+def plot_prob(runs: Sequence[Run]) -> matplotlib.figure.Figure | None:
+  """Returns a figure of the final metric against p, or None for few values.
+
+  Error bars are 95% confidence intervals of the mean over seeds.
+  """
+  chains = [r for r in runs if r.config['method']['name'] == 'bernoulli']
+  probs = {run.config['method']['prob'] for run in chains}
+  if len(probs) < 3:
+    return None
+  metric = final_metric(chains)
+  scale = 100 if metric == 'test_accuracy' else 1
+  lines: dict[tuple[str, str], dict[float, np.ndarray]] = {}
+  for (_, name, rank_text), members in groups(chains).items():
+    prob = members[0].config['method']['prob']
+    values = [r.summary[metric] for r in members if metric in r.summary]
+    key = (name.replace(f' p={prob:g}', ''), rank_text)
+    lines.setdefault(key, {})[prob] = scale * np.asarray(values)
+  figure = matplotlib.figure.Figure(figsize=(6.4, 4.2), layout='constrained')
+  panel = figure.subplots()
+  for i, ((name, rank_text), points) in enumerate(lines.items()):
+    x = sorted(p for p in points if len(points[p]) > 1)
+    error = [
+        points[p].std(ddof=1)
+        / math.sqrt(len(points[p]))
+        * scipy.stats.t.ppf(0.975, len(points[p]) - 1)
+        for p in x
+    ]
+    panel.errorbar(
+        x,
+        [points[p].mean() for p in x],
+        error,
+        label=f'{name}, rank {rank_text}',
+        color=_COLOURS[i % len(_COLOURS)],
+        linestyle=_STYLES[i % len(_STYLES)],
+        marker=_MARKERS[i % len(_MARKERS)],
+        capsize=3,
+    )
+  names = {'test_accuracy': 'test accuracy, %', 'train_gap': 'f - f*'}
+  panel.set_xlabel('p = P(left): the left factor is frozen, the right trained')
+  panel.set_ylabel(names.get(metric, 'training loss') + ' (mean, 95% interval)')
+  panel.grid(True, linewidth=0.4, alpha=0.6)
+  panel.legend(fontsize=9)
+  return figure

@@ -1,0 +1,235 @@
+"""Every run of a config's sweep(), each in a directory of its own.
+
+Runs of a small task that differ in the seed, in `prob` or in the learning rate
+alone are trained in one program (`together`); others one after another.
+"""
+
+from collections.abc import Mapping, Sequence
+import inspect
+import json
+import pathlib
+import runpy
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import config_dict
+import tqdm
+
+from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.training import checkpoint
+from bernoulli_lora_jax.training import experiment
+from bernoulli_lora_jax.training import loop
+from bernoulli_lora_jax.training import metrics_log
+from bernoulli_lora_jax.training import together
+
+# Fields that runs of one program may differ in, with the argument they become.
+_TRACED = {
+    'method.prob': 'prob',
+    'method.learning_rate': 'learning_rate',
+    'method.stepsize_factor': 'learning_rate',
+}
+_SMALL = 2**20  # Most parameters of a model whose runs are trained together.
+
+
+class Run(NamedTuple):
+  """One run of a sweep."""
+
+  config: config_dict.ConfigDict
+  directory: pathlib.Path
+
+
+def load(path: str, variant: str = '') -> list[dict[str, Any]]:
+  """Returns what sweep(variant) of a config file returns: overrides a run.
+
+  Raises:
+    ValueError: a file without it.
+  """
+  module = runpy.run_path(path)
+  if 'sweep' not in module:
+    raise ValueError(f'Expected a function sweep() in {path}.')
+  takes_variant = inspect.signature(module['sweep']).parameters
+  return module['sweep'](variant) if takes_variant else module['sweep']()
+
+
+def run_name(overrides: Mapping[str, Any]) -> str:
+  """Returns `name=bernoulli,rank=4/seed=0`: a directory of one run."""
+  short = {k.rsplit('.', 1)[-1]: v for k, v in overrides.items()}
+  if len(short) < len(overrides):
+    raise ValueError(f'Expected fields of different names, got {overrides}.')
+  seed = short.pop('seed', None)
+  name = ','.join(f'{k}={v}' for k, v in short.items()) or 'default'
+  return name if seed is None else f'{name}/seed={seed}'
+
+
+def train(
+    config: config_dict.ConfigDict,
+    grid: Sequence[Mapping[str, Any]],
+    workdir: str | pathlib.Path,
+    *,
+    progress: bool = True,
+) -> None:
+  """Trains the runs that are not finished yet.
+
+  Args:
+    config: what the runs have in common.
+    grid: flat overrides of each run.
+    workdir: their directories are below it, named by the overrides.
+    progress: whether to show a bar.
+
+  Raises:
+    ValueError: two runs with one name, or a field outside its range. All runs
+      are checked before the first is trained.
+  """
+  runs = []
+  for overrides in grid:
+    run = experiment.apply_overrides(
+        config, {'training.progress': False, **overrides}
+    )
+    runs.append(Run(run, pathlib.Path(workdir) / run_name(overrides)))
+  if len({run.directory for run in runs}) < len(runs):
+    raise ValueError('Expected runs of different names, got two with one.')
+  todo = [r for r in runs if not (r.directory / 'summary.json').exists()]
+  bar = tqdm.tqdm(
+      total=len(runs),
+      initial=len(runs) - len(todo),
+      unit='run',
+      disable=not progress,
+      mininterval=0.5,
+      bar_format='{l_bar}{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}'
+      '{postfix}]',
+  )
+  task_key, task, evaluators = None, None, {}
+  with bar:
+    for members in _groups(todo):
+      first = members[0].config
+      if task is None or first.task.to_json_best_effort() != task_key:
+        task_key = first.task.to_json_best_effort()
+        task, evaluators = experiment.make_task(first), {}
+      bar.set_postfix_str(members[0].directory.parent.name)
+      if _is_small(first, task):
+        _train_together(members, task, bar, evaluators)
+      else:
+        _train_in_turn(members, task, bar)
+
+
+def _groups(runs: Sequence[Run]) -> list[list[Run]]:
+  """Returns runs that one program can train, neighbours of one task together."""
+  groups: dict[tuple[str, str], list[Run]] = {}
+  for run in runs:
+    common: dict[str, Any] = {'seed': 0}
+    for field in _traced_fields(run.config):
+      common[field] = 1.0
+    rest = experiment.apply_overrides(run.config, common)
+    key = (rest.task.to_json_best_effort(), rest.to_json_best_effort())
+    groups.setdefault(key, []).append(run)
+  return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
+
+
+def _traced_fields(config: config_dict.ConfigDict) -> list[str]:
+  """Returns the fields of a run that are arguments of its program."""
+  has_factor = config.method.stepsize_factor is not None
+  fields = [f'method.{"stepsize_factor" if has_factor else "learning_rate"}']
+  if config.method.name == 'bernoulli':
+    fields.append('method.prob')
+  return fields
+
+
+def _is_small(config: config_dict.ConfigDict, task: task_lib.Task) -> bool:
+  t = config.training
+  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  settings = experiment.make_settings(config, task)
+  return (
+      t.group_size != 1
+      and size <= _SMALL
+      and t.parallel == 'none'
+      and not t.recipe
+      and t.checkpoint_every == 0
+      and settings.num_steps % settings.eval_every == 0
+  )
+
+
+def _train_together(
+    members: Sequence[Run],
+    task: task_lib.Task,
+    bar: Any,
+    evaluators: dict[Any, Any],
+) -> None:
+  """Trains runs in one program and writes their directories."""
+  config = members[0].config
+  program = experiment.make_program(config, task)  # Checks every field.
+  for run in members:
+    run.directory.mkdir(parents=True, exist_ok=True)
+  hypers = {
+      _TRACED[field]: [
+          experiment.argument(run.config, task, _TRACED[field])
+          for run in members
+      ]
+      for field in _traced_fields(config)
+  }
+  settings = program.settings
+  shown = bar.n
+  steps = 0
+
+  def report(done: int) -> None:
+    nonlocal steps
+    steps += done
+    bar.update(shown + steps / settings.num_steps - bar.n)
+
+  results = together.train_together(
+      task,
+      lambda hyper: experiment.make_method(
+          config,
+          task,
+          prob=hyper.get('prob'),
+          learning_rate=hyper['learning_rate'],
+      ),
+      settings,
+      [run.config.seed for run in members],
+      hypers,
+      group_size=config.training.group_size,
+      one_by_one=config.method.estimator == 'page',
+      evaluators=evaluators,
+      report=report,
+  )
+  flops = experiment.step_flops(config, task)
+  for i, result in results:
+    run = members[i]
+    record = json.loads(run.config.to_json_best_effort())
+    checkpoint.check_config(run.directory, record)
+    with metrics_log.MetricsLog(run.directory, 0, events=False) as log:
+      for line in result.lines:
+        log.write(int(line['step']), line)
+    facts = experiment.facts(run.config, task, flops)
+    checkpoint.write_json(
+        run.directory / 'summary.json', {**result.summary, **facts}
+    )
+
+
+def _train_in_turn(
+    members: Sequence[Run], task: task_lib.Task, bar: Any
+) -> None:
+  """Trains runs one after another; those that differ in the seed share one
+  compiled program."""
+  programs: dict[str, loop.Program] = {}
+  flops = None
+  for run in members:
+    key = experiment.apply_overrides(
+        run.config, {'seed': 0}
+    ).to_json_best_effort()
+    if key not in programs:
+      programs = {key: experiment.make_program(run.config, task)}
+      flops = experiment.step_flops(run.config, task)
+    try:
+      experiment.train(run.config, run.directory, programs[key])
+    except loop.DivergedError as e:
+      tqdm.tqdm.write(f'{run.directory}: {e}')
+      checkpoint.write_json(
+          run.directory / 'summary.json',
+          {
+              'diverged': str(e),
+              'seconds': 0.0,
+              **experiment.facts(run.config, task, flops),
+          },
+      )
+    bar.update(1)
