@@ -265,8 +265,8 @@ def step_flops(
 ) -> float | None:
   """Returns the floating-point operations of a step, as XLA counts them.
 
-  Counted in the program before its optimisation; None where the backend does
-  not tell.
+  Counted in the program before its optimisation, by XLA's CPU backend whatever
+  the device; None where there is none.
   """
   method = _make_method(config, task)
 
@@ -274,8 +274,14 @@ def step_flops(
     state = loop.make_start(task, method)(key)
     return loop.make_steps(task, method)(state, data, key, 0, 1)
 
+  try:
+    cpu = jax.local_devices(backend='cpu')[0]
+  except RuntimeError:  # JAX_PLATFORMS leaves it out.
+    return None
+  key, data = jax.eval_shape(lambda: (jax.random.key(0), task.data))
   def count(f):
-    analysis = jax.jit(f).lower(jax.random.key(0), task.data).cost_analysis()
+    with jax.default_device(cpu):
+      analysis = jax.jit(f).lower(key, data).cost_analysis()
     return analysis.get('flops', 0.0) if analysis else math.nan
 
   start = lambda key, data: loop.make_start(task, method)(key)

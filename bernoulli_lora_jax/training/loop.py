@@ -108,6 +108,7 @@ class Program(NamedTuple):
   # (state, key, start, num) -> a function of the same state, key and start
   # that runs num steps: (state, metrics). Compiled once for each num.
   prepare: Callable[..., Callable[..., Any]]
+  start: Callable[[jax.Array], Any]  # (run's key) -> state at step 0.
   params: Callable[[Any], Any]  # (state) -> merged params, on one device.
   evaluate: Callable[[Any], dict[str, jax.Array]]  # Not on the test split.
   test: Callable[[Any], dict[str, jax.Array]]
@@ -144,6 +145,7 @@ def make_program(
       settings,
       data,
       prepare,
+      jax.jit(make_start(task, method)),
       lambda state: jit_params(driver.get(state)),
       lambda params: jit_evaluate(params, eval_data),
       lambda params: {
@@ -273,7 +275,7 @@ def train(
     if is_over or summary.get('stopped'):
       return summary
   key = jax.random.key(seed)
-  state = make_start(program.task, program.method)(key)
+  state = program.start(key)
   best = make_params(program.task)(key)
   progress, base = Progress(0, 0, math.inf, 0, 0, 0.0), best
   with contextlib.ExitStack() as stack:

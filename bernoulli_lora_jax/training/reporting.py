@@ -175,7 +175,8 @@ def statistics(
   Args:
     runs: finished ones.
     published: {label: (mean, standard deviation or None, runs)}, in the units of
-      the table; rows then say by how many standard errors ours differ.
+      the table; rows then say by how many standard errors ours differ. Where
+      theirs has no deviation it counts as one run with ours.
 
   Returns:
     Rows with mean and standard deviation over the seeds; accuracies in percent.
@@ -205,9 +206,8 @@ def statistics(
     }
     if published is not None:
       theirs = published.get(method, (math.nan, None, 0))
-      squares = std**2 / max(1, len(values))
-      if theirs[1] is not None:
-        squares += theirs[1] ** 2 / theirs[2]
+      spread = std if theirs[1] is None else theirs[1]
+      squares = std**2 / max(1, len(values)) + spread**2 / max(1, theirs[2])
       row['published'] = theirs[0]
       row['published_std'] = math.nan if theirs[1] is None else theirs[1]
       row['standard_errors'] = (mean - theirs[0]) / math.sqrt(squares or math.nan)
