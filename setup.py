@@ -35,7 +35,16 @@ setuptools.setup(
         'tqdm>=4.66',
     ],
     extras_require={
-        'test': ['chex>=0.1.90', 'pytest>=8', 'pytest-xdist>=3.6'],
+        # Bases in nf4, int4, int8; LoRA of NNX models.
+        'quantized': ['qwix>=0.1.8'],
+        'test': [
+            'chex>=0.1.90',
+            'ipykernel>=6.29',  # Runs the notebooks.
+            'nbclient>=0.10',
+            'pytest>=8',
+            'pytest-xdist>=3.6',
+            'qwix>=0.1.8',
+        ],
         'dev': ['pdoc>=15', 'pre-commit>=4', 'pyink', 'pyrefly', 'ruff'],
     },
     classifiers=[

@@ -362,7 +362,10 @@ def make_chain(
       policy,
       matrices,
       resolve,
-      init, step, lambda state: merged(state).params, merged
+      init,
+      step,
+      lambda state: merged(state).params,
+      merged,
   )
 
 
@@ -858,12 +861,17 @@ def _merge(
   The barriers keep a compiler from fusing the merge with its surroundings, so
   that a replay rounds as the run did.
   """
-  leaves, treedef = jax.tree.flatten(state.params)
+  leaves, treedef = jax.tree.flatten(state.params, is_leaf=inject.is_quantized)
   factors, remainders = dict(state.factors), dict(state.remainders)
   link_key = jax.random.fold_in(state.key, state.count)
   products = scaled(state.factors, found)
   for one in found:
     m = one.matrix
+    if inject.is_quantized(leaves[m.index]):
+      raise ValueError(
+          'Expected weights of floating point to merge into, got the quantised'
+          f' {m.path}: keep its factors beside it.'
+      )
     weight, pair = jax.lax.optimization_barrier(
         (m.view(leaves[m.index]), products[m.path])
     )

@@ -17,6 +17,7 @@ own a model's `nn.scan(variable_axes={'params': 0})` would drop them silently.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import math
 import re
 from typing import Any
@@ -30,10 +31,26 @@ from bernoulli_lora_jax import matrices as matrices_lib
 Factors = Mapping[str, Mapping[str, jax.Array]]
 Loss = Callable[..., Any]
 
-_NAME = 'adapter'  # Beside `kernel`; a pair, so no parameter of its module.
+_SUFFIX = '_adapter'  # `kernel_adapter` stands beside `kernel`.
 _PROJECTIONS = (nn.Dense, nn.DenseGeneral, nn.Einsum)
 # Axes of a projection: those of x that are contracted, those of x that are
 # batch axes of the kernel, and the kernel's batch, left and right axes.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+  """Factors beside their leaf. The module that meets them learns which it is.
+
+  Path and owner are no leaves but part of the tree's structure: they pass
+  nn.scan and nn.remat, and a jit inside of the loss that remembers a trace
+  remembers it for this owner alone.
+  """
+
+  left: Any  # Array, or None while a model is only looked at.
+  right: Any
+  path: str = dataclasses.field(metadata={'static': True})
+  owner: Any = dataclasses.field(metadata={'static': True})
 
 
 def by_product(loss: Loss) -> Loss:
@@ -52,30 +69,30 @@ def by_product(loss: Loss) -> Loss:
       the axes that its projection contracts.
   """
   loss = _unjitted(loss)
+  owner = object()
+  # Kept from call to call: a jit inside of the loss is traced only once.
+  calls: dict[str, int] = {}
+  lookups: dict[str, set[str]] = {}
+
+  def interceptor(next_fun, args, kwargs, context):
+    module = context.module
+    if isinstance(module, nn.Embed):
+      pair = _beside(module, 'embedding', owner)
+      if pair is not None:
+        lookups.setdefault(pair.path, set()).add(context.method_name)
+    pair = _beside(module, 'kernel', owner) if _is_call(context) else None
+    if pair is None:
+      return next_fun(*args, **kwargs)
+    before = calls.get(pair.path, 0)
+    y = next_fun(*args, **kwargs)
+    if calls.get(pair.path, 0) > before:
+      return y  # A subclass called its parent's method, met here already.
+    calls[pair.path] = before + 1
+    return y + _product(module, pair, y.dtype, *args, **kwargs)
 
   def adapted(params, factors, *args, **kwargs):
-    calls: dict[str, int] = {}
-    lookups: dict[str, set[str]] = {}
-
-    def interceptor(next_fun, args, kwargs, context):
-      module, path = context.module, '/'.join(context.module.path)
-      if isinstance(module, nn.Embed):
-        lookups.setdefault(path, set()).add(context.method_name)
-      is_projection = (
-          isinstance(module, _PROJECTIONS) and context.method_name == '__call__'
-      )
-      if not is_projection or not module.has_variable('params', _NAME):
-        return next_fun(*args, **kwargs)
-      before = calls.get(path, 0)
-      y = next_fun(*args, **kwargs)
-      if calls.get(path, 0) > before:
-        return y  # A subclass called its parent's method, met here already.
-      calls[path] = before + 1
-      pair = module.get_variable('params', _NAME)
-      return y + _product(module, path, y.dtype, pair, *args, **kwargs)
-
     with nn.intercept_methods(interceptor):
-      result = loss(insert(params, factors), *args, **kwargs)
+      result = loss(insert(params, factors, owner), *args, **kwargs)
     _check_met(factors, calls, lookups)
     return result
 
@@ -127,31 +144,47 @@ def all_linear(loss: Loss, params: Any, *args: Any) -> matrices_lib.Matrices:
   Raises:
     ValueError: no projection was met.
   """
-  found: dict[str, tuple[int, tuple[tuple[int, ...], ...]]] = {}
+  owner = object()
+  found: dict[str, tuple[tuple[int, ...], ...]] = {}
+  calls: dict[str, int] = {}
+  others = set()
 
   def interceptor(next_fun, args, kwargs, context):
     module = context.module
+    pair = _beside(module, 'kernel', owner) if _is_call(context) else None
+    if pair is None:
+      if _is_call(context):
+        others.add('/'.join(module.path))
+      return next_fun(*args, **kwargs)
+    before = calls.get(pair.path, 0)
     y = next_fun(*args, **kwargs)
-    if isinstance(module, _PROJECTIONS) and context.method_name == '__call__':
-      axes = _axes(module, *args, **kwargs)
-      ndim = sum(map(len, axes[2:]))
-      found['/'.join(module.path)] = (ndim, axes[2:])
+    if calls.get(pair.path, 0) == before:  # As in `by_product`.
+      calls[pair.path] = before + 1
+      found[pair.path] = _axes(module, *args, **kwargs)[2:]
     return y
 
-  with nn.intercept_methods(interceptor):
-    # A new function: one that was traced before would not be traced again.
-    jax.eval_shape(lambda *a: _unjitted(loss)(*a), params, *args)
-  rules = []
   leaves = jax.tree_util.tree_flatten_with_path(
       logical(params), is_leaf=_is_shape
   )[0]
   paths = matrices_lib.path_names([path for path, _ in leaves])
-  for path, (_, leaf) in zip(paths, leaves, strict=True):
-    owner, _, name = path.rpartition('/')
-    met = [p for p in found if owner == p or owner.endswith(f'/{p}')]
-    if name == 'kernel' and met:
-      ndim, (batch, left, right) = found[max(met, key=len)]
-      extra = len(leaf.shape) - ndim  # Axes of nn.scan and nn.vmap, in front.
+  shapes = {p: leaf.shape for p, (_, leaf) in zip(paths, leaves, strict=True)}
+  kernels = [path for path in paths if path.rpartition('/')[2] == 'kernel']
+  none = {'left': None, 'right': None}
+  with nn.intercept_methods(interceptor):
+    # A new function: one that was traced before would not be traced again.
+    jax.eval_shape(
+        lambda params, *a: _unjitted(loss)(
+            insert(params, dict.fromkeys(kernels, none), owner), *a
+        ),
+        params,
+        *args,
+    )
+  rules = []
+  for path in kernels:
+    if path in found:
+      batch, left, right = found[path]
+      # Axes of nn.scan and nn.vmap, in front.
+      extra = len(shapes[path]) - len(batch + left + right)
       shift = lambda axes, extra=extra: tuple(a + extra for a in axes)
       rules.append(
           matrices_lib.Rule(
@@ -164,13 +197,17 @@ def all_linear(loss: Loss, params: Any, *args: Any) -> matrices_lib.Matrices:
   if not rules:
     raise ValueError(
         'Expected a loss that calls nn.Dense, nn.DenseGeneral or nn.Einsum with'
-        f' kernels of params, met {sorted(found) or "none"}.'
+        f' kernels of params, met {sorted(others) or "none"}.'
     )
   select = '|'.join(rule.pattern for rule in rules)
   return matrices_lib.Matrices(select=select, rules=tuple(rules))
 
 
-def insert(params: Any, factors: Factors) -> Any:
+def insert(
+    params: Any,
+    factors: Mapping[str, Mapping[str, Any]],
+    owner: Any = None,
+) -> Any:
   """Returns params with each pair of factors beside its kernel.
 
   Raises:
@@ -185,10 +222,17 @@ def insert(params: Any, factors: Factors) -> Any:
           f'Expected the factors of {path} to belong to a leaf of params; the'
           f' paths are {sorted(where)}.'
       )
-    names = [
-        key.key for key in where[path] if isinstance(key, jax.tree_util.DictKey)
-    ]
-    params = _insert(params, names[:-1], (pair['left'], pair['right']))
+    keys = where[path]
+    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey):
+      keys = keys[:-1]  # A box around the leaf.
+    is_key = lambda key: isinstance(key, jax.tree_util.DictKey)
+    if not keys or not all(map(is_key, keys)):
+      raise ValueError(
+          f'Expected {path} to be a leaf below mappings, got keys {keys}.'
+      )
+    params = _insert(
+        params, keys, _Pair(pair['left'], pair['right'], path, owner)
+    )
   return params
 
 
@@ -217,22 +261,35 @@ def _is_shape(node: Any) -> bool:
 def _unjitted(loss: Loss) -> Loss:
   """Returns the function below `jax.jit`, whose trace would be remembered."""
   is_jitted = isinstance(loss, jax.stages.Wrapped)
-  return getattr(loss, '__wrapped__', loss) if is_jitted else loss
+  if not is_jitted:
+    return loss
+  return _unjitted(loss.__wrapped__)  # pyrefly: ignore  (set by functools)
 
 
-def _insert(tree: Any, names: Sequence[Any], pair: Any) -> Any:
-  copy = dict(tree)
-  if names:
-    copy[names[0]] = _insert(copy[names[0]], names[1:], pair)
-  else:
-    copy[_NAME] = pair
-  return copy
+def _insert(tree: Any, keys: Sequence[Any], pair: _Pair) -> Any:
+  name = keys[0].key
+  if len(keys) == 1:
+    return {**tree, f'{name}{_SUFFIX}': pair}
+  return {**tree, name: _insert(tree[name], keys[1:], pair)}
 
 
-def _axes(module: nn.Module, x: jax.Array, einsum_str: str | None = None):
+def _is_call(context: Any) -> bool:
+  is_projection = isinstance(context.module, _PROJECTIONS)
+  return is_projection and context.method_name == '__call__'
+
+
+def _beside(module: nn.Module, name: str, owner: Any) -> _Pair | None:
+  """Returns the factors beside a parameter of a module, if there are some."""
+  if not module.has_variable('params', name + _SUFFIX):
+    return None
+  pair = module.get_variable('params', name + _SUFFIX)
+  return pair if pair.owner is owner else None
+
+
+def _axes(module: nn.Module, inputs: jax.Array, einsum_str: str | None = None):
   """Returns axes: x contracted, x batch, kernel batch, left, right."""
   if isinstance(module, nn.Einsum):
-    labels, kernel, out = _einsum_labels(module, x, einsum_str)
+    labels, kernel, out = _einsum_labels(module, inputs, einsum_str)
     batch = [a for a in kernel if a in labels and a in out]
     left = [a for a in kernel if a in labels and a not in out]
     right = [a for a in kernel if a not in labels]
@@ -255,30 +312,30 @@ def _axes(module: nn.Module, x: jax.Array, einsum_str: str | None = None):
   ranges = [
       tuple(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)
   ]
-  positive = lambda axes: tuple(a % x.ndim for a in axes)
+  positive = lambda axes: tuple(sorted(a % inputs.ndim for a in axes))
   return positive(axis), positive(batch), *ranges
 
 
 def _einsum_labels(
-    module: nn.Einsum, x: jax.Array, einsum_str: str | None = None
+    module: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None
 ) -> tuple[str, str, str]:
   """Returns one letter an axis for x, kernel and output, without ellipses."""
   text = (module.einsum_str or einsum_str or '').replace(' ', '')
-  inputs, out = text.split('->')
-  labels, kernel = inputs.split(',')
+  operands, out = text.split('->')
+  labels, kernel = operands.split(',')
   unused = [c for c in map(chr, range(ord('A'), ord('z') + 1)) if c.isalpha()]
   unused = [c for c in unused if c not in text]
-  dots = ''.join(unused[: x.ndim - len(labels.replace('...', ''))])
+  dots = ''.join(unused[: inputs.ndim - len(labels.replace('...', ''))])
   fill = lambda part: part.replace('...', dots)
   return fill(labels), fill(kernel), fill(out)
 
 
 def _product(
-    module: Any, path: str, dtype: Any, pair: Any, x: jax.Array, *args, **kwargs
+    module: Any, pair: _Pair, dtype: Any, inputs: jax.Array, *args, **kwargs
 ) -> jax.Array:
   """Returns (x L) R in the layout of the module's output."""
-  left, right = (factor.astype(dtype) for factor in pair)
-  x = x.astype(dtype)
+  left, right = (f.astype(dtype) for f in (pair.left, pair.right))
+  x = inputs.astype(dtype)
   contracted, batch, kernel_batch, kernel_left, kernel_right = _axes(
       module, x, *args, **kwargs
   )
@@ -289,7 +346,7 @@ def _product(
   expected = (*sizes(kernel_batch), math.prod(sizes(kernel_left)), rank)
   if left.shape != expected:
     raise ValueError(
-        f'Expected the left factor of {path}/kernel to have shape {expected},'
+        f'Expected the left factor of {pair.path} to have shape {expected},'
         f' got {left.shape}: its rule should say left={kernel_left},'
         f' right={kernel_right}, batch={kernel_batch}, after the axes that'
         ' nn.scan puts in front.'
@@ -328,17 +385,14 @@ def _check_met(
     lookups: Mapping[str, set[str]],
 ) -> None:
   """Raises for a selected matrix that the forward pass never met."""
-  owns = lambda path, owner: path == owner or path.endswith(f'/{owner}')
   for path in factors:
-    owner = path.rpartition('/')[0]
-    if any(owns(owner, met) for met in calls):
+    if path in calls:
       continue
     why = 'no nn.Dense, nn.DenseGeneral or nn.Einsum was called with it'
-    for lookup, used in lookups.items():
-      if owns(owner, lookup):
-        why = 'it is the table of an nn.Embed'
-        if 'attend' in used:
-          why += ', tied to the output by its method attend'
+    if path in lookups:
+      why = 'it is the table of an nn.Embed'
+      if 'attend' in lookups[path]:
+        why += ', tied to the output by its method attend'
     raise ValueError(
         f'Expected the forward pass to meet {path} as a projection, but {why}:'
         ' select others, or adapt it by inject.by_addition.'

@@ -9,7 +9,8 @@ into a low-precision weight differ in what becomes of updates below half an ulp
                with a random walk of at most one ulp a merge.
   compensated  to nearest, and what was cut off is kept in a second array of the
                same dtype, added at the next merge: they arrive to a relative
-               eps of one ulp a merge.
+               eps of one ulp a merge (float16: or to 2^-25, the half of its
+               least subnormal number, where that is more).
 
 Reference: Gupta et al., Deep learning with limited numerical precision,
 arXiv 1502.02551 (stochastic); Kahan, Further remarks on reducing truncation
@@ -42,10 +43,10 @@ def stochastic(x: jax.Array, key: jax.Array, dtype: Any) -> jax.Array:
   """
   near = x.astype(dtype)
   wide = near.astype(x.dtype)
-  towards = jnp.where(x > wide, jnp.inf, -jnp.inf).astype(dtype)
-  other = jnp.nextafter(near, towards)
+  info = jnp.finfo(dtype)  # Some dtypes have no infinity to go towards.
+  other = jnp.nextafter(near, jnp.where(x > wide, info.max, info.min))
   gap = jnp.abs(other.astype(x.dtype) - wide)
-  is_exact = (x == wide) | ~jnp.isfinite(x) | ~jnp.isfinite(wide)
+  is_exact = (x == wide) | ~jnp.isfinite(x)
   prob = jnp.where(is_exact, 0, jnp.abs(x - wide) / jnp.where(gap > 0, gap, 1))
   return jnp.where(jax.random.uniform(key, x.shape) < prob, other, near)
 

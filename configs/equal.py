@@ -93,7 +93,9 @@ def rank(name: str, task: str, equal: str) -> int:
 def sweep(variant: str = ''):
   """Returns each method at each rate with ten seeds."""
   task, equal = parse(variant)
-  methods: list[dict[str, object]] = [{'method.mode': 'gradient', 'method.name': 'full'}]
+  methods: list[dict[str, object]] = [
+      {'method.mode': 'gradient', 'method.name': 'full'}
+  ]
   for name in FAMILY:
     methods.append(
         {

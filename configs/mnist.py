@@ -100,7 +100,9 @@ def set_gradient(config, optimizer: str, period: int, rate: float) -> None:
 
 def sweep():
   """Returns the papers' table and Bernoulli-LoRA over p, with 20 seeds."""
-  methods: list[dict[str, object]] = [{'method.mode': 'gradient', 'method.name': 'full'}]
+  methods: list[dict[str, object]] = [
+      {'method.mode': 'gradient', 'method.name': 'full'}
+  ]
   for name in ADAPTERS[:-1]:
     methods.append({'method.mode': 'adapter', 'method.name': name})
   for name in ('lora', 'cola'):

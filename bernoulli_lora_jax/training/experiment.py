@@ -175,7 +175,12 @@ def make_method(
   """
   num_steps = make_settings(config, task).num_steps
   period = _period(config, task)
-  is_chain = config.method.name in ('cola', 'rac_left', 'rac_right', 'bernoulli')
+  is_chain = config.method.name in (
+      'cola',
+      'rac_left',
+      'rac_right',
+      'bernoulli',
+  )
   if config.method.mode == 'adapter' and is_chain and period > num_steps:
     warnings.warn(
         f'Expected method.period <= {num_steps}, the steps of the run, got'
@@ -279,6 +284,7 @@ def step_flops(
   except RuntimeError:  # JAX_PLATFORMS leaves it out.
     return None
   key, data = jax.eval_shape(lambda: (jax.random.key(0), task.data))
+
   def count(f):
     with jax.default_device(cpu):
       analysis = jax.jit(f).lower(key, data).cost_analysis()

@@ -347,7 +347,9 @@ def _run_to_end(
       if is_best:
         progress = progress._replace(best_step=step, best_loss=loss)
       if is_best and settings.patience:
-        best = jax.tree.map(jnp.copy, program.params(state))  # State is donated.
+        best = jax.tree.map(
+            jnp.copy, program.params(state)
+        )  # State is donated.
       if drops:
         scale = state.lr_scale * settings.plateau_factor
         state = state._replace(lr_scale=scale)

@@ -41,7 +41,9 @@ class Method(NamedTuple):
   step: Callable[..., tuple[Any, dict[str, jax.Array]]]
   params: Callable[[Any], Any]  # (state) -> params, merged.
   trained: Callable[[Any], Any]  # (params) -> tree of bool: leaves that move.
-  passes_per_step: float  # Data passes of a step in the mean: 1 a full gradient.
+  passes_per_step: (
+      float  # Data passes of a step in the mean: 1 a full gradient.
+  )
   chain: adapters.Chain | None = None  # Of adapter mode.
 
 
@@ -91,8 +93,9 @@ def gradient_method(
     driver: None for one device.
 
   Returns:
-    A `Method`; its metrics are the loss before the step, those of `loss`, and
-    data_passes so far (a full gradient is 1, a small step of PAGE 2 b / N).
+    A `Method`; its metrics are the loss before the step (of the minibatch, with
+    'gd' of all examples), those of `loss`, and data_passes so far (a full
+    gradient is 1, a small step of PAGE 2 b / N).
 
   Raises:
     ValueError: an unknown estimator or an argument outside its range.
@@ -106,7 +109,7 @@ def gradient_method(
   part = batch_size / num_samples
   prob = batch_size / (batch_size + num_samples)
   prob = prob if page_prob is None else page_prob
-  grad = jax.grad(loss, has_aux=True)
+  value_and_grad = jax.value_and_grad(loss, has_aux=True)
   mean_cost = {
       'gd': 1.0,
       'sgd': part,
@@ -121,56 +124,58 @@ def gradient_method(
     }.get(estimator, optax.identity)
     return optax.chain(first(), make_tx(jax.random.fold_in(key, 1)))
 
-  def grad_of(batch, key):
-    """Returns params -> (gradient, metrics), the mean over the whole batch."""
-    whole = lambda params, batch: _freeze(
-        grad(params, batch, key)[0], trained(params)
-    )
+  def mean_of(batch, key):
+    """Returns params -> ((value, metrics), gradient), means over the batch."""
+
+    def whole(params, batch):
+      value, grads = value_and_grad(params, batch, key)
+      return value, _freeze(grads, trained(params))
+
     if num_micro_batches > 1:
       whole = estimators.accumulate(whole, num_micro_batches)
     return lambda params: driver.average(whole(params, batch))
 
-  def full_grad_of(full, key):
+  def full_mean_of(full, key):
     main, rest = _split(full, driver.num_devices)
-    mean = lambda params, batch: _freeze(
-        grad(params, batch, key)[0], trained(params)
-    )
 
-    def full_grad(params):
-      g = driver.average(mean(params, driver.shard(main)))
+    def mean(params, batch):
+      value, grads = value_and_grad(params, batch, key)
+      return value, _freeze(grads, trained(params))
+
+    def full_mean(params):
+      first = driver.average(mean(params, driver.shard(main)))
       if rest is None:
-        return g
+        return first
       weight = _size(rest) / _size(full)
       return jax.tree.map(
-          lambda a, b: (1 - weight) * a + weight * b, g, mean(params, rest)
+          lambda a, b: (1 - weight) * a + weight * b, first, mean(params, rest)
       )
 
-    return full_grad
+    return full_mean
 
   def init(key, params):
     copy = jax.tree.map(jnp.copy, params)  # The loop donates the state.
-    return GradientState(
-        copy, tx(key).init(copy), jnp.zeros([]), jnp.ones([])
-    )
+    return GradientState(copy, tx(key).init(copy), jnp.zeros([]), jnp.ones([]))
 
   def step(state, batch, key, full):
-    batch = driver.shard(batch)
-    grad_fn = grad_of(batch, key)
-    full_grad_fn = full_grad_of(full, key)
-    value, metrics = driver.average(loss(state.params, batch, key))
-    first = full_grad_fn if estimator == 'gd' else grad_fn
+    mean = mean_of(driver.shard(batch), key)
+    full_mean = full_mean_of(full, key)
+    first = full_mean if estimator == 'gd' else mean
+    (value, metrics), grads = first(state.params)
     updates, opt_state = tx(jax.random.key(0)).update(
-        first(state.params),
+        grads,
         state.opt_state,
         state.params,
-        grad_fn=grad_fn,
-        full_grad_fn=full_grad_fn,
+        grad_fn=lambda params: mean(params)[1],
+        full_grad_fn=lambda params: full_mean(params)[1],
     )
     cost = mean_cost[estimator]
     if estimator == 'page':
       is_full = optax.tree.get(opt_state, 'is_full')
       cost = jnp.where(is_full, 1.0, 2 * part)
-    updates = jax.tree.map(lambda u: state.lr_scale.astype(u.dtype) * u, updates)
+    updates = jax.tree.map(
+        lambda u: state.lr_scale.astype(u.dtype) * u, updates
+    )
     state = GradientState(
         optax.apply_updates(state.params, updates),
         opt_state,

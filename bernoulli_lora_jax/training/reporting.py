@@ -26,6 +26,7 @@ _COLOURS = [
 ]
 
 
+_MOST_PROBS = 3  # Curves of Bernoulli-LoRA a panel; `plot_prob` has all.
 _FLOOR = 1e-16  # Of a logarithmic axis, relative to where a curve starts.
 
 
@@ -97,7 +98,9 @@ def label(run: Run) -> str:
     name += ' (R)' if method['zero'] == 'left' else ' (L)'
   if method['name'] not in ('lora', 'asymmetric_left', 'asymmetric_right'):
     passes = method['period_passes']
-    name += f' K={method["period"]}' if passes is None else f' K={passes:g} pass'
+    name += (
+        f' K={method["period"]}' if passes is None else f' K={passes:g} pass'
+    )
   return f'{name}, {_OPTIMIZERS.get(method["optimizer"], "SGD")} adapters'
 
 
@@ -210,7 +213,9 @@ def statistics(
       squares = std**2 / max(1, len(values)) + spread**2 / max(1, theirs[2])
       row['published'] = theirs[0]
       row['published_std'] = math.nan if theirs[1] is None else theirs[1]
-      row['standard_errors'] = (mean - theirs[0]) / math.sqrt(squares or math.nan)
+      row['standard_errors'] = (mean - theirs[0]) / math.sqrt(
+          squares or math.nan
+      )
     rows.append(row)
   return rows
 
@@ -349,13 +354,14 @@ def plot(
   Bands are 95% confidence intervals of the mean over seeds, by Student's t (of
   the mean logarithm where the axis is logarithmic).
   """
-  grouped = groups(runs)
+  grouped = _fewer_probs(groups(runs))
   ranks = sorted({key[2] for key in grouped} - {'-'}, key=int) or ['-']
+  names = list(dict.fromkeys(key[1] for key in grouped))
   figure = matplotlib.figure.Figure(
-      figsize=(5.2 * len(ranks) + 2.2, 4.2), layout='constrained'
+      figsize=(5.2 * len(ranks) + 2.6, max(4.2, 0.25 * len(names) + 1)),
+      layout='constrained',
   )
   panels = figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0]
-  names = list(dict.fromkeys(key[1] for key in grouped))
   transform: Callable = np.exp if log else (lambda x: x)
   if metric.endswith('accuracy'):
     transform = lambda x: np.clip(x, 0, 1)  # An interval may reach beyond.
@@ -444,6 +450,23 @@ def write_figures(
       figure.savefig(path, dpi=130)
       written.append(path)
   return written
+
+
+def _fewer_probs(
+    grouped: dict[tuple[str, str, str], list[Run]],
+) -> dict[tuple[str, str, str], list[Run]]:
+  """Returns the groups without values of p between few that are kept."""
+  prob = lambda members: (
+      members[0].config['method']['prob']
+      if members[0].config['method']['name'] == 'bernoulli'
+      else None
+  )
+  found = {prob(members) for members in grouped.values()}
+  probs = sorted(p for p in found if p is not None)
+  if len(probs) <= _MOST_PROBS:
+    return grouped
+  kept = {None, probs[0], probs[len(probs) // 2], probs[-1]}
+  return {key: m for key, m in grouped.items() if prob(m) in kept}
 
 
 def plot_prob(runs: Sequence[Run]) -> matplotlib.figure.Figure | None:

@@ -87,7 +87,9 @@ def train_together(
     )
   count = len(seeds)
   keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-  values = {k: jnp.asarray(v, jnp.result_type(float)) for k, v in hypers.items()}
+  values = {
+      k: jnp.asarray(v, jnp.result_type(float)) for k, v in hypers.items()
+  }
   parts = _Parts(task, make_method, settings, one_by_one)
   evaluators = {} if evaluators is None else evaluators
   size, program = _fit(parts, keys, values, group_size, evaluators)
@@ -314,7 +316,9 @@ def _summary(
 ) -> dict[str, Any]:
   """Returns the summary of a run."""
   if bad_step >= 0:
-    return {'diverged': f'Expected a finite loss, got another at step {bad_step}.'}
+    return {
+        'diverged': f'Expected a finite loss, got another at step {bad_step}.'
+    }
   split = loop.test_split(task)
   named = {
       name.replace(_FINAL, f'{split}_'): value for name, value in final.items()
