@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 WORKDIR ?= runs/digits
 FIGURES ?= figures
 
-.PHONY: run test test-all lint format docs clean
+.PHONY: run test test-all lint format notebooks docs clean
 
 # Pre-trains on the digits 0-4, fine-tunes on 5-9 with every method.
 run: $(VENV)/.installed
@@ -29,6 +29,10 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --quiet --fix .
 	$(BIN)/pyink --quiet .
+
+# Executes the notebooks and stores what they show.
+notebooks: $(VENV)/.installed
+	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 # The API reference, built from the docstrings, in docs/api.
 DOCS ?= docs/api

@@ -328,17 +328,16 @@ def train(
       config.seed,
       pathlib.Path(workdir),
       record,
-      facts(config, program.task, step_flops(config, program.task)),
+      facts(config, program.task),
   )
 
 
 def facts(
-    config: config_dict.ConfigDict, task: task_lib.Task, flops: float | None
+    config: config_dict.ConfigDict, task: task_lib.Task
 ) -> dict[str, Any]:
-  """Returns what a summary says of the config: parameters, FLOPs, link."""
+  """Returns what a summary says of the config."""
   return {
       'trained_parameters': trained_parameters(config, task),
-      'step_flops': flops,
       'steps_per_link': _period(config, task) or None,
   }
 

@@ -192,7 +192,9 @@ def _train_together(
       evaluators=evaluators,
       report=report,
   )
-  flops = experiment.step_flops(config, task)
+  flops = None
+  if config.training.num_full_passes is not None:
+    flops = experiment.step_flops(config, task)
   for i, result in results:
     run = members[i]
     record = json.loads(run.config.to_json_best_effort())
@@ -200,9 +202,10 @@ def _train_together(
     with metrics_log.MetricsLog(run.directory, 0, events=False) as log:
       for line in result.lines:
         log.write(int(line['step']), line)
-    facts = experiment.facts(run.config, task, flops)
+    facts = experiment.facts(run.config, task)
     checkpoint.write_json(
-        run.directory / 'summary.json', {**result.summary, **facts}
+        run.directory / 'summary.json',
+        {**result.summary, **facts, 'step_flops': flops},
     )
 
 
@@ -212,14 +215,12 @@ def _train_in_turn(
   """Trains runs one after another; those that differ in the seed share one
   compiled program."""
   programs: dict[str, loop.Program] = {}
-  flops = None
   for run in members:
     key = experiment.apply_overrides(
         run.config, {'seed': 0}
     ).to_json_best_effort()
     if key not in programs:
       programs = {key: experiment.make_program(run.config, task)}
-      flops = experiment.step_flops(run.config, task)
     try:
       experiment.train(run.config, run.directory, programs[key])
     except loop.DivergedError as e:
@@ -229,7 +230,7 @@ def _train_in_turn(
           {
               'diverged': str(e),
               'seconds': 0.0,
-              **experiment.facts(run.config, task, flops),
+              **experiment.facts(run.config, task),
           },
       )
     bar.update(1)

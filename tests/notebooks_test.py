@@ -1,0 +1,54 @@
+"""Executes the notebooks in kernels of their own, as a user would."""
+
+import pathlib
+import re
+
+import nbclient
+import nbformat
+import pytest
+
+_NOTEBOOKS = pathlib.Path(__file__).parent.parent / 'notebooks'
+
+
+def executed(name, tmp_path):
+  """Returns the text that a notebook prints when it is run from the start."""
+  notebook = nbformat.read(_NOTEBOOKS / name, as_version=4)
+  for cell in notebook.cells:
+    assert (
+        cell.cell_type != 'code'
+        or cell.outputs
+        or cell.id == 'cell-1'
+        or ('def ' in cell.source)
+    ), f'Expected stored outputs in {name}: make notebooks.'
+  nbclient.NotebookClient(
+      notebook,
+      timeout=300,
+      kernel_name='python3',
+      resources={'metadata': {'path': str(tmp_path)}},
+  ).execute()
+  return ''.join(
+      output.get('text', '')
+      for cell in notebook.cells
+      for output in cell.get('outputs', [])
+  )
+
+
+@pytest.mark.filterwarnings('ignore::RuntimeWarning')
+def test_lora_family(tmp_path, monkeypatch):
+  monkeypatch.delenv('XLA_FLAGS')  # As at a user's.
+  text = executed('lora_family.ipynb', tmp_path)
+  accuracies = re.findall(
+      r'^(.*?) +trains .*accuracy on 5-9: (.*)$', text, re.MULTILINE
+  )
+  assert [name for name, _ in accuracies] == [
+      'LoRA',
+      'asymmetric LoRA',
+      'COLA',
+      'RAC-LoRA',
+      'Bernoulli-LoRA',
+  ]
+  before = float(re.search(r'on 0-4: .*, on 5-9: (.*)', text).group(1))
+  assert before < 0.4  # Five classes: chance is 0.2.
+  for _, accuracy in accuracies:
+    assert float(accuracy) > 0.9
+  assert f'restored, accuracy on 5-9: {accuracies[-1][1]}' in text
