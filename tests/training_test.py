@@ -244,8 +244,17 @@ class LoopTest(parameterized.TestCase):
     for path in (self.tmp / 'checkpoints' / '24').rglob('*'):
       if path.is_file() and 'd' in path.parent.name:
         path.write_bytes(path.read_bytes()[:10])
-    with self.assertRaisesRegex(ValueError, 'step 24 that does not restore'):
+    with self.assertRaisesRegex(
+        ValueError, 'step 24, got one that does not restore'
+    ):
       final_params(self.tmp, config)
+
+  def test_checkpoint_of_other_shapes_is_named(self):
+    experiment.train(small_config(), self.tmp)
+    with self.assertRaisesRegex(
+        ValueError, r'Dense_0/kernel of shape \(64, 16\).*has \(64, 8\)'
+    ):
+      final_params(self.tmp, small_config(task__hidden=(8,)))
 
   def test_other_configuration_is_refused(self):
     experiment.train(small_config(), self.tmp)

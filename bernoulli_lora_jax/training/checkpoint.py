@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 # Fields that may differ between the run and its continuation.
@@ -72,10 +73,30 @@ class Checkpointer:
           step, args=ocp.args.StandardRestore(abstract)
       )
     except Exception as e:
+      what = self._difference(step, like) or f'one that does not restore: {e}'
       raise ValueError(
-          f'Expected a checkpoint of this configuration in {self._directory},'
-          f' got one of step {step} that does not restore: {e}'
+          f'Expected a checkpoint of this configuration in {self._directory} at'
+          f' step {step}, got {what}'
       ) from e
+
+  def _difference(self, step: int, like: Any) -> str:
+    """Returns the first leaf whose shape differs from the stored one."""
+    folder = epath.Path(self._directory) / str(step) / 'default'
+    try:
+      metadata = ocp.StandardCheckpointHandler().metadata(folder)
+    except Exception:  # Damaged: the reason is in the error of the restore.
+      return ''
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    shapes = lambda tree: {
+        jax.tree_util.keystr(path, simple=True, separator='/'): tuple(x.shape)
+        for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
+        if not (isinstance(x, jax.Array) and is_key(x))
+    }
+    stored = shapes(getattr(metadata, 'tree', metadata))
+    for path, shape in shapes(like).items():
+      if stored.get(path, shape) != shape:
+        return f'{path} of shape {stored[path]} where the configuration has {shape}.'
+    return ''
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -1,0 +1,481 @@
+"""Tests of runs that train together, of sweeps, and of recipes of runs."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bernoulli_lora_jax import recipes
+from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.training import base_config
+from bernoulli_lora_jax.training import experiment
+from bernoulli_lora_jax.training import loop
+from bernoulli_lora_jax.training import methods
+from bernoulli_lora_jax.training import sweep
+from bernoulli_lora_jax.training import together
+
+
+def small_config(**overrides):
+  """Bernoulli-LoRA adapters on digits: 24 steps, links of 5, dropout on."""
+  config = base_config.get_config()
+  config.task.hidden = (16,)
+  config.task.pretrain_epochs = 1
+  config.task.dropout = 0.2
+  config.method.mode = 'adapter'
+  config.method.rank = 2
+  config.method.period = 5
+  config.method.optimizer = 'adam'
+  config.method.learning_rate = 0.02
+  config.training.num_steps = 24
+  config.training.num_evals = 6
+  config.training.progress = False
+  names = {k.replace('__', '.'): v for k, v in overrides.items()}
+  return experiment.apply_overrides(config, names)
+
+
+def lines_of(directory):
+  text = (pathlib.Path(directory) / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def assert_lines_close(ours, theirs, rtol=2e-4):
+  """Asserts equal metrics; batched products round otherwise than single ones."""
+  assert [line['step'] for line in ours] == [line['step'] for line in theirs]
+  for a, b in zip(ours, theirs, strict=True):
+    assert a.keys() == b.keys()
+    for name in a:
+      np.testing.assert_allclose(a[name], b[name], rtol, 1e-5, err_msg=name)
+
+
+class TogetherTest(parameterized.TestCase):
+
+  @pytest.fixture(autouse=True)
+  def _tmp(self, tmp_path):
+    self.tmp = tmp_path
+
+  def together(self, config, runs, **kwargs):
+    """Returns the results of runs [(seed, prob, learning rate)], in order."""
+    task = experiment.make_task(config)
+    results = together.train_together(
+        task,
+        lambda hyper: experiment.make_method(config, task, **hyper),
+        experiment.make_settings(config, task),
+        [seed for seed, _, _ in runs],
+        {
+            'prob': [prob for _, prob, _ in runs],
+            'learning_rate': [rate for _, _, rate in runs],
+        },
+        **kwargs,
+    )
+    return [result for _, result in sorted(results, key=lambda r: r[0])]
+
+  def alone(self, config, run):
+    seed, prob, rate = run
+    names = {'seed': seed, 'method.prob': prob, 'method.learning_rate': rate}
+    directory = self.tmp / f'{seed}-{prob}-{rate}'
+    summary = experiment.train(
+        experiment.apply_overrides(config, names), directory
+    )
+    return summary, lines_of(directory)
+
+  @parameterized.parameters(
+      dict(),
+      dict(method__mode='gradient', method__estimator='mvr'),
+      dict(method__name='cola', method__reset_optimizer=False),
+  )
+  def test_equals_runs_one_after_another(self, **overrides):
+    config = small_config(**overrides)
+    runs = [(0, 0.0, 0.02), (1, 0.5, 0.02), (2, 1.0, 0.01)]
+    for run, result in zip(
+        runs, self.together(config, runs, group_size=2), strict=True
+    ):
+      summary, lines = self.alone(config, run)
+      assert_lines_close(result.lines, lines)
+      for name in ('step', 'stopped', 'best_step'):
+        self.assertEqual(result.summary[name], summary[name])
+      for name in ('test_loss', 'test_accuracy', 'grad_norm_sq'):
+        np.testing.assert_allclose(
+            result.summary[name], summary[name], rtol=2e-4
+        )
+
+  def test_early_stopping_and_plateaus_are_kept_for_each_run(self):
+    config = small_config(
+        training__num_steps=120,
+        training__num_evals=60,
+        training__patience=4,
+        training__plateau_patience=2,
+        training__plateau_factor=0.5,
+    )
+    runs = [(0, 0.5, 0.3), (1, 0.5, 1e-4), (2, 0.5, 0.6)]
+    results = self.together(config, runs)
+    ends = set()
+    for run, result in zip(runs, results, strict=True):
+      summary, lines = self.alone(config, run)
+      self.assertEqual(result.summary['step'], summary['step'])
+      self.assertEqual(result.summary['best_step'], summary['best_step'])
+      assert_lines_close(result.lines, lines, rtol=5e-3)  # Rates of 0.6.
+      np.testing.assert_allclose(
+          result.summary['test_loss'], summary['test_loss'], rtol=5e-3
+      )
+      ends.add(summary['step'])
+    self.assertGreater(len(ends), 1)  # They did stop at different steps.
+
+  def test_a_diverging_run_ends_alone(self):
+    config = small_config(
+        method__mode='gradient', method__name='full', method__optimizer='sgd'
+    )
+    runs = [(0, 0.5, 0.01), (1, 0.5, 1e30)]
+    good, bad = self.together(config, runs)
+    self.assertEqual(good.summary['step'], 24)
+    self.assertTrue(math.isfinite(good.summary['test_loss']))
+    self.assertIn('at step', bad.summary['diverged'])
+    self.assertEqual([line['step'] for line in bad.lines], [0])
+
+  def test_one_program_whatever_the_number_of_groups(self):
+    config = small_config()
+    compiled = []
+    original = together._compile
+
+    def counting(*args):
+      compiled.append(len(args[1]))
+      return original(*args)
+
+    together._compile = counting
+    try:
+      runs = [(seed, seed / 6, 0.02) for seed in range(7)]
+      results = self.together(config, runs, group_size=3)
+    finally:
+      together._compile = original
+    self.assertEqual(compiled, [3])
+    self.assertLen(results, 7)
+    # The last group is filled up; what fills it is dropped.
+    losses = [result.summary['train_loss'] for result in results]
+    self.assertEqual(len(set(losses)), 7)
+
+  def test_the_end_of_a_link_stays_a_branch(self):
+    config = small_config()
+    task = experiment.make_task(config)
+    parts = together._Parts(
+        task,
+        lambda hyper: experiment.make_method(config, task, **hyper),
+        experiment.make_settings(config, task),
+        False,
+    )
+    keys = jnp.stack([jax.random.key(0), jax.random.key(1)])
+    hyper = {'prob': jnp.array([0.5, 0.5])}
+    states = together._shared_count(jax.vmap(parts.start)(keys, hyper), False)
+    axes = together._axes(states)
+    params = jax.vmap(task.init)(keys)
+    f = parts.mapped(parts.steps, (axes, 0, 0, 0, 0, None, None), (axes, 0, 0))
+    text = (
+        jax.jit(f)
+        .lower(states, params, keys, hyper, jnp.ones(2, bool), task.data, 0)
+        .as_text()
+    )
+    self.assertIn('stablehlo.case', text)  # A select would have none.
+
+  def test_page_computes_full_gradients_only_when_asked_for(self):
+    size, count = 12, [0]
+
+    def loss(params, batch, key):
+      del key
+      if batch['x'].shape[0] == size:
+        jax.debug.callback(lambda: count.__setitem__(0, count[0] + 1))
+      return jnp.mean((batch['x'] @ params['w'] - 1) ** 2), {}
+
+    x = jax.random.normal(jax.random.key(0), (size, 4))
+    task = task_lib.Task(
+        name='toy',
+        init=lambda key: {'w': jnp.zeros((4, 3))},
+        data={'train': {'x': x, 'index': jnp.arange(size)}},
+        loss=loss,
+        batch=task_lib.uniform_batch(2),
+        evaluate=lambda params, data, split: {'loss': jnp.zeros([])},
+        num_samples=size,
+        batch_size=2,
+    )
+    make = lambda hyper: methods.gradient_method(
+        loss,
+        methods.make_transformation(
+            'bernoulli', hyper['learning_rate'], rank=1
+        ),
+        estimator='page',
+        num_samples=size,
+        batch_size=2,
+        page_prob=0.1,
+    )
+    settings = loop.Settings(40, 40, eval_gradient=False, progress=False)
+    results = together.train_together(
+        task,
+        make,
+        settings,
+        [0, 1, 2],
+        {'learning_rate': [0.1, 0.1, 0.1]},
+        one_by_one=True,
+    )
+    passes = [result.lines[-1]['data_passes'] for _, result in results]
+    jax.effects_barrier()
+    # Each run: 1 a full gradient, 1/3 a small step; 40 steps.
+    full = [(total - 40 / 3) / (2 / 3) for total in passes]
+    self.assertEqual(count[0], round(sum(full)))
+    self.assertLess(count[0], 40)  # A select would make 120.
+
+
+class JudgeTest(parameterized.TestCase):
+
+  def test_counts_and_drops(self):
+    settings = loop.Settings(1, 1, plateau_patience=2)
+    best, stale, flat = np.inf, 0, 0
+    seen = []
+    for loss in (3.0, 2.0, 2.5, 2.0, 2.1, 1.0):
+      is_best, stale, flat, drops = loop.judge(
+          loss, best, stale, flat, settings
+      )
+      best = min(best, loss)
+      seen.append((bool(is_best), int(stale), int(flat), bool(drops)))
+    self.assertEqual(
+        seen,
+        [
+            (True, 0, 0, False),
+            (True, 0, 0, False),
+            (False, 1, 1, False),
+            (False, 2, 0, True),
+            (False, 3, 1, False),
+            (True, 0, 0, False),
+        ],
+    )
+
+
+class SweepTest(parameterized.TestCase):
+
+  @pytest.fixture(autouse=True)
+  def _tmp(self, tmp_path):
+    self.tmp = tmp_path
+
+  GRID = [
+      {'method.name': name, 'method.prob': prob, 'seed': seed}
+      for name, prob in (('bernoulli', 0.2), ('bernoulli', 0.7), ('lora', 0.5))
+      for seed in (0, 1)
+  ]
+
+  def test_directories_and_second_call(self):
+    config = small_config()
+    sweep.train(config, self.GRID, self.tmp, progress=False)
+    found = sorted(self.tmp.rglob('summary.json'))
+    self.assertLen(found, 6)
+    summaries = [json.loads(path.read_text()) for path in found]
+    # Runs of both p are one program; LoRA is another.
+    self.assertEqual([s['runs_together'] for s in summaries], [4] * 4 + [2] * 2)
+    record = json.loads((found[0].parent / 'config.json').read_text())
+    self.assertEqual(record['method']['prob'], 0.2)
+    # r (m + n) of 64 x 16 and 16 x 5 at rank 2, weighted by p.
+    self.assertEqual(
+        summaries[0]['trained_parameters'],
+        0.2 * 2 * (16 + 5) + 0.8 * 2 * (64 + 16),
+    )
+    # A second call trains what is missing, and only that.
+    found[0].unlink()
+    times = [path.stat().st_mtime_ns for path in found[1:]]
+    sweep.train(config, self.GRID, self.tmp, progress=False)
+    self.assertEqual([path.stat().st_mtime_ns for path in found[1:]], times)
+    again = json.loads(found[0].read_text())
+    np.testing.assert_allclose(
+        again['test_loss'], summaries[0]['test_loss'], rtol=2e-4
+    )
+
+  @parameterized.parameters(
+      dict(training__group_size=1),
+      dict(training__recipe=True),
+      dict(training__checkpoint_every=12),
+      dict(training__num_steps=25),  # No multiple of an interval.
+  )
+  def test_other_runs_are_trained_in_turn(self, **overrides):
+    grid = [{'seed': 0}, {'seed': 1}]
+    sweep.train(small_config(**overrides), grid, self.tmp, progress=False)
+    for seed in (0, 1):
+      folder = self.tmp / 'default' / f'seed={seed}'
+      summary = json.loads((folder / 'summary.json').read_text())
+      self.assertNotIn('runs_together', summary)
+      self.assertTrue((folder / 'checkpoints').is_dir())
+
+  def test_names_must_differ(self):
+    with self.assertRaisesRegex(ValueError, 'runs of different names'):
+      sweep.train(small_config(), [{'seed': 1}] * 2, self.tmp)
+    with self.assertRaisesRegex(KeyError, 'rnak'):
+      sweep.train(small_config(), [{'method.rnak': 1}], self.tmp)
+
+
+class AdapterRunTest(parameterized.TestCase):
+  """Adapter mode in the loop: resume, devices, recipes, settings."""
+
+  @pytest.fixture(autouse=True)
+  def _tmp(self, tmp_path):
+    self.tmp = tmp_path
+
+  def params(self, program, directory):
+    """Returns the merged params of a finished run, replayed from its recipe."""
+    recipe = recipes.load_recipe(directory / 'recipe')
+    base = program.task.init(jax.random.key(0))
+    return recipe, recipes.replay(base, recipe)
+
+  @parameterized.parameters('bernoulli', 'cola', 'lora')
+  def test_recipe_rebuilds_the_run_also_after_a_resume(self, name):
+    config = small_config(
+        method__name=name,
+        training__recipe=True,
+        training__checkpoint_every=8,
+    )
+    program = experiment.make_program(config)
+    states = []
+
+    def watched(state, key, start, num):
+      run = program.prepare(state, key, start, num)
+
+      def keeping(*args):
+        state, metrics = run(*args)
+        states[:] = [jax.tree.map(jnp.copy, state)]
+        return state, metrics
+
+      return keeping
+
+    def interrupted(state, key, start, num):
+      if start >= 16:
+        raise KeyboardInterrupt
+      return program.prepare(state, key, start, num)
+
+    watching = program._replace(prepare=watched)
+    experiment.train(config, self.tmp / 'whole', watching)
+    recipe, replayed = self.params(program, self.tmp / 'whole')
+    chex.assert_trees_all_equal(replayed, program.params(states[0]))
+    self.assertLen(recipe.links, 1 if name == 'lora' else 5)  # 24 / 5.
+    with self.assertRaises(KeyboardInterrupt):
+      cut = program._replace(prepare=interrupted)
+      experiment.train(config, self.tmp / 'cut', cut)
+    experiment.train(config, self.tmp / 'cut', program)
+    chex.assert_trees_all_equal(
+        self.params(program, self.tmp / 'cut')[1], replayed
+    )
+    self.assertEqual(lines_of(self.tmp / 'cut'), lines_of(self.tmp / 'whole'))
+
+  @parameterized.parameters('jit', 'pmap')
+  def test_devices_give_the_same_run(self, kind):
+    experiment.train(small_config(), self.tmp / 'one')
+    experiment.train(small_config(training__parallel=kind), self.tmp / kind)
+    # Sums in another order, over 24 steps of Adam.
+    assert_lines_close(
+        lines_of(self.tmp / kind), lines_of(self.tmp / 'one'), rtol=1e-3
+    )
+
+  def test_micro_batches_are_the_batch(self):
+    config = small_config(task__dropout=0.0)
+    experiment.train(config, self.tmp / 'whole')
+    parts = experiment.apply_overrides(
+        config, {'training.num_micro_batches': 4}
+    )
+    experiment.train(parts, self.tmp / 'parts')
+    assert_lines_close(
+        lines_of(self.tmp / 'parts'), lines_of(self.tmp / 'whole'), rtol=1e-3
+    )
+
+  def test_all_linear_is_the_default_selection_here(self):
+    config = small_config(method__select='all-linear')
+    task = experiment.make_task(config)
+    self.assertEqual(
+        experiment.selection(config, task),
+        experiment.selection(small_config(), task),
+    )
+
+  def test_a_period_longer_than_the_run_is_warned_of(self):
+    with self.assertWarnsRegex(UserWarning, 'period=25: no merge'):
+      experiment.make_program(small_config(method__period=25))
+
+  def test_period_in_passes(self):
+    config = small_config(method__period_passes=2.0)
+    program = experiment.make_program(
+        experiment.apply_overrides(config, {'training.num_steps': 40})
+    )
+    self.assertEqual(program.method.chain.policy.period, 34)  # 2 x 17 steps.
+
+  def test_equal_flops(self):
+    config = small_config(
+        training__num_steps=0, training__num_full_passes=3.0, task__dropout=0.0
+    )
+    task = experiment.make_task(config)
+    settings = experiment.make_settings(config, task)
+    full = experiment.apply_overrides(
+        config, {'method.mode': 'gradient', 'method.name': 'full'}
+    )
+    spent = settings.num_steps * experiment.step_flops(config, task)
+    budget = 3 * 549 / 32 * experiment.step_flops(full, task)
+    # In whole evaluation intervals, six of them.
+    np.testing.assert_allclose(spent, budget, rtol=1 / 6)
+    # Forward and both backward products of 64 x 16 and 16 x 5, without dx of the
+    # first: 2 b (2 m n + 3 m' n'), and the elementwise rest.
+    products = 2 * 32 * (2 * 64 * 16 + 3 * 16 * 5)
+    flops = experiment.step_flops(full, task)
+    self.assertBetween(
+        flops / products, 1.0, 1.3
+    )  # One forward pass more: 1.5.
+
+  @parameterized.parameters(
+      ('method.mode', 'both', "method.mode .*'both'"),
+      ('method.name', 'dora', 'method.name in .*dora'),
+      ('method.estimator', 'page', "method.estimator='sgd'.*'page'"),
+      ('method.train_others', True, 'method.train_others=False'),
+      ('method.period', 0, 'method.period >= 1 for bernoulli, got 0'),
+      ('method.period_passes', -1.0, 'method.period_passes > 0.*-1'),
+      ('method.alpha', 0.0, 'alpha > 0, got alpha=0'),
+      ('method.rank', 65, 'rank <= 64.*got rank=65'),
+      ('method.frame', 'skew', "frame in .*'skew'"),
+      ('method.rounding', 'up', "rounding in .*'up'"),
+      ('method.link_warmup', 5, r'warmup in \[0, period=5\), got warmup=5'),
+      ('method.sketch', 'fourier', "method.sketch in .*'fourier'"),
+      ('training.plateau_factor', 1.0, 'training.plateau_factor in'),
+      ('training.plateau_patience', -1, 'training.plateau_patience >= 0'),
+  )
+  def test_bad_values_are_named(self, field, value, message):
+    config = experiment.apply_overrides(small_config(), {field: value})
+    with self.assertRaisesRegex(ValueError, message):
+      experiment.make_program(config)
+
+  def test_gradient_mode_has_no_recipe(self):
+    config = small_config(method__mode='gradient', training__recipe=True)
+    with self.assertRaisesRegex(ValueError, 'training.recipe=False'):
+      experiment.make_program(config)
+
+  def test_nan_in_factors_saves_nothing(self):
+    config = small_config(
+        method__learning_rate=1e38,
+        method__optimizer='sgd',
+        training__checkpoint_every=4,
+        training__recipe=True,
+    )
+    with self.assertRaises((loop.DivergedError, ValueError)):
+      experiment.train(config, self.tmp)
+    for path in (self.tmp / 'recipe').glob('link_*.npz'):
+      for array in np.load(path).values():
+        self.assertTrue(np.isfinite(array).all())
+    self.assertFalse((self.tmp / 'recipe' / 'recipe.json').exists())
+    self.assertFalse((self.tmp / 'summary.json').exists())
+
+
+def test_settings_are_what_the_config_says():
+  config = small_config(
+      training__patience=3,
+      training__plateau_patience=2,
+      training__plateau_factor=0.3,
+      training__eval_gradient=False,
+  )
+  settings = experiment.make_settings(config, experiment.make_task(config))
+  chosen = dataclasses.asdict(settings)
+  assert chosen['patience'] == 3
+  assert chosen['plateau_patience'] == 2
+  assert chosen['plateau_factor'] == 0.3
+  assert chosen['eval_gradient'] is False
