@@ -252,7 +252,7 @@ class LoopTest(parameterized.TestCase):
   def test_checkpoint_of_other_shapes_is_named(self):
     experiment.train(small_config(), self.tmp)
     with self.assertRaisesRegex(
-        ValueError, r'Dense_0/kernel of shape \(64, 16\).*has \(64, 8\)'
+        ValueError, r'Dense_0/bias of shape \(16,\).*has \(8,\)'
     ):
       final_params(self.tmp, small_config(task__hidden=(8,)))
 

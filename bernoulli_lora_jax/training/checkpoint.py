@@ -67,6 +67,8 @@ class Checkpointer:
       ValueError: a checkpoint of another structure, or a damaged one.
     """
     step = self.latest()
+    if step is None:
+      raise ValueError(f'Expected a checkpoint in {self._directory}, got none.')
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
       return self._manager.restore(
