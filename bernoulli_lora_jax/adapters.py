@@ -286,13 +286,20 @@ def make_chain(
       compiles nothing.
   """
 
+  if num_micro_batches < 1:
+    raise ValueError(
+        'Expected num_micro_batches >= 1, got'
+        f' num_micro_batches={num_micro_batches}.'
+    )
+  tx = optax.with_extra_args_support(tx)
   resolve = functools.partial(_resolve, policy=policy, matrices=matrices)
 
   def init(key, params):
     found = resolve(params)
     _check_base(params, found, policy)
     base = jax.tree.map(jnp.copy, params)  # A caller may donate the state.
-    drawn = draw_link(key, 0, found, policy)
+    # Compiled: op by op, frames would round otherwise than in later links.
+    drawn = jax.jit(lambda key: draw_link(key, 0, found, policy))(key)
     trained = _trained(drawn.factors, found)
     remainders = {}
     if policy.rounding == 'compensated':
@@ -341,7 +348,9 @@ def make_chain(
     value, grads = out if average is None else average(out)
     moves = _moving(trained, state.coins)
     grads = _where(moves, grads, jax.tree.map(jnp.zeros_like, grads))
-    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    updates, opt_state = tx.update(
+        grads, state.opt_state, trained, value=value[0]
+    )
     if policy.warmup:
       place = state.count % policy.period if policy.period else state.count
       scale = scale * jnp.minimum(1.0, (place + 1) / policy.warmup)
@@ -588,12 +597,18 @@ def merge_report(
   for matrix in matrices_lib.find(params, matrices):
     if matrix.path not in factors:
       continue
-    update = _product(factors[matrix.path])
-    exact = matrix.view(leaves[matrix.index]).astype(update.dtype) + update
-    rounded = exact.astype(matrix.dtype).astype(update.dtype)
-    error = np.abs(np.asarray(exact - rounded, np.float64))
-    size = np.abs(np.asarray(exact, np.float64))
-    norm = np.linalg.norm(np.asarray(update, np.float64), axis=(-2, -1))
+    left, right = (
+        np.asarray(factors[matrix.path][side], np.float64)
+        for side in ('left', 'right')
+    )
+    update = left @ right
+    weight = matrix.view(jnp.asarray(leaves[matrix.index]))
+    exact = np.asarray(weight, np.float64) + update
+    total = weight.astype(_product(factors[matrix.path]).dtype)
+    total = total + _product(factors[matrix.path])
+    error = np.abs(np.asarray(total.astype(matrix.dtype), np.float64) - exact)
+    size = np.abs(exact)
+    norm = np.linalg.norm(update, axis=(-2, -1))
     lost = np.linalg.norm(error, axis=(-2, -1))
     for place in np.ndindex(*matrix.batch):
       ratio = np.divide(
@@ -658,16 +673,32 @@ def _resolve(
           'Expected matrices.select to be None where the policy has targets,'
           f' got select={spec.select!r}.'
       )
-    patterns = [f'(?:{target.pattern})' for target in policy.targets]
-    spec = dataclasses.replace(spec, select='|'.join(patterns))
+    leaves = jax.tree_util.tree_flatten_with_path(inject.logical(params))[0]
+    paths = matrices_lib.path_names([path for path, _ in leaves])
+    chosen = [
+        path
+        for path in paths
+        if any(re.search(t.pattern, path) for t in policy.targets)
+    ]
+    # Path by path: patterns joined into one may not begin with flags.
+    select = '|'.join(f'^{re.escape(path)}$' for path in chosen or ['nothing'])
+    spec = dataclasses.replace(spec, select=select)
+    _check_targets(policy.targets, chosen, paths)
   found = matrices_lib.find(inject.logical(params), spec)
-  for target in policy.targets:
-    if not any(re.search(target.pattern, m.path) for m in found):
-      raise ValueError(
-          f'Expected target {target.pattern!r} to match a matrix; the matrices'
-          f' are {[m.path for m in matrices_lib.find(inject.logical(params))]}.'
-      )
+  found_paths = [matrix.path for matrix in found]
+  _check_targets(policy.targets, found_paths, found_paths)
   return [_adapted(matrix, policy) for matrix in found]
+
+
+def _check_targets(
+    targets: Sequence[Target], matched: Sequence[str], listed: Sequence[str]
+) -> None:
+  for target in targets:
+    if not any(re.search(target.pattern, path) for path in matched):
+      raise ValueError(
+          f'Expected target {target.pattern!r} to match a matrix; the paths are'
+          f' {list(listed)}.'
+      )
 
 
 def _adapted(matrix: Matrix, policy: ChainPolicy) -> Adapted:
@@ -820,15 +851,23 @@ def _where(condition: Any, new: Any, old: Any) -> Any:
 
 
 def _keep_frozen(moves: Pairs, new: Any, old: Any) -> Any:
-  """Returns a new optimiser state with the moments of frozen factors kept."""
-  treedef = jax.tree.structure(moves)
-  is_copy = lambda node: jax.tree.structure(node) == treedef
-  return jax.tree.map(
-      lambda n, o: _where(moves, n, o) if is_copy(n) else n,
-      new,
-      old,
-      is_leaf=is_copy,
-  )
+  """Returns a new optimiser state with the moments of frozen factors kept.
+
+  What belongs to a factor is told by the end of its path, so copies below
+  `optax.masked` or `optax.partition` and reduced ones (Adafactor) count too.
+  """
+
+  def keep(path, n, o):
+    names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+    move = moves.get(names[-2], {}).get(names[-1]) if names[1:] else None
+    if move is None:
+      return n
+    batch = move.shape[:-2]
+    if n.shape[: len(batch)] != batch:
+      return n
+    return jnp.where(move.reshape(batch + (1,) * (n.ndim - len(batch))), n, o)
+
+  return jax.tree_util.tree_map_with_path(keep, new, old)
 
 
 def _product(pair: dict[str, jax.Array]) -> jax.Array:

@@ -105,6 +105,12 @@ def replay(base: Any, recipe: Recipe) -> Any:
         f'Expected base weights of checksum {recipe.base}, as in the recipe, got'
         f' {found}: another base.'
     )
+  num_links = -(-recipe.num_steps // _period(recipe))
+  if len(recipe.links) != num_links:
+    raise ValueError(
+        f'Expected {num_links} links of period={recipe.policy.period} in'
+        f' num_steps={recipe.num_steps}, got {len(recipe.links)}.'
+    )
   chain = adapters.make_chain(recipe.policy, optax.identity(), recipe.matrices)
   state = chain.init(recipe.key, base)
   merge = jax.jit(lambda state, trained: _merge_link(chain, state, trained))
@@ -132,7 +138,6 @@ def make_recipe(
     key: jax.Array,
     links: Sequence[_Factors],
     final: adapters.AdapterState,
-    matrices: matrices_lib.Matrices | None = None,
 ) -> Recipe:
   """Returns the recipe of a finished chain.
 
@@ -142,13 +147,12 @@ def make_recipe(
     key: as given to `chain.init`.
     links: `trained_factors` of each link, the last one included.
     final: state at the end.
-    matrices: as given to `make_chain`.
   """
   return Recipe(
       checksum(base),
       checksum(jax.jit(chain.params)(final)),
       chain.policy,
-      chain.matrices if matrices is None else matrices,
+      chain.matrices,
       key,
       int(final.count),
       tuple(links),
@@ -162,7 +166,8 @@ def save_recipe(directory: str | os.PathLike[str], recipe: Recipe) -> None:
   for number, link in enumerate(recipe.links):
     save_link(directory, number, link)
   for path in directory.glob('link_*.npz'):  # Of a longer chain before.
-    if int(path.stem.removeprefix('link_')) >= len(recipe.links):
+    number = path.stem.removeprefix('link_')
+    if number.isdigit() and int(number) >= len(recipe.links):
       path.unlink()
   policy = {
       field.name: getattr(recipe.policy, field.name)
@@ -177,6 +182,8 @@ def save_recipe(directory: str | os.PathLike[str], recipe: Recipe) -> None:
       'base': recipe.base,
       'final': recipe.final,
       'policy': policy,
+      # Its coin is tossed even at 0 and 1.
+      'prob_is_array': isinstance(recipe.policy.prob, jax.Array),
       'matrices': None if spec is None else dataclasses.asdict(spec),
       'key': {
           'impl': str(jax.random.key_impl(recipe.key)),
@@ -247,9 +254,24 @@ def load_recipe(
         f'Expected version {_VERSION} of a recipe in {path}, got'
         f' version={record.get("version")}.'
     )
+  try:
+    return _from_record(record, directory, sketch)
+  except (KeyError, TypeError, AttributeError) as e:
+    raise ValueError(
+        f'Expected {path} to hold the fields of a recipe: {e}.'
+    ) from e
+
+
+def _from_record(
+    record: Mapping[str, Any],
+    directory: pathlib.Path,
+    sketch: sketches.Sketch | None,
+) -> Recipe:
   policy = dict(record['policy'])
   name = policy['sketch']
   policy['sketch'] = sketches.by_name(name) if sketch is None else sketch
+  if record.get('prob_is_array'):
+    policy['prob'] = jnp.asarray(policy['prob'])
   policy['targets'] = tuple(adapters.Target(**t) for t in policy['targets'])
   return Recipe(
       record['base'],
@@ -332,6 +354,10 @@ def _check_link(
 def _write(path: pathlib.Path, write: Any) -> None:
   """Writes a file that appears whole or not at all."""
   with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
-    write(f)
+    try:
+      write(f)
+    except BaseException:
+      os.unlink(f.name)
+      raise
   os.chmod(f.name, 0o644)
   os.replace(f.name, path)

@@ -81,4 +81,8 @@ def add(
   total += remainder.astype(total.dtype)
   rounded = total.astype(weight.dtype)
   rest = total - rounded.astype(total.dtype)
-  return rounded, rest.astype(weight.dtype)
+  # Where nothing is added nothing moves: a remainder that was rounded to half an
+  # ulp would otherwise move the weight when it is added again.
+  is_still = update == 0
+  rounded = jnp.where(is_still, weight, rounded)
+  return rounded, jnp.where(is_still, remainder, rest.astype(weight.dtype))
