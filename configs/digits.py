@@ -7,7 +7,7 @@ Real data bundled with scikit-learn, an MLP 64-64-64-5, biases frozen.
   python launch/report.py runs/digits --figures=figures
 
 The sweep is the whole family: full fine-tuning, LoRA, asymmetric LoRA, COLA,
-RAC-LoRA and Bernoulli-LoRA as adapters of rank 1 (Adam, a link an epoch), and
+RAC-LoRA and Bernoulli-LoRA as adapters (Adam, a link an epoch), and
 Bernoulli-LoRA of rank 4 in gradient mode with SGD, PAGE and MVR. It takes about a
 minute on two cores; the README has the table.
 
@@ -89,5 +89,6 @@ def sweep():
   """Returns the family with three seeds."""
   methods = [gradient('full')]
   methods += [adapter(name) for name in ADAPTER_RATES]
+  methods += [adapter(name, 4) for name in ('lora', 'cola', 'bernoulli')]
   methods += [gradient('bernoulli', name) for name in ('sgd', 'page', 'mvr')]
   return [{**method, 'seed': seed} for method in methods for seed in range(3)]
