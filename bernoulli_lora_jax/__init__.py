@@ -6,6 +6,8 @@ The public surface; see the README for what each name is for.
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import matrices
+from bernoulli_lora_jax import merging
+from bernoulli_lora_jax import policies
 from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax import rounding
 from bernoulli_lora_jax import sketches

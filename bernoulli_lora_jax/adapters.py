@@ -25,190 +25,30 @@ arXiv 2508.03820.
 """
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import functools
 import math
-import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from bernoulli_lora_jax import estimators
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax import merging
+from bernoulli_lora_jax import policies
 from bernoulli_lora_jax import rounding as rounding_lib
 from bernoulli_lora_jax import sketches
 
+Adapted = policies.Adapted
+ChainPolicy = policies.ChainPolicy
 Matrices = matrices_lib.Matrices
 Matrix = matrices_lib.Matrix
-Pairs = dict[
-    str, dict[str, jax.Array]
-]  # {path: {'left' and/or 'right': array}}
+Pairs = merging.Pairs  # {path: {'left' and/or 'right': array}}
 
-SIDES = ('left', 'right', 'bernoulli', None)
 _FACTOR, _ROUND = 2, 3  # Purposes folded into a matrix's key; 0, 1: links.py.
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-  """Which matrices are adapted, and what differs from the policy for them.
-
-  Attributes:
-    pattern: regular expression searched in the normalised path.
-    rank: None for the policy's, like the others.
-    alpha: see `ChainPolicy`.
-    prob: see `ChainPolicy`.
-  """
-
-  pattern: str
-  rank: int | None = None
-  alpha: float | None = None
-  prob: float | None = None
-
-  def __post_init__(self):
-    try:
-      re.compile(self.pattern)
-    except re.error as e:
-      raise ValueError(
-          f'Expected pattern to be a regular expression, got {self.pattern!r}:'
-          f' {e}.'
-      ) from e
-    for name in ('rank', 'alpha', 'prob'):
-      if getattr(self, name) is not None:
-        _check_field(name, getattr(self, name), f' of target {self.pattern!r}')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChainPolicy:
-  """One member of the LoRA family (A3).
-
-  Attributes:
-    rank: r >= 1, clipped to the sides of a matrix and at most the longer one.
-    period: steps of a link, >= 1; None never merges.
-    side: the frozen factor: 'left', 'right', 'bernoulli' (a coin a matrix, a
-      layer and a link) or None (both factors are trained).
-    prob: P(left) in [0, 1], for 'bernoulli'. A Python 0 or 1 compiles as 'right'
-      or 'left'.
-    alpha: numerator of the scale s, > 0; None for s = 1.
-    scaling: 'rank' for s = alpha / rank, 'sqrt' for s = alpha / sqrt(rank).
-    resample: whether each link draws anew; False keeps coin and frozen factor
-      of the first link.
-    sketch: law of the frozen factor.
-    frame: 'orthonormal' (what the theorems assume) or 'raw' (as sampled).
-    init: law of the random factor where both are trained: 'uniform', U(+-1/
-      sqrt(m)) on the left and U(+-1/sqrt(n)) on the right, or 'normal', N(0, 1).
-    zero: which factor starts from zero where both are trained.
-    warmup: steps at the start of each link over which the updates grow linearly
-      to their full size; 0 for none, less than the period.
-    reset_optimizer: whether a link begins with fresh moments. The counts of
-      schedules go on.
-    rounding: 'nearest', 'stochastic' or 'compensated', see `rounding`.
-    shared_coin: one coin for all matrices.
-    targets: what is adapted; () for what `Matrices` selects.
-  """
-
-  rank: int
-  period: int | None
-  side: str | None = 'bernoulli'
-  prob: float | jax.Array = 0.5
-  alpha: float | None = None
-  scaling: str = 'rank'
-  resample: bool = True
-  sketch: sketches.Sketch = sketches.gaussian()
-  frame: str = 'orthonormal'
-  init: str = 'uniform'
-  zero: str = 'right'
-  warmup: int = 0
-  reset_optimizer: bool = True
-  rounding: str = 'nearest'
-  shared_coin: bool = False
-  targets: tuple[Target, ...] = ()
-
-  def __post_init__(self):
-    _check_field('rank', self.rank)
-    _check_field('prob', self.prob)
-    if self.period is not None:
-      _check_field('period', self.period)
-    if self.alpha is not None:
-      _check_field('alpha', self.alpha)
-    choices = {
-        'side': SIDES,
-        'scaling': ('rank', 'sqrt'),
-        'frame': ('orthonormal', 'raw'),
-        'init': ('uniform', 'normal'),
-        'zero': ('left', 'right'),
-        'rounding': rounding_lib.MODES,
-    }
-    for name, values in choices.items():
-      if getattr(self, name) not in values:
-        raise ValueError(
-            f'Expected {name} in {values}, got {name}={getattr(self, name)!r}.'
-        )
-    longest = math.inf if self.period is None else self.period
-    if not 0 <= self.warmup < longest:
-      raise ValueError(
-          f'Expected warmup in [0, period={self.period}), got'
-          f' warmup={self.warmup}.'
-      )
-
-
-def lora(rank: int, **kwargs: Any) -> ChainPolicy:
-  """Returns LoRA: both factors are trained and never merged."""
-  return ChainPolicy(rank=rank, side=None, period=None, **kwargs)
-
-
-def cola(rank: int, period: int, **kwargs: Any) -> ChainPolicy:
-  """Returns COLA: both factors are trained, merged and drawn anew."""
-  return ChainPolicy(rank=rank, side=None, period=period, **kwargs)
-
-
-def asymmetric_lora(rank: int, side: str, **kwargs: Any) -> ChainPolicy:
-  """Returns asymmetric LoRA: one factor is frozen and kept."""
-  return ChainPolicy(rank=rank, side=side, period=None, **kwargs)
-
-
-def rac_lora(rank: int, period: int, side: str, **kwargs: Any) -> ChainPolicy:
-  """Returns RAC-LoRA: the same side is frozen in each link."""
-  return ChainPolicy(rank=rank, side=side, period=period, **kwargs)
-
-
-def bernoulli_lora(
-    rank: int, period: int, prob: float | jax.Array = 0.5, **kwargs: Any
-) -> ChainPolicy:
-  """Returns Bernoulli-LoRA: a coin chooses the frozen side of each link."""
-  return ChainPolicy(rank=rank, period=period, prob=prob, **kwargs)
-
-
-class Adapted(NamedTuple):
-  """One adapted matrix with what the policy says about it."""
-
-  matrix: Matrix
-  rank: int  # As asked for.
-  scale: float  # s
-  prob: float | jax.Array | None  # P(left); None: both are trained.
-
-  @property
-  def trained(self) -> tuple[str, ...]:
-    """The factors that an optimiser sees."""
-    if self.prob is None:
-      return ('left', 'right')
-    is_left = links_lib.known_side(self.prob)
-    return {True: ('right',), False: ('left',), None: ('left', 'right')}[
-        is_left
-    ]
-
-  @property
-  def inner(self) -> int:
-    """The common dimension of the stored factors."""
-    m, n = self.matrix.m, self.matrix.n
-    if self.prob is None:
-      return min(self.rank, m, n)
-    is_left = links_lib.known_side(self.prob)
-    return min(self.rank, {True: m, False: n, None: max(m, n)}[is_left])
 
 
 class Link(NamedTuple):
@@ -292,7 +132,9 @@ def make_chain(
         f' num_micro_batches={num_micro_batches}.'
     )
   tx = optax.with_extra_args_support(tx)
-  resolve = functools.partial(_resolve, policy=policy, matrices=matrices)
+  resolve = functools.partial(
+      policies.resolve, policy=policy, matrices=matrices
+  )
 
   def init(key, params):
     found = resolve(params)
@@ -463,282 +305,6 @@ def restart(fresh: Any, old: Any) -> Any:
   )
 
 
-def describe(
-    params: Any,
-    policy: ChainPolicy,
-    matrices: Matrices | None = None,
-) -> list[dict[str, Any]]:
-  """Returns a table of what a policy adapts, one row a matrix.
-
-  Args:
-    params: tree of arrays or shapes.
-    policy: see `ChainPolicy`.
-    matrices: what is a matrix.
-
-  Returns:
-    Rows {'matrix', 'shape', 'rank', 'P(left)', 'scale', 'stored', 'trained'}:
-    numbers stored in factors, and trained at a step in the mean over the coin,
-    over all entries of a stack. A rank above a side says '(clipped)'.
-  """
-  rows = []
-  for one in _resolve(params, policy, matrices):
-    m = one.matrix
-    entries = ''.join(f'{size} x ' for size in m.batch)
-    rows.append(
-        {
-            'matrix': m.path,
-            'shape': f'{entries}{m.m} x {m.n}',
-            'rank': _rank_text(one),
-            'P(left)': '-' if one.prob is None else one.prob,
-            'scale': one.scale,
-            'stored': m.entries.size * one.inner * (m.m + m.n),
-            'trained': m.entries.size * trained_numbers(one),
-        }
-    )
-  return rows
-
-
-def trained_numbers(one: Adapted) -> Any:
-  """Returns the mean number of trained parameters a step of one entry."""
-  m, n = one.matrix.m, one.matrix.n
-  if one.prob is None:
-    return one.inner * (m + n)
-  left, right = min(one.rank, m) * n, m * min(one.rank, n)
-  return one.prob * left + (1 - one.prob) * right
-
-
-def unmerge(params: Any, factors: Pairs, matrices: Matrices | None = None):
-  """Returns W - L R, the inverse of a merge up to one rounding of W.
-
-  Args:
-    params: merged weights.
-    factors: {path: {'left', 'right'}}, the scale in the right one (`scaled`).
-    matrices: what is a matrix.
-  """
-  return _add_products(params, factors, matrices, -1.0)
-
-
-class Extracted(NamedTuple):
-  """The change of one matrix as thin factors."""
-
-  left: np.ndarray  # (*batch, m, r)
-  right: np.ndarray  # (*batch, r, n)
-  error: float  # ||change - left right||_F / ||change||_F, the largest entry's.
-
-
-def extract(
-    base: Any,
-    tuned: Any,
-    rank: int,
-    matrices: Matrices | None = None,
-) -> dict[str, Extracted]:
-  """Returns the change between two trees as factors of a rank, by SVD.
-
-  A chain of T links of rank r changes a matrix by rank at most T r: rank =
-  min(T r, cap) loses nothing beyond the cap and the rounding of the weights.
-
-  Args:
-    base: params before.
-    tuned: params after, of the same shapes.
-    rank: of the factors, clipped to the sides of each matrix.
-    matrices: what is a matrix.
-
-  Returns:
-    {path: Extracted} with left right the best approximation of its rank.
-
-  Raises:
-    ValueError: shapes that differ, with the path and both.
-  """
-  _check_field('rank', rank)
-  check_shapes(base, tuned)
-  old, new = jax.tree.leaves(base), jax.tree.leaves(tuned)
-  result = {}
-  for matrix in matrices_lib.find(base, matrices):
-    wide = jnp.promote_types(matrix.dtype, jnp.float32)
-    view = lambda leaf, m=matrix, t=wide: m.view(jnp.asarray(leaf)).astype(t)
-    change = view(new[matrix.index]) - view(old[matrix.index])
-    u, s, vt = jnp.linalg.svd(change, full_matrices=False)
-    r = min(rank, matrix.m, matrix.n)
-    total = jnp.sqrt(jnp.sum(s**2, -1))
-    lost = jnp.sqrt(jnp.sum(s[..., r:] ** 2, -1))
-    error = jnp.where(total > 0, lost / jnp.where(total > 0, total, 1), 0)
-    root = jnp.sqrt(s[..., :r])
-    result[matrix.path] = Extracted(
-        np.asarray(u[..., :r] * root[..., None, :]),
-        np.asarray(root[..., None] * vt[..., :r, :]),
-        float(jnp.max(error)),
-    )
-  return result
-
-
-def merge_report(
-    params: Any,
-    factors: Pairs,
-    matrices: Matrices | None = None,
-) -> list[dict[str, Any]]:
-  """Returns how inexact merging these factors to nearest is, a row a layer.
-
-  Args:
-    params: base weights.
-    factors: {path: {'left', 'right'}}, the scale in the right one (`scaled`).
-    matrices: what is a matrix.
-
-  Returns:
-    Rows {'matrix', 'layer', 'largest error', 'relative error', 'update lost'}:
-    the largest |error| of an entry, the largest |error| / |W + L R|, and
-    ||error||_F / ||L R||_F, the part of the update that the rounding replaces.
-
-  Raises:
-    ValueError: a factor that is not finite, by path.
-  """
-  check_factors(factors)
-  leaves = jax.tree.leaves(params)
-  rows = []
-  for matrix in matrices_lib.find(params, matrices):
-    if matrix.path not in factors:
-      continue
-    left, right = (
-        np.asarray(factors[matrix.path][side], np.float64)
-        for side in ('left', 'right')
-    )
-    update = left @ right
-    weight = matrix.view(jnp.asarray(leaves[matrix.index]))
-    exact = np.asarray(weight, np.float64) + update
-    total = weight.astype(_product(factors[matrix.path]).dtype)
-    total = total + _product(factors[matrix.path])
-    error = np.abs(np.asarray(total.astype(matrix.dtype), np.float64) - exact)
-    size = np.abs(exact)
-    norm = np.linalg.norm(update, axis=(-2, -1))
-    lost = np.linalg.norm(error, axis=(-2, -1))
-    for place in np.ndindex(*matrix.batch):
-      ratio = np.divide(
-          error[place],
-          size[place],
-          where=size[place] > 0,
-          out=np.zeros_like(error[place]),
-      )
-      rows.append(
-          {
-              'matrix': matrix.path,
-              'layer': int(matrix.entries[place]),
-              'largest error': float(error[place].max()),
-              'relative error': float(ratio.max()),
-              'update lost': float(lost[place] / norm[place])
-              if norm[place] > 0
-              else 0.0,
-          }
-      )
-  return rows
-
-
-def check_factors(factors: Pairs) -> None:
-  """Raises ValueError for a factor that is not finite, by path and side."""
-  for path, pair in factors.items():
-    for side, factor in pair.items():
-      if not bool(jnp.all(jnp.isfinite(factor))):
-        raise ValueError(
-            f'Expected finite factors, got NaN or infinity in the {side} factor'
-            f' of {path}: nothing was merged.'
-        )
-
-
-def check_shapes(expected: Any, given: Any) -> None:
-  """Raises ValueError unless two trees have the same paths and shapes."""
-  flat = lambda tree: dict(
-      zip(
-          matrices_lib.path_names(
-              [p for p, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-          ),
-          [tuple(np.shape(leaf)) for leaf in jax.tree.leaves(tree)],
-          strict=True,
-      )
-  )
-  old, new = flat(expected), flat(given)
-  for path in sorted(old.keys() | new.keys()):
-    if old.get(path) != new.get(path):
-      raise ValueError(
-          f'Expected {path} of shape {old.get(path)}, got'
-          f' {new.get(path, "none")}: another model.'
-      )
-
-
-def _resolve(
-    params: Any, policy: ChainPolicy, matrices: Matrices | None
-) -> list[Adapted]:
-  """Returns what is adapted, in the order of the leaves."""
-  spec = Matrices() if matrices is None else matrices
-  if policy.targets:
-    if spec.select is not None:
-      raise ValueError(
-          'Expected matrices.select to be None where the policy has targets,'
-          f' got select={spec.select!r}.'
-      )
-    leaves = jax.tree_util.tree_flatten_with_path(inject.logical(params))[0]
-    paths = matrices_lib.path_names([path for path, _ in leaves])
-    chosen = [
-        path
-        for path in paths
-        if any(re.search(t.pattern, path) for t in policy.targets)
-    ]
-    # Path by path: patterns joined into one may not begin with flags.
-    select = '|'.join(f'^{re.escape(path)}$' for path in chosen or ['nothing'])
-    spec = dataclasses.replace(spec, select=select)
-    _check_targets(policy.targets, chosen, paths)
-  found = matrices_lib.find(inject.logical(params), spec)
-  found_paths = [matrix.path for matrix in found]
-  _check_targets(policy.targets, found_paths, found_paths)
-  return [_adapted(matrix, policy) for matrix in found]
-
-
-def _check_targets(
-    targets: Sequence[Target], matched: Sequence[str], listed: Sequence[str]
-) -> None:
-  for target in targets:
-    if not any(re.search(target.pattern, path) for path in matched):
-      raise ValueError(
-          f'Expected target {target.pattern!r} to match a matrix; the paths are'
-          f' {list(listed)}.'
-      )
-
-
-def _adapted(matrix: Matrix, policy: ChainPolicy) -> Adapted:
-  matching = [t for t in policy.targets if re.search(t.pattern, matrix.path)]
-  values = {}
-  for name in ('rank', 'alpha', 'prob'):
-    given = {getattr(t, name) for t in matching if getattr(t, name) is not None}
-    if len(given) > 1:
-      raise ValueError(
-          f'Expected targets that agree about {matrix.path}, got'
-          f' {[t.pattern for t in matching]} with {name} in {sorted(given)}.'
-      )
-    values[name] = given.pop() if given else getattr(policy, name)
-  rank, alpha = values['rank'], values['alpha']
-  if rank > max(matrix.m, matrix.n):
-    raise ValueError(
-        f'Expected rank <= {max(matrix.m, matrix.n)}, the longer side of'
-        f' {matrix.path} ({matrix.m} x {matrix.n}), got rank={rank}.'
-    )
-  root = rank if policy.scaling == 'rank' else math.sqrt(rank)
-  prob = {'left': 1.0, 'right': 0.0, None: None}.get(
-      policy.side, values['prob']
-  )
-  return Adapted(matrix, rank, 1.0 if alpha is None else alpha / root, prob)
-
-
-def _rank_text(one: Adapted) -> Any:
-  m, n = one.matrix.m, one.matrix.n
-  left, right = min(one.rank, m), min(one.rank, n)
-  if left == right == one.rank:
-    return one.rank
-  if one.prob is None:
-    return f'{min(left, right)} (clipped)'
-  is_left = links_lib.known_side(one.prob)
-  if is_left is None:
-    return f'left {left}, right {right} (clipped)'
-  used = left if is_left else right
-  return used if used == one.rank else f'{used} (clipped)'
-
-
 def _check_base(
     params: Any, found: Sequence[Adapted], policy: ChainPolicy
 ) -> None:
@@ -870,28 +436,6 @@ def _keep_frozen(moves: Pairs, new: Any, old: Any) -> Any:
   return jax.tree_util.tree_map_with_path(keep, new, old)
 
 
-def _product(pair: dict[str, jax.Array]) -> jax.Array:
-  """Returns L R in the factors' dtype, at full precision."""
-  return jnp.matmul(
-      pair['left'], pair['right'], precision=jax.lax.Precision.HIGHEST
-  )
-
-
-def _add_products(
-    params: Any, factors: Pairs, matrices: Matrices | None, sign: float
-) -> Any:
-  """Returns W + sign L R, rounded to nearest."""
-  leaves, treedef = jax.tree.flatten(params)
-  for matrix in matrices_lib.find(params, matrices):
-    if matrix.path in factors:
-      update = sign * _product(factors[matrix.path])
-      weight = matrix.view(leaves[matrix.index])
-      leaves[matrix.index] = matrix.unview(
-          (weight.astype(update.dtype) + update).astype(matrix.dtype)
-      )
-  return treedef.unflatten(leaves)
-
-
 def _merge(
     state: AdapterState, found: Sequence[Adapted], policy: ChainPolicy
 ) -> AdapterState:
@@ -916,7 +460,7 @@ def _merge(
     )
     total, rest = rounding_lib.add(
         weight,
-        _product(pair),
+        merging.product(pair),
         remainders.get(m.path),
         _round_keys(link_key, m),
         policy.rounding,
@@ -949,17 +493,17 @@ def _without_product(
   return {**pair, **{s: jnp.where(moves[s], zeros[s], pair[s]) for s in moves}}
 
 
-def _check_field(name: str, value: Any, where: str = '') -> None:
-  if name in ('rank', 'period'):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-      raise TypeError(f'Expected {name}{where} to be an int, got {value!r}.')
-    if value < 1:
-      raise ValueError(f'Expected {name}{where} >= 1, got {name}={value}.')
-  if (
-      name == 'prob'
-      and not isinstance(value, jax.Array)
-      and not 0 <= value <= 1
-  ):
-    raise ValueError(f'Expected {name}{where} in [0, 1], got {name}={value}.')
-  if name == 'alpha' and not (value > 0 and math.isfinite(value)):
-    raise ValueError(f'Expected {name}{where} > 0, got {name}={value}.')
+# The family, and what a merge does, under one name for users.
+Target = policies.Target
+lora = policies.lora
+cola = policies.cola
+asymmetric_lora = policies.asymmetric_lora
+rac_lora = policies.rac_lora
+bernoulli_lora = policies.bernoulli_lora
+describe = policies.describe
+trained_numbers = policies.trained_numbers
+unmerge = merging.unmerge
+extract = merging.extract
+merge_report = merging.merge_report
+check_factors = merging.check_factors
+check_shapes = merging.check_shapes

@@ -96,7 +96,8 @@ def train_together(
   for first in range(0, count, size):
     # The last group is filled with runs of the first, so that it fits.
     rows = [(first + i) if first + i < count else i for i in range(size)]
-    take = lambda x, rows=np.asarray(rows): x[rows]
+    places = np.asarray(rows)
+    take = lambda x, places=places: x[places]
     members = rows[: min(size, count - first)]
     results = _train_group(
         program,

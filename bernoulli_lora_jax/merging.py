@@ -1,0 +1,194 @@
+"""What a merge does to weights: products, their inverse, reports, extraction.
+
+`factors` is {path: {'left': (*batch, m, r), 'right': (*batch, r, n)}} with the
+scale s in the right one (`adapters.scaled`).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax import policies
+
+Matrices = matrices_lib.Matrices
+Pairs = dict[str, dict[str, jax.Array]]
+
+
+def unmerge(params: Any, factors: Pairs, matrices: Matrices | None = None):
+  """Returns W - L R, the inverse of a merge up to one rounding of W.
+
+  Args:
+    params: merged weights.
+    factors: {path: {'left', 'right'}}, the scale in the right one (`scaled`).
+    matrices: what is a matrix.
+  """
+  return _add_products(params, factors, matrices, -1.0)
+
+
+class Extracted(NamedTuple):
+  """The change of one matrix as thin factors."""
+
+  left: np.ndarray  # (*batch, m, r)
+  right: np.ndarray  # (*batch, r, n)
+  error: float  # ||change - left right||_F / ||change||_F, the largest entry's.
+
+
+def extract(
+    base: Any,
+    tuned: Any,
+    rank: int,
+    matrices: Matrices | None = None,
+) -> dict[str, Extracted]:
+  """Returns the change between two trees as factors of a rank, by SVD.
+
+  A chain of T links of rank r changes a matrix by rank at most T r: rank =
+  min(T r, cap) loses nothing beyond the cap and the rounding of the weights.
+
+  Args:
+    base: params before.
+    tuned: params after, of the same shapes.
+    rank: of the factors, clipped to the sides of each matrix.
+    matrices: what is a matrix.
+
+  Returns:
+    {path: Extracted} with left right the best approximation of its rank.
+
+  Raises:
+    ValueError: shapes that differ, with the path and both.
+  """
+  policies.check_field('rank', rank)
+  check_shapes(base, tuned)
+  old, new = jax.tree.leaves(base), jax.tree.leaves(tuned)
+  result = {}
+  for matrix in matrices_lib.find(base, matrices):
+    wide = jnp.promote_types(matrix.dtype, jnp.float32)
+    view = lambda leaf, m=matrix, t=wide: m.view(jnp.asarray(leaf)).astype(t)
+    change = view(new[matrix.index]) - view(old[matrix.index])
+    u, s, vt = jnp.linalg.svd(change, full_matrices=False)
+    r = min(rank, matrix.m, matrix.n)
+    total = jnp.sqrt(jnp.sum(s**2, -1))
+    lost = jnp.sqrt(jnp.sum(s[..., r:] ** 2, -1))
+    error = jnp.where(total > 0, lost / jnp.where(total > 0, total, 1), 0)
+    root = jnp.sqrt(s[..., :r])
+    result[matrix.path] = Extracted(
+        np.asarray(u[..., :r] * root[..., None, :]),
+        np.asarray(root[..., None] * vt[..., :r, :]),
+        float(jnp.max(error)),
+    )
+  return result
+
+
+def merge_report(
+    params: Any,
+    factors: Pairs,
+    matrices: Matrices | None = None,
+) -> list[dict[str, Any]]:
+  """Returns how inexact merging these factors to nearest is, a row a layer.
+
+  Args:
+    params: base weights.
+    factors: {path: {'left', 'right'}}, the scale in the right one (`scaled`).
+    matrices: what is a matrix.
+
+  Returns:
+    Rows {'matrix', 'layer', 'largest error', 'relative error', 'update lost'}:
+    the largest |error| of an entry, the largest |error| / |W + L R|, and
+    ||error||_F / ||L R||_F, the part of the update that the rounding replaces.
+
+  Raises:
+    ValueError: a factor that is not finite, by path.
+  """
+  check_factors(factors)
+  leaves = jax.tree.leaves(params)
+  rows = []
+  for matrix in matrices_lib.find(params, matrices):
+    if matrix.path not in factors:
+      continue
+    left, right = (
+        np.asarray(factors[matrix.path][side], np.float64)
+        for side in ('left', 'right')
+    )
+    update = left @ right
+    weight = matrix.view(jnp.asarray(leaves[matrix.index]))
+    exact = np.asarray(weight, np.float64) + update
+    total = weight.astype(product(factors[matrix.path]).dtype)
+    total = total + product(factors[matrix.path])
+    error = np.abs(np.asarray(total.astype(matrix.dtype), np.float64) - exact)
+    size = np.abs(exact)
+    norm = np.linalg.norm(update, axis=(-2, -1))
+    lost = np.linalg.norm(error, axis=(-2, -1))
+    for place in np.ndindex(*matrix.batch):
+      ratio = np.divide(
+          error[place],
+          size[place],
+          where=size[place] > 0,
+          out=np.zeros_like(error[place]),
+      )
+      rows.append(
+          {
+              'matrix': matrix.path,
+              'layer': int(matrix.entries[place]),
+              'largest error': float(error[place].max()),
+              'relative error': float(ratio.max()),
+              'update lost': float(lost[place] / norm[place])
+              if norm[place] > 0
+              else 0.0,
+          }
+      )
+  return rows
+
+
+def check_factors(factors: Pairs) -> None:
+  """Raises ValueError for a factor that is not finite, by path and side."""
+  for path, pair in factors.items():
+    for side, factor in pair.items():
+      if not bool(jnp.all(jnp.isfinite(factor))):
+        raise ValueError(
+            f'Expected finite factors, got NaN or infinity in the {side} factor'
+            f' of {path}: nothing was merged.'
+        )
+
+
+def check_shapes(expected: Any, given: Any) -> None:
+  """Raises ValueError unless two trees have the same paths and shapes."""
+  flat = lambda tree: dict(
+      zip(
+          matrices_lib.path_names(
+              [p for p, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+          ),
+          [tuple(np.shape(leaf)) for leaf in jax.tree.leaves(tree)],
+          strict=True,
+      )
+  )
+  old, new = flat(expected), flat(given)
+  for path in sorted(old.keys() | new.keys()):
+    if old.get(path) != new.get(path):
+      raise ValueError(
+          f'Expected {path} of shape {old.get(path)}, got'
+          f' {new.get(path, "none")}: another model.'
+      )
+
+
+def product(pair: dict[str, jax.Array]) -> jax.Array:
+  """Returns L R in the factors' dtype, at full precision."""
+  return jnp.matmul(
+      pair['left'], pair['right'], precision=jax.lax.Precision.HIGHEST
+  )
+
+
+def _add_products(
+    params: Any, factors: Pairs, matrices: Matrices | None, sign: float
+) -> Any:
+  """Returns W + sign L R, rounded to nearest."""
+  leaves, treedef = jax.tree.flatten(params)
+  for matrix in matrices_lib.find(params, matrices):
+    if matrix.path in factors:
+      update = sign * product(factors[matrix.path])
+      weight = matrix.view(leaves[matrix.index])
+      leaves[matrix.index] = matrix.unview(
+          (weight.astype(update.dtype) + update).astype(matrix.dtype)
+      )
+  return treedef.unflatten(leaves)

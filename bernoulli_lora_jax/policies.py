@@ -1,0 +1,327 @@
+"""A3, the LoRA family as one policy: who trains, what is frozen, when to merge.
+
+A selected matrix acts as W + s L R with L in R^(m x r) and R in R^(r x n). *Side*
+names the frozen factor: a left link freezes L and trains R; prob = P(left).
+`ChainPolicy` says it for all matrices, `Target` for some of them, `resolve` for
+each matrix of a tree.
+
+Reference: Hu et al., LoRA, arXiv 2106.09685; Xia et al., Chain of LoRA, arXiv
+2401.04151; Zhu et al., Asymmetry in low-rank adapters, arXiv 2402.16842;
+Malinovsky et al., RAC-LoRA, arXiv 2410.08305; Sokolov et al., Bernoulli-LoRA,
+arXiv 2508.03820.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bernoulli_lora_jax import inject
+from bernoulli_lora_jax import links as links_lib
+from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax import rounding as rounding_lib
+from bernoulli_lora_jax import sketches
+
+Matrices = matrices_lib.Matrices
+Matrix = matrices_lib.Matrix
+
+SIDES = ('left', 'right', 'bernoulli', None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """Which matrices are adapted, and what differs from the policy for them.
+
+  Attributes:
+    pattern: regular expression searched in the normalised path.
+    rank: None for the policy's, like the others.
+    alpha: see `ChainPolicy`.
+    prob: see `ChainPolicy`.
+  """
+
+  pattern: str
+  rank: int | None = None
+  alpha: float | None = None
+  prob: float | None = None
+
+  def __post_init__(self):
+    try:
+      re.compile(self.pattern)
+    except re.error as e:
+      raise ValueError(
+          f'Expected pattern to be a regular expression, got {self.pattern!r}:'
+          f' {e}.'
+      ) from e
+    for name in ('rank', 'alpha', 'prob'):
+      if getattr(self, name) is not None:
+        check_field(name, getattr(self, name), f' of target {self.pattern!r}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChainPolicy:
+  """One member of the LoRA family (A3).
+
+  Attributes:
+    rank: r >= 1, clipped to the sides of a matrix and at most the longer one.
+    period: steps of a link, >= 1; None never merges.
+    side: the frozen factor: 'left', 'right', 'bernoulli' (a coin a matrix, a
+      layer and a link) or None (both factors are trained).
+    prob: P(left) in [0, 1], for 'bernoulli'. A Python 0 or 1 compiles as 'right'
+      or 'left'.
+    alpha: numerator of the scale s, > 0; None for s = 1.
+    scaling: 'rank' for s = alpha / rank, 'sqrt' for s = alpha / sqrt(rank).
+    resample: whether each link draws anew; False keeps coin and frozen factor
+      of the first link.
+    sketch: law of the frozen factor.
+    frame: 'orthonormal' (what the theorems assume) or 'raw' (as sampled).
+    init: law of the random factor where both are trained: 'uniform', U(+-1/
+      sqrt(m)) on the left and U(+-1/sqrt(n)) on the right, or 'normal', N(0, 1).
+    zero: which factor starts from zero where both are trained.
+    warmup: steps at the start of each link over which the updates grow linearly
+      to their full size; 0 for none, less than the period.
+    reset_optimizer: whether a link begins with fresh moments. The counts of
+      schedules go on.
+    rounding: 'nearest', 'stochastic' or 'compensated', see `rounding`.
+    shared_coin: one coin for all matrices.
+    targets: what is adapted; () for what `Matrices` selects.
+  """
+
+  rank: int
+  period: int | None
+  side: str | None = 'bernoulli'
+  prob: float | jax.Array = 0.5
+  alpha: float | None = None
+  scaling: str = 'rank'
+  resample: bool = True
+  sketch: sketches.Sketch = sketches.gaussian()
+  frame: str = 'orthonormal'
+  init: str = 'uniform'
+  zero: str = 'right'
+  warmup: int = 0
+  reset_optimizer: bool = True
+  rounding: str = 'nearest'
+  shared_coin: bool = False
+  targets: tuple[Target, ...] = ()
+
+  def __post_init__(self):
+    check_field('rank', self.rank)
+    check_field('prob', self.prob)
+    if self.period is not None:
+      check_field('period', self.period)
+    if self.alpha is not None:
+      check_field('alpha', self.alpha)
+    choices = {
+        'side': SIDES,
+        'scaling': ('rank', 'sqrt'),
+        'frame': ('orthonormal', 'raw'),
+        'init': ('uniform', 'normal'),
+        'zero': ('left', 'right'),
+        'rounding': rounding_lib.MODES,
+    }
+    for name, values in choices.items():
+      if getattr(self, name) not in values:
+        raise ValueError(
+            f'Expected {name} in {values}, got {name}={getattr(self, name)!r}.'
+        )
+    longest = math.inf if self.period is None else self.period
+    if not 0 <= self.warmup < longest:
+      raise ValueError(
+          f'Expected warmup in [0, period={self.period}), got'
+          f' warmup={self.warmup}.'
+      )
+
+
+def lora(rank: int, **kwargs: Any) -> ChainPolicy:
+  """Returns LoRA: both factors are trained and never merged."""
+  return ChainPolicy(rank=rank, side=None, period=None, **kwargs)
+
+
+def cola(rank: int, period: int, **kwargs: Any) -> ChainPolicy:
+  """Returns COLA: both factors are trained, merged and drawn anew."""
+  return ChainPolicy(rank=rank, side=None, period=period, **kwargs)
+
+
+def asymmetric_lora(rank: int, side: str, **kwargs: Any) -> ChainPolicy:
+  """Returns asymmetric LoRA: one factor is frozen and kept."""
+  return ChainPolicy(rank=rank, side=side, period=None, **kwargs)
+
+
+def rac_lora(rank: int, period: int, side: str, **kwargs: Any) -> ChainPolicy:
+  """Returns RAC-LoRA: the same side is frozen in each link."""
+  return ChainPolicy(rank=rank, side=side, period=period, **kwargs)
+
+
+def bernoulli_lora(
+    rank: int, period: int, prob: float | jax.Array = 0.5, **kwargs: Any
+) -> ChainPolicy:
+  """Returns Bernoulli-LoRA: a coin chooses the frozen side of each link."""
+  return ChainPolicy(rank=rank, period=period, prob=prob, **kwargs)
+
+
+class Adapted(NamedTuple):
+  """One adapted matrix with what the policy says about it."""
+
+  matrix: Matrix
+  rank: int  # As asked for.
+  scale: float  # s
+  prob: float | jax.Array | None  # P(left); None: both are trained.
+
+  @property
+  def trained(self) -> tuple[str, ...]:
+    """The factors that an optimiser sees."""
+    if self.prob is None:
+      return ('left', 'right')
+    is_left = links_lib.known_side(self.prob)
+    return {True: ('right',), False: ('left',), None: ('left', 'right')}[
+        is_left
+    ]
+
+  @property
+  def inner(self) -> int:
+    """The common dimension of the stored factors."""
+    m, n = self.matrix.m, self.matrix.n
+    if self.prob is None:
+      return min(self.rank, m, n)
+    is_left = links_lib.known_side(self.prob)
+    return min(self.rank, {True: m, False: n, None: max(m, n)}[is_left])
+
+
+def resolve(
+    params: Any, policy: ChainPolicy, matrices: Matrices | None
+) -> list[Adapted]:
+  """Returns what is adapted, in the order of the leaves."""
+  spec = Matrices() if matrices is None else matrices
+  if policy.targets:
+    if spec.select is not None:
+      raise ValueError(
+          'Expected matrices.select to be None where the policy has targets,'
+          f' got select={spec.select!r}.'
+      )
+    leaves = jax.tree_util.tree_flatten_with_path(inject.logical(params))[0]
+    paths = matrices_lib.path_names([path for path, _ in leaves])
+    chosen = [
+        path
+        for path in paths
+        if any(re.search(t.pattern, path) for t in policy.targets)
+    ]
+    # Path by path: patterns joined into one may not begin with flags.
+    select = '|'.join(f'^{re.escape(path)}$' for path in chosen or ['nothing'])
+    spec = dataclasses.replace(spec, select=select)
+    _check_targets(policy.targets, chosen, paths)
+  found = matrices_lib.find(inject.logical(params), spec)
+  found_paths = [matrix.path for matrix in found]
+  _check_targets(policy.targets, found_paths, found_paths)
+  return [_adapted(matrix, policy) for matrix in found]
+
+
+def describe(
+    params: Any,
+    policy: ChainPolicy,
+    matrices: Matrices | None = None,
+) -> list[dict[str, Any]]:
+  """Returns a table of what a policy adapts, one row a matrix.
+
+  Args:
+    params: tree of arrays or shapes.
+    policy: see `ChainPolicy`.
+    matrices: what is a matrix.
+
+  Returns:
+    Rows {'matrix', 'shape', 'rank', 'P(left)', 'scale', 'stored', 'trained'}:
+    numbers stored in factors, and trained at a step in the mean over the coin,
+    over all entries of a stack. A rank above a side says '(clipped)'.
+  """
+  rows = []
+  for one in resolve(params, policy, matrices):
+    m = one.matrix
+    entries = ''.join(f'{size} x ' for size in m.batch)
+    rows.append(
+        {
+            'matrix': m.path,
+            'shape': f'{entries}{m.m} x {m.n}',
+            'rank': _rank_text(one),
+            'P(left)': '-' if one.prob is None else one.prob,
+            'scale': one.scale,
+            'stored': m.entries.size * one.inner * (m.m + m.n),
+            'trained': m.entries.size * trained_numbers(one),
+        }
+    )
+  return rows
+
+
+def trained_numbers(one: Adapted) -> Any:
+  """Returns the mean number of trained parameters a step of one entry."""
+  m, n = one.matrix.m, one.matrix.n
+  if one.prob is None:
+    return one.inner * (m + n)
+  left, right = min(one.rank, m) * n, m * min(one.rank, n)
+  return one.prob * left + (1 - one.prob) * right
+
+
+def _check_targets(
+    targets: Sequence[Target], matched: Sequence[str], listed: Sequence[str]
+) -> None:
+  for target in targets:
+    if not any(re.search(target.pattern, path) for path in matched):
+      raise ValueError(
+          f'Expected target {target.pattern!r} to match a matrix; the paths are'
+          f' {list(listed)}.'
+      )
+
+
+def _adapted(matrix: Matrix, policy: ChainPolicy) -> Adapted:
+  matching = [t for t in policy.targets if re.search(t.pattern, matrix.path)]
+  values = {}
+  for name in ('rank', 'alpha', 'prob'):
+    given = {getattr(t, name) for t in matching if getattr(t, name) is not None}
+    if len(given) > 1:
+      raise ValueError(
+          f'Expected targets that agree about {matrix.path}, got'
+          f' {[t.pattern for t in matching]} with {name} in {sorted(given)}.'
+      )
+    values[name] = given.pop() if given else getattr(policy, name)
+  rank, alpha = values['rank'], values['alpha']
+  if rank > max(matrix.m, matrix.n):
+    raise ValueError(
+        f'Expected rank <= {max(matrix.m, matrix.n)}, the longer side of'
+        f' {matrix.path} ({matrix.m} x {matrix.n}), got rank={rank}.'
+    )
+  root = rank if policy.scaling == 'rank' else math.sqrt(rank)
+  prob = {'left': 1.0, 'right': 0.0, None: None}.get(
+      policy.side, values['prob']
+  )
+  return Adapted(matrix, rank, 1.0 if alpha is None else alpha / root, prob)
+
+
+def _rank_text(one: Adapted) -> Any:
+  m, n = one.matrix.m, one.matrix.n
+  left, right = min(one.rank, m), min(one.rank, n)
+  if left == right == one.rank:
+    return one.rank
+  if one.prob is None:
+    return f'{min(left, right)} (clipped)'
+  is_left = links_lib.known_side(one.prob)
+  if is_left is None:
+    return f'left {left}, right {right} (clipped)'
+  used = left if is_left else right
+  return used if used == one.rank else f'{used} (clipped)'
+
+
+def check_field(name: str, value: Any, where: str = '') -> None:
+  if name in ('rank', 'period'):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+      raise TypeError(f'Expected {name}{where} to be an int, got {value!r}.')
+    if value < 1:
+      raise ValueError(f'Expected {name}{where} >= 1, got {name}={value}.')
+  if (
+      name == 'prob'
+      and not isinstance(value, jax.Array)
+      and not 0 <= value <= 1
+  ):
+    raise ValueError(f'Expected {name}{where} in [0, 1], got {name}={value}.')
+  if name == 'alpha' and not (value > 0 and math.isfinite(value)):
+    raise ValueError(f'Expected {name}{where} > 0, got {name}={value}.')
