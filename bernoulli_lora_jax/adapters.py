@@ -137,12 +137,22 @@ def make_chain(
   )
 
   def init(key, params):
+    if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
+      raise TypeError(
+          'Expected a typed key, jax.random.key(seed), got an array of dtype'
+          f' {key.dtype}: wrap it with jax.random.wrap_key_data.'
+      )
     found = resolve(params)
     _check_base(params, found, policy)
     base = jax.tree.map(jnp.copy, params)  # A caller may donate the state.
     # Compiled: op by op, frames would round otherwise than in later links.
     drawn = jax.jit(lambda key: draw_link(key, 0, found, policy))(key)
+    # Copies: some optimisers keep what they are given (Prodigy, L-BFGS), and a
+    # buffer cannot be donated twice.
     trained = _trained(drawn.factors, found)
+    opt_state = jax.tree.map(jnp.copy, tx.init(trained))
+    if policy.period is not None and policy.reset_optimizer:
+      _check_optimizer(opt_state)
     remainders = {}
     if policy.rounding == 'compensated':
       for one in found:
@@ -152,7 +162,7 @@ def make_chain(
         params=base,
         factors=drawn.factors,
         coins=drawn.coins,
-        opt_state=tx.init(trained),
+        opt_state=opt_state,
         remainders=remainders,
         count=jnp.zeros([], jnp.int32),
         key=jnp.copy(key),
@@ -181,7 +191,13 @@ def make_chain(
 
     def value_of(trained, batch, *args):
       factors = _joined(state.factors, trained)
-      return loss(state.params, scaled(factors, found), batch, *args)
+      result = loss(state.params, scaled(factors, found), batch, *args)
+      if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            'Expected a loss that returns (scalar, aux), got'
+            f' {type(result).__name__}: return None for aux if there is none.'
+        )
+      return result
 
     value_and_grad = jax.value_and_grad(value_of, has_aux=True)
     if num_micro_batches > 1:
@@ -280,13 +296,15 @@ def restart(fresh: Any, old: Any) -> Any:
   """Returns an optimiser's fresh state with the learning rate's state kept.
 
   Kept are the counts of schedules, of `optax.inject_hyperparams` and of
-  `optax.contrib.reduce_on_plateau`; moments and their own counts restart.
+  `optax.contrib.reduce_on_plateau`, and the key of `optax.add_noise`, which would
+  repeat its noise; moments and their own counts restart.
 
   Args:
     fresh: what the optimiser's init returns.
     old: its state so far.
   """
   kept = (
+      optax.AddNoiseState,
       optax.ScaleByScheduleState,
       optax.contrib.ReduceLROnPlateauState,
   )
@@ -327,6 +345,16 @@ def _check_base(
             f'Expected {one.matrix.path} to be an array of its own, but it is'
             f' tied to {paths[i]}: adapting one of them would untie them.'
         )
+
+
+def _check_optimizer(opt_state: Any) -> None:
+  """Raises for an optimiser that links would restart before it has moved."""
+  is_multi = lambda node: isinstance(node, optax.MultiStepsState)
+  if any(map(is_multi, jax.tree.leaves(opt_state, is_leaf=is_multi))):
+    raise ValueError(
+        'Expected num_micro_batches in place of optax.MultiSteps in a chain that'
+        ' merges: a link that ends drops the gradients accumulated so far.'
+    )
 
 
 def _both(key: jax.Array, one: Adapted, policy: ChainPolicy) -> dict[str, Any]:

@@ -61,7 +61,10 @@ def by_product(loss: Loss) -> Loss:
       parts of them.
 
   Returns:
-    (params, factors, *args) -> the same. Differentiate it by `factors`.
+    (params, factors, *args) -> the same. Differentiate it by `factors`. Call
+    `by_product` once: each call returns a new function, which jit compiles anew.
+    A loss whose forward pass changes from trace to trace (by a Python flag) needs
+    one for each, since a matrix that was met once counts as met.
 
   Raises:
     ValueError: when traced, a path that params do not have, a matrix that the

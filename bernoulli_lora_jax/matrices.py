@@ -97,6 +97,16 @@ class Matrices:
   rules: tuple[Rule, ...] = ()
   layer: str = LAYER
 
+  def __post_init__(self):
+    for name in ('select', 'layer'):
+      try:
+        re.compile(getattr(self, name) or '')
+      except re.error as e:
+        raise ValueError(
+            f'Expected {name} to be a regular expression, got'
+            f' {getattr(self, name)!r}: {e}.'
+        ) from e
+
 
 class Matrix(NamedTuple):
   """One selected leaf: its place in the tree, its axes, its identity."""

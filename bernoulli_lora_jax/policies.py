@@ -127,6 +127,16 @@ class ChainPolicy:
         raise ValueError(
             f'Expected {name} in {values}, got {name}={getattr(self, name)!r}.'
         )
+    if not all(isinstance(target, Target) for target in self.targets):
+      raise TypeError(
+          f'Expected targets to be a tuple of Target, got {self.targets!r}.'
+      )
+    for target in self.targets:
+      if target.prob is not None and self.side != 'bernoulli':
+        raise ValueError(
+            f'Expected prob of target {target.pattern!r} with'
+            f" side='bernoulli', got side={self.side!r}."
+        )
     longest = math.inf if self.period is None else self.period
     if not 0 <= self.warmup < longest:
       raise ValueError(

@@ -173,6 +173,8 @@ def save_recipe(directory: str | os.PathLike[str], recipe: Recipe) -> None:
       field.name: getattr(recipe.policy, field.name)
       for field in dataclasses.fields(recipe.policy)
   }
+  policy['rank'] = int(policy['rank'])  # Of NumPy, perhaps.
+  policy['period'] = policy['period'] and int(policy['period'])
   policy['sketch'] = recipe.policy.sketch.name
   policy['prob'] = float(recipe.policy.prob)
   policy['targets'] = [dataclasses.asdict(t) for t in recipe.policy.targets]

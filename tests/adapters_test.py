@@ -1790,3 +1790,70 @@ class InitTest(parameterized.TestCase):
       np.testing.assert_allclose(
           gram, np.broadcast_to(eye, gram.shape), atol=1e-5
       )
+
+
+class OtherOptimizersTest(parameterized.TestCase):
+  """Optimisers that keep more than moments, and losses of other kinds."""
+
+  def chain(self, tx, **kwargs):
+    policy = bl.adapters.bernoulli_lora(2, period=2, **kwargs)
+    return bl.adapters.make_chain(policy, tx)
+
+  def params(self):
+    return {'w': jax.random.normal(jax.random.key(0), (5, 4))}
+
+  @staticmethod
+  def loss(params, batch):
+    del batch
+    return jnp.sum((params['w'] - 1) ** 2), None
+
+  def test_states_that_alias_the_factors_can_be_donated(self):
+    chain = self.chain(optax.contrib.prodigy(1e-2))
+    state = chain.init(jax.random.key(1), self.params())
+    adapted = bl.inject.by_addition(self.loss)
+    step = jax.jit(
+        lambda state: chain.step(state, adapted, None)[0], donate_argnums=0
+    )
+    for _ in range(3):
+      state = step(state)
+    self.assertTrue(np.isfinite(chain.params(state)['w']).all())
+
+  def test_noise_is_not_repeated_in_the_next_link(self):
+    chain = self.chain(
+        optax.chain(
+            optax.add_noise(1.0, 0.0, jax.random.key(2)), optax.sgd(0.1)
+        )
+    )
+    state = chain.init(jax.random.key(1), self.params())
+    step = jax.jit(chain.step, static_argnums=1)
+    adapted = bl.inject.by_addition(self.loss)
+    for _ in range(3):
+      state, _ = step(state, adapted, None)
+    self.assertEqual(state.opt_state[0].count, 3)
+
+  def test_multi_steps_is_refused_where_links_end(self):
+    tx = optax.MultiSteps(optax.sgd(1.0), 3).gradient_transformation()
+    with self.assertRaisesRegex(ValueError, 'num_micro_batches'):
+      self.chain(tx).init(jax.random.key(1), self.params())
+    bl.adapters.make_chain(bl.adapters.lora(2), tx).init(
+        jax.random.key(1), self.params()
+    )
+
+  def test_a_legacy_key_is_refused(self):
+    with self.assertRaisesRegex(TypeError, 'typed key'):
+      self.chain(optax.sgd(0.1)).init(jax.random.PRNGKey(0), self.params())
+
+  def test_a_loss_without_aux_is_named(self):
+    chain = self.chain(optax.sgd(0.1))
+    state = chain.init(jax.random.key(1), self.params())
+    scalar = bl.inject.by_addition(lambda params, batch: params['w'].sum())
+    with self.assertRaisesRegex(TypeError, 'returns .scalar, aux.'):
+      chain.step(state, scalar, None)
+
+  def test_targets_are_checked(self):
+    with self.assertRaisesRegex(ValueError, "prob of target 'w'.*side='left'"):
+      bl.ChainPolicy(
+          rank=1, period=1, side='left', targets=(bl.Target('w', prob=0.2),)
+      )
+    with self.assertRaisesRegex(TypeError, 'tuple of Target'):
+      bl.ChainPolicy(rank=1, period=1, targets=('w',))

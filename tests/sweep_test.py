@@ -308,6 +308,11 @@ class SweepTest(parameterized.TestCase):
   def test_names_must_differ(self):
     with self.assertRaisesRegex(ValueError, 'runs of different names'):
       sweep.train(small_config(), [{'seed': 1}] * 2, self.tmp)
+    # All are checked before the first is trained.
+    for bad in ({'method.rank': 65}, {'method.prob': 1.5}):
+      with self.assertRaisesRegex(ValueError, 'Expected'):
+        sweep.train(small_config(), [{'seed': 1}, bad], self.tmp)
+    self.assertEqual(list(self.tmp.rglob('summary.json')), [])
     with self.assertRaisesRegex(KeyError, 'rnak'):
       sweep.train(small_config(), [{'method.rnak': 1}], self.tmp)
 

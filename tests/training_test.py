@@ -501,6 +501,47 @@ class ReportingTest(parameterized.TestCase):
     for path in reporting.write_figures(runs, self.tmp / 'figures'):
       self.assertGreater(path.stat().st_size, 10_000)
 
+  def test_variants_are_rows_of_their_own(self):
+    self._run('rac_left', 0, 0.5)
+    self._run('rac_left', 1, 0.7)
+    path = self.tmp / 'rac_left-1' / 'config.json'
+    config = json.loads(path.read_text())
+    config['method']['sketch'] = 'srht'
+    path.write_text(json.dumps(config))
+    rows = reporting.comparison(reporting.load_runs([self.tmp]))
+    self.assertEqual(
+        [row['method'] for row in rows],
+        [
+            'RAC-LoRA left, SGD, sketch=gaussian',
+            'RAC-LoRA left, SGD, sketch=srht',
+        ],
+    )
+
+  def test_best_rate_published_and_csv(self):
+    for seed, (rate, loss) in enumerate([(0.1, 2.0), (0.1, 1.0), (0.3, 1.2)]):
+      self._run('full', seed, 0.5 + seed / 10)
+      path = self.tmp / f'full-{seed}'
+      for name, section, field, value in (
+          ('config', 'method', 'learning_rate', rate),
+          ('summary', None, 'validation_loss', loss),
+      ):
+        record = json.loads((path / f'{name}.json').read_text())
+        (record[section] if section else record)[field] = value
+        (path / f'{name}.json').write_text(json.dumps(record))
+    runs = reporting.load_runs([self.tmp])
+    (row,) = reporting.statistics(runs)
+    self.assertEqual(row['learning_rate'], 0.3)  # Mean 1.2 against 1.5.
+    published = {'full fine-tuning, SGD': (60.0, 3.0, 9)}
+    (row,) = reporting.statistics(runs[:2], published)
+    # Ours 50 and 60: s.e. 5; theirs 3 / 3 = 1.
+    np.testing.assert_allclose(row['standard_errors'], -5 / 26**0.5)
+    (row,) = reporting.statistics(
+        runs[:2], {'full fine-tuning, SGD': (60.0, None, 1)}
+    )
+    np.testing.assert_allclose(row['standard_errors'], -5 / (25 + 50) ** 0.5)
+    reporting.write_csv(self.tmp / 'x.csv', [row])
+    self.assertIn('standard_errors', (self.tmp / 'x.csv').read_text())
+
   def test_empty_directory_is_named(self):
     with self.assertRaisesRegex(FileNotFoundError, str(self.tmp)):
       reporting.load_runs([self.tmp])

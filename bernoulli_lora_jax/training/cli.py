@@ -18,6 +18,10 @@ def _parse(argv: list[str]) -> list[str]:
     return app.parse_flags_with_usage(argv)
   except AttributeError as e:  # ml_collections: a field that does not exist.
     raise SystemExit(f'Unknown config field: {e}') from e
+  except ValueError as e:  # An unknown variant of a config.
+    raise SystemExit(f'ValueError: {e}') from e
+  except OSError as e:  # ml_collections: a config file that cannot be read.
+    raise SystemExit(' '.join(str(e).split())) from e
 
 
 def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
@@ -28,7 +32,7 @@ def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
       ValueError,
       TypeError,
       KeyError,
-      FileNotFoundError,
+      OSError,
       loop.DivergedError,
   ) as e:
     logging.debug('Traceback:', exc_info=True)

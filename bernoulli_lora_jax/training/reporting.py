@@ -114,12 +114,20 @@ def groups(runs: Iterable[Run]) -> dict[tuple[str, str, str], list[Run]]:
   """Returns runs by (task, method, rank), in the order of the family.
 
   Where runs of a group differ in the learning rate, those with the lowest mean
-  validation loss are kept (a diverged run counts as infinite).
+  validation loss are kept (a diverged run counts as infinite). Where they differ
+  in other fields of the method or the task, each variant is a group of its own
+  and these fields follow the name.
   """
-  grouped: dict[tuple[str, str, str], list[Run]] = {}
+  labelled: dict[tuple[str, str, str], list[Run]] = {}
   for run in runs:
     key = (run.config['task']['name'], label(run), rank(run))
-    grouped.setdefault(key, []).append(run)
+    labelled.setdefault(key, []).append(run)
+  grouped: dict[tuple[str, str, str], list[Run]] = {}
+  for (task, name, rank_text), members in labelled.items():
+    varied = _varied_fields(members)
+    for run in members:
+      extra = ''.join(f', {f}={run.config[s][f]}' for s, f in varied)
+      grouped.setdefault((task, name + extra, rank_text), []).append(run)
 
   def place(item):
     method = item[1][0].config['method']
@@ -135,6 +143,22 @@ def groups(runs: Iterable[Run]) -> dict[tuple[str, str, str], list[Run]]:
       key: _best_learning_rate(members)
       for key, members in sorted(grouped.items(), key=place)
   }
+
+
+_IGNORED = {'learning_rate', 'stepsize_factor', 'data_dir'}  # No variants.
+
+
+def _varied_fields(runs: Sequence[Run]) -> list[tuple[str, str]]:
+  """Returns the fields of task and method that differ beside the rate."""
+  first, varied = runs[0].config, []
+  for section in ('task', 'method'):
+    for field in sorted(first[section].keys() - _IGNORED):
+      values = [run.config[section].get(field) for run in runs]
+      if field == 'prob' and first['method']['name'] != 'bernoulli':
+        continue
+      if any(value != values[0] for value in values):
+        varied.append((section, field))
+  return varied
 
 
 def learning_rate(run: Run) -> float:
@@ -185,9 +209,16 @@ def statistics(
     Rows with mean and standard deviation over the seeds; accuracies in percent.
   """
   rows = []
-  metric = final_metric([r for r in runs if 'diverged' not in r.summary])
-  scale = 100 if metric == 'test_accuracy' else 1
   for (task, method, rank_text), members in groups(runs).items():
+    metric = final_metric(
+        [
+            run
+            for run in runs
+            if run.config['task']['name'] == task
+            and 'diverged' not in run.summary
+        ]
+    )
+    scale = 100 if metric == 'test_accuracy' else 1
     good = [run for run in members if 'diverged' not in run.summary]
     values = scale * np.asarray([run.summary[metric] for run in good])
     mean = float(values.mean()) if len(values) else math.nan

@@ -98,9 +98,11 @@ def train(
       bar_format='{l_bar}{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}'
       '{postfix}]',
   )
+  groups = _groups(todo)
+  _check(groups)
   task_key, task, evaluators = None, None, {}
   with bar:
-    for members in _groups(todo):
+    for members in groups:
       first = members[0].config
       if task is None or first.task.to_json_best_effort() != task_key:
         task_key = first.task.to_json_best_effort()
@@ -123,6 +125,23 @@ def _groups(runs: Sequence[Run]) -> list[list[Run]]:
     key = (rest.task.to_json_best_effort(), rest.to_json_best_effort())
     groups.setdefault(key, []).append(run)
   return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
+
+
+def _check(groups: Sequence[Sequence[Run]]) -> None:
+  """Raises for a field outside its range, before anything is trained."""
+  task_key, task = None, None
+  for members in groups:
+    first = members[0].config
+    if task is None or first.task.to_json_best_effort() != task_key:
+      task_key, task = first.task.to_json_best_effort(), None
+      task = experiment.make_task(first)
+    experiment.make_program(first, task)
+    for config in (run.config for run in members[1:]):
+      experiment.argument(config, task, 'learning_rate')
+      if not 0 <= config.method.prob <= 1:
+        raise ValueError(
+            f'Expected method.prob in [0, 1], got prob={config.method.prob}.'
+        )
 
 
 def _traced_fields(config: config_dict.ConfigDict) -> list[str]:
@@ -157,7 +176,6 @@ def _train_together(
 ) -> None:
   """Trains runs in one program and writes their directories."""
   config = members[0].config
-  program = experiment.make_program(config, task)  # Checks every field.
   for run in members:
     run.directory.mkdir(parents=True, exist_ok=True)
   hypers = {
@@ -167,7 +185,7 @@ def _train_together(
       ]
       for field in _traced_fields(config)
   }
-  settings = program.settings
+  settings = experiment.make_settings(config, task)
   shown = bar.n
   steps = 0
 

@@ -282,6 +282,8 @@ def _train_group(
       states = states._replace(lr_scale=lr_scale)
     for i in np.flatnonzero(active):
       place = start + int(rows[i].pop('bad_step'))
+      if math.isfinite(rows[i]['loss']):  # Found by the evaluation.
+        place = step
       if is_finite[i]:
         _drop_final(rows[i])
         lines[i].append({'step': step, **rows[i]})
@@ -318,7 +320,7 @@ def _summary(
   """Returns the summary of a run."""
   if bad_step >= 0:
     return {
-        'diverged': f'Expected a finite loss, got another at step {bad_step}.'
+        'diverged': f'Expected a finite loss, got NaN or infinity at step {bad_step}.'
     }
   split = loop.test_split(task)
   named = {
