@@ -46,13 +46,7 @@ class Rule:
   batch: tuple[int, ...] = ()
 
   def __post_init__(self):
-    try:
-      re.compile(self.pattern)
-    except re.error as e:
-      raise ValueError(
-          f'Expected pattern to be a regular expression, got {self.pattern!r}:'
-          f' {e}.'
-      ) from e
+    check_pattern('pattern', self.pattern)
     if not self.left or not self.right:
       raise ValueError(
           'Expected at least one left and one right axis, got'
@@ -99,13 +93,7 @@ class Matrices:
 
   def __post_init__(self):
     for name in ('select', 'layer'):
-      try:
-        re.compile(getattr(self, name) or '')
-      except re.error as e:
-        raise ValueError(
-            f'Expected {name} to be a regular expression, got'
-            f' {getattr(self, name)!r}: {e}.'
-        ) from e
+      check_pattern(name, getattr(self, name) or '')
 
 
 class Matrix(NamedTuple):
@@ -141,6 +129,16 @@ class Matrix(NamedTuple):
     """Returns (*batch, m, n) in the leaf's own layout; inverse of `view`."""
     transposed = matrix.reshape([self.shape[axis] for axis in self.perm])
     return transposed.transpose(np.argsort(self.perm))
+
+
+def check_pattern(name: str, pattern: str) -> None:
+  """Raises ValueError unless a pattern is a regular expression."""
+  try:
+    re.compile(pattern)
+  except re.error as e:
+    raise ValueError(
+        f'Expected {name} to be a regular expression, got {pattern!r}: {e}.'
+    ) from e
 
 
 def path_names(paths: Sequence[Sequence[Any]]) -> list[str]:

@@ -49,13 +49,7 @@ class Target:
   prob: float | None = None
 
   def __post_init__(self):
-    try:
-      re.compile(self.pattern)
-    except re.error as e:
-      raise ValueError(
-          f'Expected pattern to be a regular expression, got {self.pattern!r}:'
-          f' {e}.'
-      ) from e
+    matrices_lib.check_pattern('pattern', self.pattern)
     for name in ('rank', 'alpha', 'prob'):
       if getattr(self, name) is not None:
         check_field(name, getattr(self, name), f' of target {self.pattern!r}')

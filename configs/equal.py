@@ -16,19 +16,11 @@ docs/evidence.md has the tables, the hardware and the time.
 """
 
 from bernoulli_lora_jax.training import base_config
+from bernoulli_lora_jax.training import methods as methods_lib
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 NUM_SEEDS = 10
 NUM_LINKS = 8  # T, at equal total rank.
-FAMILY = (
-    'lora',
-    'asymmetric_left',
-    'asymmetric_right',
-    'cola',
-    'rac_left',
-    'rac_right',
-    'bernoulli',
-)
 # Ranks that train about as many numbers a step: LoRA's r (m + n), r n on the
 # left, r m on the right, the mean of both for Bernoulli-LoRA at p = 1/2.
 RANKS = {
@@ -96,7 +88,7 @@ def sweep(variant: str = ''):
   methods: list[dict[str, object]] = [
       {'method.mode': 'gradient', 'method.name': 'full'}
   ]
-  for name in FAMILY:
+  for name in methods_lib.ADAPTERS:
     methods.append(
         {
             'method.mode': 'adapter',

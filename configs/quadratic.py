@@ -3,7 +3,7 @@
 With step 1/L = 1/20 and rank 1, LoRA and COLA (K = 5, 10, 50; L ~ U(+-1/sqrt 3),
 R = 0) diverge, asymmetric LoRA with a frozen factor of unit norm stalls, and
 RAC-LoRA and Bernoulli-LoRA reach f - f* < 1e-12 in 6000 steps, in all of 20
-seeds. The sweep shows it in about half a minute on two cores.
+seeds. The sweep shows it in 40 s on two cores.
 
   python launch/sweep.py --config=configs/quadratic.py --workdir=runs/quadratic
   python launch/report.py runs/quadratic --figures=figures

@@ -589,6 +589,17 @@ class LaunchTest(parameterized.TestCase):
     self.assertIn(message, result.stderr)
     self.assertNotIn('Traceback', result.stderr)
 
+  def test_an_unknown_variant_is_one_clear_message(self):
+    result = _launch(
+        'launch/train.py',
+        '--config=configs/digits.py:smokey',
+        f'--workdir={self.tmp}',
+    )
+    self.assertEqual(result.returncode, 1)
+    self.assertRegex(
+        result.stderr, r"^ValueError: Expected variants of .*'smokey'\.\n$"
+    )
+
   def test_sweep_skips_finished_runs_and_report_reads_them(self):
     workdir = self.tmp
     command = [

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from absl import app
+from absl import flags
 from absl import logging
 
 from bernoulli_lora_jax.training import loop
@@ -15,11 +16,17 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
   try:
-    return app.parse_flags_with_usage(argv)
+    return flags.FLAGS(argv)
   except AttributeError as e:  # ml_collections: a field that does not exist.
     raise SystemExit(f'Unknown config field: {e}') from e
-  except ValueError as e:  # An unknown variant of a config.
-    raise SystemExit(f'ValueError: {e}') from e
+  except flags.Error as e:
+    # ml_collections puts the traceback of a config file into the message: its
+    # last line is the error.
+    text = str(e)
+    is_traced = 'Traceback' in text
+    raise SystemExit(
+        text.strip().splitlines()[-1] if is_traced else text
+    ) from e
   except OSError as e:  # ml_collections: a config file that cannot be read.
     raise SystemExit(' '.join(str(e).split())) from e
 

@@ -396,6 +396,8 @@ def plot(
   transform: Callable = np.exp if log else (lambda x: x)
   if metric.endswith('accuracy'):
     transform = lambda x: np.clip(x, 0, 1)  # An interval may reach beyond.
+  elif not log and min(run.metrics[-1].get(metric, 0) for run in runs) >= 0:
+    transform = lambda x: np.maximum(x, 0)
   drawn, lost = {}, {}
   for panel, shown in zip(panels, ranks, strict=True):
     for (_, name, found), members in grouped.items():
