@@ -4,6 +4,7 @@ The public surface; see the README for what each name is for.
 """
 
 from bernoulli_lora_jax import adapters
+from bernoulli_lora_jax import compressors
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import matrices
 from bernoulli_lora_jax import merging
