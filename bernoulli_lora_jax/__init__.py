@@ -5,6 +5,7 @@ The public surface; see the README for what each name is for.
 
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import compressors
+from bernoulli_lora_jax import federated
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import matrices
 from bernoulli_lora_jax import merging
@@ -26,6 +27,12 @@ from bernoulli_lora_jax.estimators import mvr
 from bernoulli_lora_jax.estimators import MvrState
 from bernoulli_lora_jax.estimators import page
 from bernoulli_lora_jax.estimators import PageState
+from bernoulli_lora_jax.federated import ef21
+from bernoulli_lora_jax.federated import Ef21State
+from bernoulli_lora_jax.federated import marina
+from bernoulli_lora_jax.federated import MarinaState
+from bernoulli_lora_jax.federated import qgd
+from bernoulli_lora_jax.federated import QgdState
 from bernoulli_lora_jax.matrices import Matrices
 from bernoulli_lora_jax.matrices import Rule
 from bernoulli_lora_jax.sketches import Sketch

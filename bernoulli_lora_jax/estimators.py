@@ -107,7 +107,7 @@ def page(
     raise ValueError(f'Expected prob in (0, 1], got prob={prob}.')
 
   def init(params):
-    _check_outermost(params, 'page')
+    check_outermost(params, 'page')
     return PageState(
         jnp.zeros([], jnp.int32),
         jnp.copy(key),  # Copies, so that a caller may donate the state.
@@ -170,7 +170,7 @@ def mvr(
     raise ValueError(f'Expected momentum in [0, 1), got momentum={momentum}.')
 
   def init(params):
-    _check_outermost(params, 'mvr')
+    check_outermost(params, 'mvr')
     return MvrState(
         jnp.zeros([], jnp.int32),
         jax.tree.map(jnp.copy, params),
@@ -265,7 +265,7 @@ def _given(name: str, argument: str, value: Any) -> Any:
   return value
 
 
-def _check_outermost(params: Any, name: str) -> None:
+def check_outermost(params: Any, name: str) -> None:
   """Raises where the estimator would silently see other params or gradients."""
   matrices.check_unmasked(params, name)
   frame = sys._getframe()

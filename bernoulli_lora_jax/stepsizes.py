@@ -1,11 +1,13 @@
-"""The largest stepsizes that T1-T4 and T8 allow, from named constants.
+"""The largest stepsizes that T1-T8 allow, from named constants.
 
 Symbols, in the order of the README's table: `smoothness` L, `mean_smoothness`
 Lbar (mean-square smoothness of the samples), `lmin` and `lmax` the extreme
 eigenvalues lambda of E[H] over the trained matrices (see `chain_eigenvalues`),
 kappa = lmax / lmin, `prob` q of PAGE, `momentum` 1 - b of MVR, `pl` the
 Polyak-Lojasiewicz constant mu (f - f* <= ||grad||^2 / (2 mu)); with `pl` given
-each function returns the stepsize of the linear rate.
+each function returns the stepsize of the linear rate. Federated: f = sum_l w_l f_l,
+`client_smoothness` the L_l, `weights` the w_l (1/M by default), `omega` and `beta`
+the compressor's.
 
 References: Sokolov et al., Bernoulli-LoRA, arXiv 2508.03820, with the constants
 derived anew; Li et al., PAGE, arXiv 2008.10898.
@@ -206,6 +208,136 @@ def mvr(
   )
 
 
+def qgd(
+    *,
+    smoothness: float,
+    client_smoothness: Sequence[float],
+    omega: float,
+    lmin: float,
+    lmax: float,
+    num_steps: int,
+    weights: Sequence[float] | None = None,
+    pl: float | None = None,
+) -> float:
+  """Returns the stepsize of T5: T2 with A = omega max_l(w_l L_l), B = 1.
+
+  With equal weights A = omega Lmax / M.
+
+  Args:
+    smoothness: L > 0, of f.
+    client_smoothness: L_l > 0 of each client.
+    omega: of the compressor, >= 0.
+    lmin: least eigenvalue of E[H], in (0, 1].
+    lmax: largest eigenvalue of E[H], in [lmin, 1].
+    num_steps: T >= 1.
+    weights: w_l >= 0, normalised to sum 1; None for 1/M.
+    pl: mu; the stepsize is also at most mu lmin / (2 L A lmax).
+
+  Returns:
+    min{1/L, 1/sqrt(L A lmax T)}. The bounded-variance form of T2 with B = 1.
+
+  Raises:
+    ValueError: a constant outside its range.
+  """
+  _check(omega >= 0, 'omega >= 0', omega=omega)
+  pairs = _clients(client_smoothness, weights)
+  return sgd(
+      smoothness=smoothness,
+      lmin=lmin,
+      lmax=lmax,
+      slope=omega * max(w * each for w, each in pairs),
+      num_steps=num_steps,
+      bounded_variance=True,
+      pl=pl,
+  )
+
+
+def marina(
+    *,
+    smoothness: float,
+    client_smoothness: Sequence[float],
+    omega: float,
+    prob: float,
+    lmax: float,
+    weights: Sequence[float] | None = None,
+    lmin: float | None = None,
+    pl: float | None = None,
+) -> float:
+  """Returns the stepsize of T6.
+
+  1 / (L + sqrt(lmax (1 - q) omega sum_l w_l^2 L_l^2 / q)), with the factor 2
+  inside the root and at most q / (2 mu lmin) under PL. With equal weights the sum
+  is Lt^2 / M. With L in place of Lt opposed clients diverge.
+
+  Args:
+    smoothness: L > 0, of f.
+    client_smoothness: L_l > 0 of each client.
+    omega: of the compressor, >= 0.
+    prob: q in (0, 1].
+    lmax: largest eigenvalue of E[H], in (0, 1].
+    weights: w_l >= 0, normalised to sum 1; None for 1/M.
+    lmin: least eigenvalue of E[H]; needed with pl.
+    pl: mu.
+
+  Returns:
+    The largest stepsize that T6 allows.
+
+  Raises:
+    ValueError: a constant outside its range.
+  """
+  _check_positive(smoothness=smoothness)
+  _check(omega >= 0, 'omega >= 0', omega=omega)
+  _check(0 < prob <= 1, 'prob in (0, 1]', prob=prob)
+  _check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
+  total = sum(
+      (w * each) ** 2 for w, each in _clients(client_smoothness, weights)
+  )
+  factor = 1 if pl is None else 2
+  root = math.sqrt(factor * lmax * (1 - prob) * omega * total / prob)
+  return _with_pl(1 / (smoothness + root), prob, lmin, pl)
+
+
+def ef21(
+    *,
+    smoothness: float,
+    client_smoothness: Sequence[float],
+    beta: float,
+    lmax: float,
+    weights: Sequence[float] | None = None,
+    lmin: float | None = None,
+    pl: float | None = None,
+) -> float:
+  """Returns the stepsize of T7.
+
+  1 / (L + Lt sqrt(lmax beta' / theta)) with theta = 1 - sqrt(1 - beta),
+  beta' = (1 - beta) / theta and Lt^2 = sum_l w_l L_l^2; with the factor 2 inside
+  the root and at most theta / (2 mu lmin) under PL.
+
+  Args:
+    smoothness: L > 0, of f.
+    client_smoothness: L_l > 0 of each client.
+    beta: of the compressor, in (0, 1].
+    lmax: largest eigenvalue of E[H], in (0, 1].
+    weights: w_l >= 0, normalised to sum 1; None for 1/M.
+    lmin: least eigenvalue of E[H]; needed with pl.
+    pl: mu.
+
+  Returns:
+    The largest stepsize that T7 allows.
+
+  Raises:
+    ValueError: a constant outside its range.
+  """
+  _check_positive(smoothness=smoothness)
+  _check(0 < beta <= 1, 'beta in (0, 1]', beta=beta)
+  _check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
+  total = sum(w * each**2 for w, each in _clients(client_smoothness, weights))
+  theta = beta / (1 + math.sqrt(1 - beta))  # 1 - sqrt(1 - beta), exactly.
+  factor = 1 if pl is None else 2
+  root = math.sqrt(factor * lmax * (1 - beta) * total) / theta
+  return _with_pl(1 / (smoothness + root), theta, lmin, pl)
+
+
 def nonsmooth(
     *,
     distance: float,
@@ -274,6 +406,27 @@ def _with_pl(
     raise ValueError('Expected lmin with pl, got lmin=None.')
   _check_positive(pl=pl, lmin=lmin)
   return min(stepsize, rate / (2 * pl * lmin))
+
+
+def _clients(
+    smoothness: Sequence[float], weights: Sequence[float] | None
+) -> list[tuple[float, float]]:
+  """Returns (w_l, L_l) of each client, the weights of sum 1."""
+  _check(
+      len(smoothness) > 0 and min(smoothness) > 0,
+      'client_smoothness > 0, one a client',
+      client_smoothness=smoothness,
+  )
+  weights = [1.0] * len(smoothness) if weights is None else weights
+  _check(
+      len(weights) == len(smoothness) and min(weights) >= 0 < sum(weights),
+      f'weights: {len(smoothness)} numbers >= 0, not all zero',
+      weights=weights,
+  )
+  total = sum(weights)
+  return [
+      (w / total, each) for w, each in zip(weights, smoothness, strict=True)
+  ]
 
 
 def _check_lambdas(lmin: float, lmax: float) -> None:

@@ -1,0 +1,680 @@
+"""Federated gradient estimators E5 (QGD), E6 (MARINA) and E7 (EF21) for optax.
+
+They stand outermost in a chain, take the gradients of M clients stacked, leaves
+(M, *shape), and return the server's estimate G, leaves (*shape):
+
+    tx = optax.chain(
+        bl.ef21(key, compressor=bl.compressors.topk(fraction=0.01), num_clients=M),
+        bl.scale_by_bernoulli_chain(chain_key, rank=r),
+        optax.scale_by_learning_rate(gamma))
+    grads = jax.vmap(jax.grad(client_loss), (None, 0))(params, clients)
+    updates, state = tx.update(grads, state, params)
+
+What a client sends passes through its compressor's encoding, so a run is what a
+network would give, and `bits_up` counts real payloads.
+
+Symbols: f = sum_l w_l f_l, w_l the weights (1/M by default), G_l the estimate of
+client l, Q an unbiased and C a contractive compressor, q = prob of MARINA.
+
+*Devices.* Clients are an axis of the arrays: shard it, under `jit`, and the state
+of `marina` and `ef21` with it (`per_client` marks the leaves). Under `pmap` or
+`shard_map` give `axis_name`; each device then passes its own part of the stack.
+
+*Partial participation.* `cohort=c` draws c clients a round; `participants`, a mask
+of shape (M,) passed to `update`, names them. Which theory is left stands in each
+docstring.
+
+Reference: Khirirat et al., QGD, arXiv 1806.06573; Gorbunov et al., MARINA, arXiv
+2102.07845; Richtarik et al., EF21, arXiv 2106.05203; Sokolov et al.,
+Bernoulli-LoRA, arXiv 2508.03820.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+import zlib
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bernoulli_lora_jax import compressors
+from bernoulli_lora_jax import estimators
+from bernoulli_lora_jax import matrices
+
+_COIN, _COMPRESSOR, _COHORT = range(3)  # Purposes folded into a round's key.
+
+
+class QgdState(NamedTuple):
+  """State of `qgd`."""
+
+  count: jax.typing.ArrayLike  # shape=(), int32; updates applied so far.
+  key: jax.Array  # shape=(), typed PRNG key; folded with count.
+  sent: jax.Array  # shape=(2,), int32; compressed and whole gradients so far.
+
+
+class MarinaState(NamedTuple):
+  """State of `marina`."""
+
+  count: jax.typing.ArrayLike  # shape=(), int32; updates applied so far.
+  key: jax.Array  # shape=(), typed PRNG key; folded with count.
+  sent: jax.Array  # shape=(2,), int32; compressed and whole gradients so far.
+  is_full: jax.Array  # shape=(), bool; the last round sent whole gradients.
+  gradients: Any  # grad f_l at the last update, leaves (M, *shape).
+  estimate: Any  # G of the last update, shaped like the params.
+
+
+class Ef21State(NamedTuple):
+  """State of `ef21`."""
+
+  count: jax.typing.ArrayLike  # shape=(), int32; updates applied so far.
+  key: jax.Array  # shape=(), typed PRNG key; folded with count.
+  sent: jax.Array  # shape=(2,), int32; compressed and whole gradients so far.
+  estimates: Any  # G_l, leaves (M, *shape).
+  memory: Any  # State of the compressors, leaves (M, ...); () without.
+
+
+class Clients(NamedTuple):
+  """Who takes part, and how what they send is averaged."""
+
+  num_clients: int
+  weights: np.ndarray  # (M,), of sum 1.
+  cohort: int | None
+  axis_name: str | None
+
+
+def send(
+    compressor: compressors.Compressor,
+    key: jax.Array,
+    tree: Any,
+    memory: Any = (),
+    *,
+    concatenate: bool = False,
+) -> tuple[Any, Any]:
+  """Returns what one client sends: (payloads by leaf, its compressor's state).
+
+  Args:
+    compressor: of each leaf, or of all of them.
+    key: typed PRNG key of client and round, see `client_key`.
+    tree: arrays.
+    memory: states as of `init_memory`; () for compressors without.
+    concatenate: whether the leaves are sent as one vector, in the order of
+      `jax.tree.leaves`.
+
+  Returns:
+    ({path: payload}, {path: state}).
+  """
+  payloads, states = {}, {}
+  for path, leaf in _leaves(tree, concatenate).items():
+    leaf_key = jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
+    if compressor.init is None:
+      payloads[path] = compressor.encode(leaf_key, leaf)
+    else:
+      payloads[path], states[path] = compressor.encode(
+          leaf_key, leaf, memory[path]
+      )
+  return payloads, states or ()
+
+
+def receive(
+    compressor: compressors.Compressor,
+    payloads: Any,
+    like: Any,
+    *,
+    concatenate: bool = False,
+) -> Any:
+  """Returns the tree restored from what `send` returned.
+
+  Args:
+    compressor: as for `send`.
+    payloads: as for `send`.
+    like: tree of arrays or shapes that was sent.
+    concatenate: as for `send`.
+  """
+  if concatenate:
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    flat, unravel = jax.flatten_util.ravel_pytree(zeros)
+    return unravel(compressor.decode(payloads[''], flat.shape, flat.dtype))
+  leaves = [
+      compressor.decode(payloads[path], x.shape, x.dtype)
+      for path, x in _leaves(like, False).items()
+  ]
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def client_key(key: jax.Array, count: Any, client: Any) -> jax.Array:
+  """Returns the key with which a client compresses in a round.
+
+  Args:
+    key: typed PRNG key of the estimator.
+    count: number of the round, from 0.
+    client: number of the client, from 0.
+  """
+  round_key = jax.random.fold_in(key, count)
+  purpose = jax.random.fold_in(round_key, _COMPRESSOR)
+  return jax.random.fold_in(purpose, client)
+
+
+def init_memory(
+    compressor: compressors.Compressor,
+    params: Any,
+    *,
+    concatenate: bool = False,
+) -> Any:
+  """Returns the compressor's state of one client; () for those without."""
+  if compressor.init is None:
+    return ()
+  return {
+      path: compressor.init(leaf.shape, leaf.dtype)
+      for path, leaf in _leaves(params, concatenate).items()
+  }
+
+
+def message_bits(
+    compressor: compressors.Compressor,
+    params: Any,
+    *,
+    concatenate: bool = False,
+) -> tuple[int, int]:
+  """Returns the size of a client's message in bits: (compressed, whole).
+
+  Args:
+    compressor: of each leaf, or of all of them.
+    params: tree of arrays or shapes.
+    concatenate: whether the leaves are sent as one vector.
+  """
+  leaves = _leaves(params, concatenate).values()
+  small = sum(compressor.payload_bits(x.shape, x.dtype) for x in leaves)
+  whole = compressors.identity()
+  return small, sum(whole.payload_bits(x.shape, x.dtype) for x in leaves)
+
+
+def bits_up(
+    state: Any,
+    compressor: compressors.Compressor,
+    params: Any,
+    *,
+    concatenate: bool = False,
+) -> jax.Array:
+  """Returns the bits that all clients have sent so far, shape ().
+
+  Counted in whole messages, rounded once, to float32 (float64 under x64).
+
+  Args:
+    state: of `qgd`, `marina` or `ef21`, or of a chain that has one.
+    compressor: the estimator's.
+    params: tree of arrays or shapes.
+    concatenate: the estimator's.
+  """
+  sent = optax.tree.get(state, 'sent')
+  sizes = message_bits(compressor, params, concatenate=concatenate)
+  wide = sent.astype(jnp.result_type(float))
+  return wide[0] * sizes[0] + wide[1] * sizes[1]
+
+
+def per_client(state: Any) -> Any:
+  """Returns a tree of bool: the leaves with a leading axis of clients.
+
+  Args:
+    state: any optimiser state, that of an estimator somewhere in it.
+  """
+  kinds = (MarinaState, Ef21State)
+
+  def mark(node):
+    flags = jax.tree.map(lambda _: False, node)
+    if not isinstance(node, kinds):
+      return flags
+    ours = ('gradients', 'estimates', 'memory')
+    return flags._replace(
+        **{
+            name: jax.tree.map(lambda _: True, getattr(node, name))
+            for name in ours
+            if name in node._fields
+        }
+    )
+
+  is_leaf = lambda node: isinstance(node, kinds)
+  return jax.tree.map(mark, state, is_leaf=is_leaf)
+
+
+def cohort_omega(omega: float, num_clients: int, cohort: int) -> float:
+  """Returns the omega of a uniform cohort of c out of M clients.
+
+  E||(1/c) sum_S Q(x_l) - mean_l x_l||^2 <= omega'/M mean_l ||x_l||^2 with
+  omega' = (M/c) (omega + (M - c)/(M - 1)): T5 and, where whole gradients come
+  from all clients, T6 hold with omega' in place of omega.
+
+  Args:
+    omega: of the compressor.
+    num_clients: M.
+    cohort: c in [1, M], drawn without replacement, weights 1/M.
+  """
+  if cohort == num_clients:
+    return omega
+  rest = (num_clients - cohort) / (num_clients - 1)
+  return num_clients / cohort * (omega + rest)
+
+
+def qgd(
+    key: jax.Array,
+    *,
+    compressor: compressors.Compressor,
+    num_clients: int,
+    weights: Sequence[float] | None = None,
+    cohort: int | None = None,
+    concatenate: bool = False,
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Averages quantised client gradients (E5): G = sum_l w_l Q(grad f_l(W)).
+
+  Args:
+    key: typed PRNG key of the compressors, independent over clients and rounds.
+    compressor: unbiased, with `omega`.
+    num_clients: M >= 1.
+    weights: w_l >= 0, normalised to sum 1; None for 1/M.
+    cohort: c, clients drawn a round without replacement; None for all. G is then
+      (M/c) sum over the cohort, unbiased.
+    concatenate: whether each client sends its leaves as one vector; by default
+      every leaf has a payload of its own.
+    axis_name: the mapped axis over which clients are split, if there is one.
+
+  Returns:
+    A transformation whose `update(updates, state, params, *, participants=None)`
+    takes client gradients, leaves (M, *shape), and returns leaves (*shape).
+
+  Raises:
+    ValueError: a biased compressor, an argument outside its range; at init, a
+      masked tree or `MultiSteps`; at update, leaves without the client axis.
+
+  Guarantees:
+    E G = grad f(W), and E||G - grad f||^2 <= omega sum_l w_l^2 ||grad f_l||^2.
+    The identity gives the weighted mean: gradient descent.
+    T5 holds; with a cohort and equal weights with `cohort_omega`. For a mask from
+      elsewhere G is the weighted mean over those named, and nothing is claimed
+      unless each mask is drawn independently of W with equal chances.
+
+  References:
+    Khirirat et al., arXiv 1806.06573; Sokolov et al., arXiv 2508.03820.
+  """
+  _check_unbiased('qgd', compressor)
+  clients = _make_clients(num_clients, weights, cohort, axis_name)
+
+  def init(params):
+    estimators.check_outermost(params, 'qgd')
+    sent = jnp.zeros(2, jnp.int32)
+    return QgdState(jnp.zeros([], jnp.int32), jnp.copy(key), sent)
+
+  def update(updates, state, params=None, *, participants=None, **extra):
+    del params, extra
+    _check_stack('qgd', updates, clients)
+    present = _present(clients, state, participants)
+    arrived, _ = _transmit(compressor, clients, state, updates, (), concatenate)
+    scale = _unbiased_weights(clients, present, participants is not None)
+    estimate = _weighted_sum(arrived, scale, clients)
+    sent = _count_sent(state.sent, present, False)
+    count = optax.safe_increment(state.count)
+    return estimate, QgdState(count, state.key, sent)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def marina(
+    key: jax.Array,
+    *,
+    compressor: compressors.Compressor,
+    prob: float | jax.Array,
+    num_clients: int,
+    weights: Sequence[float] | None = None,
+    cohort: int | None = None,
+    concatenate: bool = False,
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Compresses differences of client gradients (MARINA, E6).
+
+  With probability `prob`, one coin for all clients, and at the first step all
+  send their gradients whole; otherwise G + sum_l w_l Q(grad f_l(W+) - grad
+  f_l(W)).
+
+  Args:
+    key: typed PRNG key of coins and compressors.
+    compressor: unbiased, with `omega`.
+    prob: q in (0, 1]; customary is (K/d) for RandK.
+    num_clients: M >= 1.
+    weights: w_l >= 0, normalised to sum 1; None for 1/M.
+    cohort: c, clients drawn without replacement in rounds of differences; in
+      rounds of whole gradients all take part (PP-MARINA).
+    concatenate: as for `qgd`.
+    axis_name: as for `qgd`.
+
+  Returns:
+    As for `qgd`. State: the last gradients of all clients and G.
+
+  Raises:
+    ValueError: as for `qgd`; prob outside (0, 1].
+
+  Guarantees:
+    prob=1 and the identity are gradient descent.
+    Off the whole rounds E[G+ - G] = grad f(W+) - grad f(W).
+    T6 holds, with weights for sum_l w_l^2 L_l^2 in place of Lt^2/M; with a
+      cohort and equal weights with `cohort_omega`. For a mask from elsewhere the
+      averages are over those named, and nothing is claimed.
+
+  References:
+    Gorbunov et al., MARINA, arXiv 2102.07845, algorithms 1 and 4.
+  """
+  _check_unbiased('marina', compressor)
+  if not isinstance(prob, jax.Array) and not 0 < prob <= 1:
+    raise ValueError(f'Expected prob in (0, 1], got prob={prob}.')
+  clients = _make_clients(num_clients, weights, cohort, axis_name)
+
+  def init(params):
+    estimators.check_outermost(params, 'marina')
+    return MarinaState(
+        jnp.zeros([], jnp.int32),
+        jnp.copy(key),  # Copies, so that a caller may donate the state.
+        jnp.zeros(2, jnp.int32),
+        jnp.zeros([], bool),
+        _stacked_zeros(params, num_clients),
+        optax.tree.zeros_like(params),
+    )
+
+  def update(updates, state, params=None, *, participants=None, **extra):
+    del params, extra
+    _check_stack('marina', updates, clients)
+    is_masked = participants is not None
+    round_key = jax.random.fold_in(state.key, state.count)
+    coin = jax.random.bernoulli(jax.random.fold_in(round_key, _COIN), prob)
+    is_full = coin | (state.count == 0)
+    present = _present(clients, state, participants)
+    present = present | (is_full & (not is_masked))
+
+    def whole():
+      scale = _unbiased_weights(clients, present, True)
+      return _weighted_sum(updates, scale, clients)
+
+    def difference():
+      moved = jax.tree.map(jnp.subtract, updates, state.gradients)
+      arrived, _ = _transmit(compressor, clients, state, moved, (), concatenate)
+      scale = _unbiased_weights(clients, present, is_masked)
+      step = _weighted_sum(arrived, scale, clients)
+      return jax.tree.map(jnp.add, state.estimate, step)
+
+    estimate = jax.lax.cond(is_full, whole, difference)
+    sent = _count_sent(state.sent, present, is_full)
+    count = optax.safe_increment(state.count)
+    return estimate, MarinaState(
+        count, state.key, sent, is_full, updates, estimate
+    )
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def ef21(
+    key: jax.Array,
+    *,
+    compressor: compressors.Compressor,
+    num_clients: int,
+    start: str = 'full',
+    weights: Sequence[float] | None = None,
+    cohort: int | None = None,
+    concatenate: bool = False,
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Compresses the error of each client's estimate (EF21, E7).
+
+  G_l+ = G_l + C(grad f_l(W+) - G_l), G = sum_l w_l G_l.
+
+  Args:
+    key: typed PRNG key of the compressors; deterministic ones do not use it.
+    compressor: contractive, with `beta`, or with state (warm-started powersgd,
+      outside of T7); `compressors.contractive` makes one of an unbiased one.
+    num_clients: M >= 1.
+    start: G_l at the first step: 'full' (the whole gradient), 'compressed' (C of
+      it) or 'zero' (the first step then does not move).
+    weights: w_l >= 0, normalised to sum 1; None for 1/M.
+    cohort: c, clients drawn a round without replacement; others keep their G_l.
+    concatenate: as for `qgd`.
+    axis_name: as for `qgd`.
+
+  Returns:
+    As for `qgd`. State: the estimates of all clients.
+
+  Raises:
+    ValueError: as for `qgd`; another start.
+
+  Guarantees:
+    The identity is gradient descent.
+    ||G_l+ - grad f_l(W+)||^2 <= (1 - beta) ||G_l - grad f_l(W+)||^2, in the mean.
+    T7 holds when all take part, with weights for sum_l w_l L_l^2 in place of
+      Lt^2. With a cohort or a mask it does not (Fatkhullin et al., EF21 with
+      bells and whistles, arXiv 2110.03294, have constants for independent
+      participation).
+
+  References:
+    Richtarik et al., EF21, arXiv 2106.05203, algorithm 2.
+  """
+  if compressor.beta is None and compressor.init is None:
+    raise ValueError(
+        'Expected a contractive compressor for ef21, got'
+        f' {compressor.name}: wrap it with compressors.contractive.'
+    )
+  if start not in ('full', 'compressed', 'zero'):
+    raise ValueError(
+        "Expected start to be 'full', 'compressed' or 'zero', got"
+        f' {start!r}.'
+    )
+  clients = _make_clients(num_clients, weights, cohort, axis_name)
+
+  def init(params):
+    estimators.check_outermost(params, 'ef21')
+    one = init_memory(compressor, params, concatenate=concatenate)
+    stack = lambda x: jnp.repeat(x[None], num_clients, 0)
+    return Ef21State(
+        jnp.zeros([], jnp.int32),
+        jnp.copy(key),
+        jnp.zeros(2, jnp.int32),
+        _stacked_zeros(params, num_clients),
+        jax.tree.map(stack, one),
+    )
+
+  def update(updates, state, params=None, *, participants=None, **extra):
+    del params, extra
+    _check_stack('ef21', updates, clients)
+    present = _present(clients, state, participants)
+    is_first = (state.count == 0) & (start != 'compressed')
+    ours = _own_part(present, updates, clients)
+
+    def begin():  # A client that misses the first round starts from zero.
+      if start == 'zero':
+        return state.estimates, state.memory
+      return _where(ours, updates, state.estimates), state.memory
+
+    def correct():
+      error = jax.tree.map(jnp.subtract, updates, state.estimates)
+      arrived, memory = _transmit(
+          compressor, clients, state, error, state.memory, concatenate
+      )
+      moved = jax.tree.map(jnp.add, state.estimates, arrived)
+      return (
+          _where(ours, moved, state.estimates),
+          _where(ours, memory, state.memory),
+      )
+
+    estimates, memory = jax.lax.cond(is_first, begin, correct)
+    estimate = _weighted_sum(estimates, clients.weights, clients)
+    sent = _count_sent(
+        state.sent, present & ~(is_first & (start == 'zero')), is_first
+    )
+    count = optax.safe_increment(state.count)
+    return estimate, Ef21State(count, state.key, sent, estimates, memory)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _leaves(tree: Any, concatenate: bool) -> dict[str, Any]:
+  """Returns what is sent: {path: leaf}, or {'': all of them as one vector}."""
+  if concatenate:
+    is_shape = isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct)
+    ravel = lambda tree: jax.flatten_util.ravel_pytree(tree)[0]
+    return {'': jax.eval_shape(ravel, tree) if is_shape else ravel(tree)}
+  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  paths = matrices.path_names([path for path, _ in flat])
+  return dict(zip(paths, [leaf for _, leaf in flat], strict=True))
+
+
+def _transmit(
+    compressor: compressors.Compressor,
+    clients: Clients,
+    state: Any,
+    stack: Any,
+    memory: Any,
+    concatenate: bool,
+) -> tuple[Any, Any]:
+  """Returns what arrives from each client, stacked, and the new memories."""
+
+  def one(client, tree, memory):
+    key = client_key(state.key, state.count, client)
+    payloads, memory = send(
+        compressor, key, tree, memory, concatenate=concatenate
+    )
+    arrived = receive(compressor, payloads, tree, concatenate=concatenate)
+    return arrived, memory
+
+  return jax.vmap(one)(_numbers(stack, clients), stack, memory)
+
+
+def _numbers(stack: Any, clients: Clients) -> jax.Array:
+  """Returns the numbers of the clients that this device holds."""
+  local = jax.tree.leaves(stack)[0].shape[0]
+  first = 0
+  if clients.axis_name is not None:
+    first = jax.lax.axis_index(clients.axis_name) * local
+  return first + jnp.arange(local)
+
+
+def _own_part(x: jax.Array, stack: Any, clients: Clients) -> jax.Array:
+  """Returns this device's part of an array over all clients."""
+  if clients.axis_name is None:
+    return jnp.asarray(x)
+  return jnp.take(jnp.asarray(x), _numbers(stack, clients), axis=0)
+
+
+def _weighted_sum(stack: Any, weights: Any, clients: Clients) -> Any:
+  """Returns sum_l w_l x_l over all clients, in the dtype of x."""
+  ours = _own_part(weights, stack, clients)
+
+  def total(x):
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    spread = ours.astype(wide).reshape(-1, *[1] * (x.ndim - 1))
+    # A client of weight zero adds nothing, not NaN times zero.
+    terms = jnp.where(spread == 0, 0, spread * x.astype(wide))
+    return jnp.sum(terms, axis=0)
+
+  sums = jax.tree.map(total, stack)
+  if clients.axis_name is not None:
+    sums = jax.lax.psum(sums, clients.axis_name)
+  return jax.tree.map(lambda s, x: s.astype(x.dtype), sums, stack)
+
+
+def _present(
+    clients: Clients, state: Any, participants: jax.Array | None
+) -> jax.Array:
+  """Returns who takes part, shape=(M,), bool."""
+  num = clients.num_clients
+  if participants is not None:
+    if clients.cohort is not None:
+      raise ValueError(
+          'Expected one of cohort and participants, got'
+          f' cohort={clients.cohort} and a mask.'
+      )
+    if jnp.shape(participants) != (num,):
+      raise ValueError(
+          f'Expected participants of shape ({num},), got'
+          f' {jnp.shape(participants)}.'
+      )
+    return jnp.asarray(participants, bool)
+  if clients.cohort is None:
+    return jnp.ones(num, bool)
+  key = jax.random.fold_in(state.key, state.count)
+  key = jax.random.fold_in(key, _COHORT)
+  return jax.random.permutation(key, num) < clients.cohort
+
+
+def _unbiased_weights(
+    clients: Clients, present: jax.Array, is_mean: bool
+) -> jax.Array:
+  """Returns the weights of what arrived: w_l M/c, or normalised to sum 1."""
+  weights = jnp.asarray(clients.weights, jnp.result_type(float)) * present
+  if is_mean:
+    total = jnp.sum(weights)
+    return weights / jnp.where(total > 0, total, 1)
+  return weights * (
+      clients.num_clients / (clients.cohort or clients.num_clients)
+  )
+
+
+def _count_sent(
+    sent: jax.Array, present: jax.Array, is_whole: bool | jax.Array
+) -> jax.Array:
+  kind = jnp.asarray(is_whole, jnp.int32)
+  return sent.at[kind].add(jnp.sum(present, dtype=jnp.int32))
+
+
+def _where(mask: jax.Array, new: Any, old: Any) -> Any:
+  spread = lambda x: mask.reshape(-1, *[1] * (x.ndim - 1))
+  return jax.tree.map(lambda n, o: jnp.where(spread(n), n, o), new, old)
+
+
+def _stacked_zeros(params: Any, num_clients: int) -> Any:
+  return jax.tree.map(
+      lambda p: jnp.zeros((num_clients, *p.shape), p.dtype), params
+  )
+
+
+def _make_clients(
+    num_clients: int,
+    weights: Sequence[float] | None,
+    cohort: int | None,
+    axis_name: str | None,
+) -> Clients:
+  if num_clients < 1:
+    raise ValueError(
+        f'Expected num_clients >= 1, got num_clients={num_clients}.'
+    )
+  if cohort is not None and not 1 <= cohort <= num_clients:
+    raise ValueError(
+        f'Expected cohort in [1, {num_clients}], got cohort={cohort}.'
+    )
+  values = (
+      np.ones(num_clients) if weights is None else np.asarray(weights, float)
+  )
+  if values.shape != (num_clients,) or not (
+      np.all(np.isfinite(values)) and np.all(values >= 0) and values.sum() > 0
+  ):
+    raise ValueError(
+        f'Expected weights: {num_clients} finite numbers >= 0, not all zero, got'
+        f' weights={weights}.'
+    )
+  return Clients(num_clients, values / values.sum(), cohort, axis_name)
+
+
+def _check_unbiased(name: str, compressor: compressors.Compressor) -> None:
+  if compressor.omega is None:
+    raise ValueError(
+        f'Expected an unbiased compressor for {name}, got {compressor.name}:'
+        ' ef21 takes biased ones.'
+    )
+
+
+def _check_stack(name: str, updates: Any, clients: Clients) -> None:
+  """Raises unless all leaves have the leading axis of clients."""
+  size = 1
+  if clients.axis_name is not None:
+    size = jax.lax.axis_size(clients.axis_name)
+  for x in jax.tree.leaves(updates):
+    if x.ndim == 0 or x.shape[0] * size != clients.num_clients:
+      raise ValueError(
+          f'Expected client gradients of shape ({clients.num_clients}, ...) for'
+          f' {name}, got {x.shape} on each of {size} devices.'
+      )
