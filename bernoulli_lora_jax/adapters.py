@@ -80,6 +80,9 @@ class Chain(NamedTuple):
   init: Callable[[jax.Array, Any], AdapterState]  # (key, params) -> state.
   # (state, loss, batch, *args, scale=1) -> (state, (value, aux)); see `make_chain`.
   step: Callable[..., tuple[AdapterState, Any]]
+  # A step's two halves: end the link that is over, if one is; move the factors.
+  begin: Callable[[AdapterState], AdapterState]
+  move: Callable[..., tuple[AdapterState, Any]]
   params: Callable[[AdapterState], Any]  # (state) -> merged weights.
   merge: Callable[[AdapterState], AdapterState]  # The same, kept as the base.
 
@@ -149,7 +152,7 @@ def make_chain(
     drawn = jax.jit(lambda key: draw_link(key, 0, found, policy))(key)
     # Copies: some optimisers keep what they are given (Prodigy, L-BFGS), and a
     # buffer cannot be donated twice.
-    trained = _trained(drawn.factors, found)
+    trained = trained_pairs(drawn.factors, found)
     opt_state = jax.tree.map(jnp.copy, tx.init(trained))
     if policy.period is not None and policy.reset_optimizer:
       _check_optimizer(opt_state)
@@ -176,21 +179,24 @@ def make_chain(
     drawn = draw_link(state.key, link, found, policy)
     opt_state = state.opt_state
     if policy.reset_optimizer:
-      fresh = tx.init(_trained(drawn.factors, found))
+      fresh = tx.init(trained_pairs(drawn.factors, found))
       opt_state = restart(fresh, opt_state)
     return state._replace(
         factors=drawn.factors, coins=drawn.coins, opt_state=opt_state
     )
 
-  def step(state, loss, batch, *args, scale=1.0):
-    if policy.period is not None:
-      is_due = (state.count > 0) & (state.count % policy.period == 0)
-      state = jax.lax.cond(is_due, begin_link, lambda s: s, state)
+  def begin(state):
+    if policy.period is None:
+      return state
+    is_due = (state.count > 0) & (state.count % policy.period == 0)
+    return jax.lax.cond(is_due, begin_link, lambda s: s, state)
+
+  def move(state, loss, batch, *args, scale=1.0):
     found = resolve(state.params)
-    trained = _trained(state.factors, found)
+    trained = trained_pairs(state.factors, found)
 
     def value_of(trained, batch, *args):
-      factors = _joined(state.factors, trained)
+      factors = joined(state.factors, trained)
       result = loss(state.params, scaled(factors, found), batch, *args)
       if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(
@@ -204,8 +210,8 @@ def make_chain(
       value_and_grad = estimators.accumulate(value_and_grad, num_micro_batches)
     out = value_and_grad(trained, batch, *args)
     value, grads = out if average is None else average(out)
-    moves = _moving(trained, state.coins)
-    grads = _where(moves, grads, jax.tree.map(jnp.zeros_like, grads))
+    moves = moving(trained, state.coins)
+    grads = where(moves, grads, jax.tree.map(jnp.zeros_like, grads))
     updates, opt_state = tx.update(
         grads, state.opt_state, trained, value=value[0]
     )
@@ -216,11 +222,14 @@ def make_chain(
         lambda w, u: w + (scale * u).astype(w.dtype), trained, updates
     )
     state = state._replace(
-        factors=_joined(state.factors, _where(moves, moved, trained)),
+        factors=joined(state.factors, where(moves, moved, trained)),
         opt_state=_keep_frozen(moves, opt_state, state.opt_state),
         count=optax.safe_increment(state.count),
     )
     return state, value
+
+  def step(state, loss, batch, *args, scale=1.0):
+    return move(begin(state), loss, batch, *args, scale=scale)
 
   def merged(state):
     return _merge(state, resolve(state.params), policy)
@@ -231,6 +240,8 @@ def make_chain(
       resolve,
       init,
       step,
+      begin,
+      move,
       lambda state: merged(state).params,
       merged,
   )
@@ -414,7 +425,7 @@ def _frozen(
   return jnp.pad(basis.astype(dtype), widths)
 
 
-def _trained(factors: Pairs, found: Sequence[Adapted]) -> Pairs:
+def trained_pairs(factors: Pairs, found: Sequence[Adapted]) -> Pairs:
   """Returns the factors that an optimiser sees."""
   return {
       one.matrix.path: {
@@ -424,11 +435,12 @@ def _trained(factors: Pairs, found: Sequence[Adapted]) -> Pairs:
   }
 
 
-def _joined(factors: Pairs, trained: Pairs) -> Pairs:
+def joined(factors: Pairs, trained: Pairs) -> Pairs:
+  """Returns the factors with the trained ones replaced."""
   return {path: {**factors[path], **trained[path]} for path in factors}
 
 
-def _moving(trained: Pairs, coins: dict[str, jax.Array]) -> Pairs:
+def moving(trained: Pairs, coins: dict[str, jax.Array]) -> Pairs:
   """Returns {path: {side: does it train?}}, broadcastable to the factors."""
   always = jnp.ones((), bool)
   moves = {}
@@ -440,7 +452,8 @@ def _moving(trained: Pairs, coins: dict[str, jax.Array]) -> Pairs:
   return moves
 
 
-def _where(condition: Any, new: Any, old: Any) -> Any:
+def where(condition: Any, new: Any, old: Any) -> Any:
+  """Returns `new` where the condition, a tree like them, holds, else `old`."""
   return jax.tree.map(jnp.where, condition, new, old)
 
 
@@ -516,7 +529,7 @@ def _without_product(
   zeros = jax.tree.map(jnp.zeros_like, pair)
   if one.prob is None:
     return {**pair, 'right': zeros['right']}
-  moves = _moving({one.matrix.path: {s: pair[s] for s in one.trained}}, coins)
+  moves = moving({one.matrix.path: {s: pair[s] for s in one.trained}}, coins)
   moves = moves[one.matrix.path]
   return {**pair, **{s: jnp.where(moves[s], zeros[s], pair[s]) for s in moves}}
 

@@ -39,11 +39,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bernoulli_lora_jax import clients as clients_lib
 from bernoulli_lora_jax import compressors
 from bernoulli_lora_jax import estimators
 from bernoulli_lora_jax import matrices
 
-_COIN, _COMPRESSOR, _COHORT = range(3)  # Purposes folded into a round's key.
+_COIN, _COMPRESSOR = range(
+    2
+)  # Purposes folded into a round's key; 2: clients.py.
 
 
 class QgdState(NamedTuple):
@@ -73,15 +76,6 @@ class Ef21State(NamedTuple):
   sent: jax.Array  # shape=(2,), int32; compressed and whole gradients so far.
   estimates: Any  # G_l, leaves (M, *shape).
   memory: Any  # State of the compressors, leaves (M, ...); () without.
-
-
-class Clients(NamedTuple):
-  """Who takes part, and how what they send is averaged."""
-
-  num_clients: int
-  weights: np.ndarray  # (M,), of sum 1.
-  cohort: int | None
-  axis_name: str | None
 
 
 def send(
@@ -298,7 +292,7 @@ def qgd(
     Khirirat et al., arXiv 1806.06573; Sokolov et al., arXiv 2508.03820.
   """
   _check_unbiased('qgd', compressor)
-  clients = _make_clients(num_clients, weights, cohort, axis_name)
+  clients = clients_lib.make_clients(num_clients, weights, cohort, axis_name)
 
   def init(params):
     estimators.check_outermost(params, 'qgd')
@@ -308,10 +302,14 @@ def qgd(
   def update(updates, state, params=None, *, participants=None, **extra):
     del params, extra
     _check_stack('qgd', updates, clients)
-    present = _present(clients, state, participants)
+    present = clients_lib.present(
+        clients, jax.random.fold_in(state.key, state.count), participants
+    )
     arrived, _ = _transmit(compressor, clients, state, updates, (), concatenate)
-    scale = _unbiased_weights(clients, present, participants is not None)
-    estimate = _weighted_sum(arrived, scale, clients)
+    scale = clients_lib.effective_weights(
+        clients, present, participants is not None
+    )
+    estimate = clients_lib.weighted_sum(arrived, scale, clients)
     sent = _count_sent(state.sent, present, False)
     count = optax.safe_increment(state.count)
     return estimate, QgdState(count, state.key, sent)
@@ -366,7 +364,7 @@ def marina(
   _check_unbiased('marina', compressor)
   if not isinstance(prob, jax.Array) and not 0 < prob <= 1:
     raise ValueError(f'Expected prob in (0, 1], got prob={prob}.')
-  clients = _make_clients(num_clients, weights, cohort, axis_name)
+  clients = clients_lib.make_clients(num_clients, weights, cohort, axis_name)
 
   def init(params):
     estimators.check_outermost(params, 'marina')
@@ -386,18 +384,20 @@ def marina(
     round_key = jax.random.fold_in(state.key, state.count)
     coin = jax.random.bernoulli(jax.random.fold_in(round_key, _COIN), prob)
     is_full = coin | (state.count == 0)
-    present = _present(clients, state, participants)
+    present = clients_lib.present(
+        clients, jax.random.fold_in(state.key, state.count), participants
+    )
     present = present | (is_full & (not is_masked))
 
     def whole():
-      scale = _unbiased_weights(clients, present, True)
-      return _weighted_sum(updates, scale, clients)
+      scale = clients_lib.effective_weights(clients, present, True)
+      return clients_lib.weighted_sum(updates, scale, clients)
 
     def difference():
       moved = jax.tree.map(jnp.subtract, updates, state.gradients)
       arrived, _ = _transmit(compressor, clients, state, moved, (), concatenate)
-      scale = _unbiased_weights(clients, present, is_masked)
-      step = _weighted_sum(arrived, scale, clients)
+      scale = clients_lib.effective_weights(clients, present, is_masked)
+      step = clients_lib.weighted_sum(arrived, scale, clients)
       return jax.tree.map(jnp.add, state.estimate, step)
 
     estimate = jax.lax.cond(is_full, whole, difference)
@@ -464,7 +464,7 @@ def ef21(
         "Expected start to be 'full', 'compressed' or 'zero', got"
         f' {start!r}.'
     )
-  clients = _make_clients(num_clients, weights, cohort, axis_name)
+  clients = clients_lib.make_clients(num_clients, weights, cohort, axis_name)
 
   def init(params):
     estimators.check_outermost(params, 'ef21')
@@ -481,14 +481,16 @@ def ef21(
   def update(updates, state, params=None, *, participants=None, **extra):
     del params, extra
     _check_stack('ef21', updates, clients)
-    present = _present(clients, state, participants)
+    present = clients_lib.present(
+        clients, jax.random.fold_in(state.key, state.count), participants
+    )
     is_first = (state.count == 0) & (start != 'compressed')
-    ours = _own_part(present, updates, clients)
+    ours = clients_lib.own_part(present, updates, clients)
 
     def begin():  # A client that misses the first round starts from zero.
       if start == 'zero':
         return state.estimates, state.memory
-      return _where(ours, updates, state.estimates), state.memory
+      return clients_lib.where(ours, updates, state.estimates), state.memory
 
     def correct():
       error = jax.tree.map(jnp.subtract, updates, state.estimates)
@@ -497,12 +499,12 @@ def ef21(
       )
       moved = jax.tree.map(jnp.add, state.estimates, arrived)
       return (
-          _where(ours, moved, state.estimates),
-          _where(ours, memory, state.memory),
+          clients_lib.where(ours, moved, state.estimates),
+          clients_lib.where(ours, memory, state.memory),
       )
 
     estimates, memory = jax.lax.cond(is_first, begin, correct)
-    estimate = _weighted_sum(estimates, clients.weights, clients)
+    estimate = clients_lib.weighted_sum(estimates, clients.weights, clients)
     sent = _count_sent(
         state.sent, present & ~(is_first & (start == 'zero')), is_first
     )
@@ -525,7 +527,7 @@ def _leaves(tree: Any, concatenate: bool) -> dict[str, Any]:
 
 def _transmit(
     compressor: compressors.Compressor,
-    clients: Clients,
+    clients: clients_lib.Clients,
     state: Any,
     stack: Any,
     memory: Any,
@@ -541,77 +543,7 @@ def _transmit(
     arrived = receive(compressor, payloads, tree, concatenate=concatenate)
     return arrived, memory
 
-  return jax.vmap(one)(_numbers(stack, clients), stack, memory)
-
-
-def _numbers(stack: Any, clients: Clients) -> jax.Array:
-  """Returns the numbers of the clients that this device holds."""
-  local = jax.tree.leaves(stack)[0].shape[0]
-  first = 0
-  if clients.axis_name is not None:
-    first = jax.lax.axis_index(clients.axis_name) * local
-  return first + jnp.arange(local)
-
-
-def _own_part(x: jax.Array, stack: Any, clients: Clients) -> jax.Array:
-  """Returns this device's part of an array over all clients."""
-  if clients.axis_name is None:
-    return jnp.asarray(x)
-  return jnp.take(jnp.asarray(x), _numbers(stack, clients), axis=0)
-
-
-def _weighted_sum(stack: Any, weights: Any, clients: Clients) -> Any:
-  """Returns sum_l w_l x_l over all clients, in the dtype of x."""
-  ours = _own_part(weights, stack, clients)
-
-  def total(x):
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    spread = ours.astype(wide).reshape(-1, *[1] * (x.ndim - 1))
-    # A client of weight zero adds nothing, not NaN times zero.
-    terms = jnp.where(spread == 0, 0, spread * x.astype(wide))
-    return jnp.sum(terms, axis=0)
-
-  sums = jax.tree.map(total, stack)
-  if clients.axis_name is not None:
-    sums = jax.lax.psum(sums, clients.axis_name)
-  return jax.tree.map(lambda s, x: s.astype(x.dtype), sums, stack)
-
-
-def _present(
-    clients: Clients, state: Any, participants: jax.Array | None
-) -> jax.Array:
-  """Returns who takes part, shape=(M,), bool."""
-  num = clients.num_clients
-  if participants is not None:
-    if clients.cohort is not None:
-      raise ValueError(
-          'Expected one of cohort and participants, got'
-          f' cohort={clients.cohort} and a mask.'
-      )
-    if jnp.shape(participants) != (num,):
-      raise ValueError(
-          f'Expected participants of shape ({num},), got'
-          f' {jnp.shape(participants)}.'
-      )
-    return jnp.asarray(participants, bool)
-  if clients.cohort is None:
-    return jnp.ones(num, bool)
-  key = jax.random.fold_in(state.key, state.count)
-  key = jax.random.fold_in(key, _COHORT)
-  return jax.random.permutation(key, num) < clients.cohort
-
-
-def _unbiased_weights(
-    clients: Clients, present: jax.Array, is_mean: bool
-) -> jax.Array:
-  """Returns the weights of what arrived: w_l M/c, or normalised to sum 1."""
-  weights = jnp.asarray(clients.weights, jnp.result_type(float)) * present
-  if is_mean:
-    total = jnp.sum(weights)
-    return weights / jnp.where(total > 0, total, 1)
-  return weights * (
-      clients.num_clients / (clients.cohort or clients.num_clients)
-  )
+  return jax.vmap(one)(clients_lib.numbers(stack, clients), stack, memory)
 
 
 def _count_sent(
@@ -621,42 +553,10 @@ def _count_sent(
   return sent.at[kind].add(jnp.sum(present, dtype=jnp.int32))
 
 
-def _where(mask: jax.Array, new: Any, old: Any) -> Any:
-  spread = lambda x: mask.reshape(-1, *[1] * (x.ndim - 1))
-  return jax.tree.map(lambda n, o: jnp.where(spread(n), n, o), new, old)
-
-
 def _stacked_zeros(params: Any, num_clients: int) -> Any:
   return jax.tree.map(
       lambda p: jnp.zeros((num_clients, *p.shape), p.dtype), params
   )
-
-
-def _make_clients(
-    num_clients: int,
-    weights: Sequence[float] | None,
-    cohort: int | None,
-    axis_name: str | None,
-) -> Clients:
-  if num_clients < 1:
-    raise ValueError(
-        f'Expected num_clients >= 1, got num_clients={num_clients}.'
-    )
-  if cohort is not None and not 1 <= cohort <= num_clients:
-    raise ValueError(
-        f'Expected cohort in [1, {num_clients}], got cohort={cohort}.'
-    )
-  values = (
-      np.ones(num_clients) if weights is None else np.asarray(weights, float)
-  )
-  if values.shape != (num_clients,) or not (
-      np.all(np.isfinite(values)) and np.all(values >= 0) and values.sum() > 0
-  ):
-    raise ValueError(
-        f'Expected weights: {num_clients} finite numbers >= 0, not all zero, got'
-        f' weights={weights}.'
-    )
-  return Clients(num_clients, values / values.sum(), cohort, axis_name)
 
 
 def _check_unbiased(name: str, compressor: compressors.Compressor) -> None:
@@ -667,7 +567,7 @@ def _check_unbiased(name: str, compressor: compressors.Compressor) -> None:
     )
 
 
-def _check_stack(name: str, updates: Any, clients: Clients) -> None:
+def _check_stack(name: str, updates: Any, clients: clients_lib.Clients) -> None:
   """Raises unless all leaves have the leading axis of clients."""
   size = 1
   if clients.axis_name is not None:

@@ -1,0 +1,126 @@
+"""Who takes part in a round, and the average of what they send.
+
+M clients are the leading axis of arrays. Where that axis is split over devices by
+`pmap` or `shard_map`, each device holds a part of M / devices clients and
+`Clients.axis_name` names the mapped axis; keys, masks and weights are always
+those of all M.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_COHORT = 2  # Purpose folded into a round's key; 0, 1: federated.py.
+
+
+class Clients(NamedTuple):
+  """Who takes part, and how what they send is averaged."""
+
+  num_clients: int
+  weights: np.ndarray  # (M,), of sum 1.
+  cohort: int | None
+  axis_name: str | None
+
+
+def numbers(stack: Any, clients: Clients) -> jax.Array:
+  """Returns the numbers of the clients that this device holds."""
+  local = jax.tree.leaves(stack)[0].shape[0]
+  first = 0
+  if clients.axis_name is not None:
+    first = jax.lax.axis_index(clients.axis_name) * local
+  return first + jnp.arange(local)
+
+
+def own_part(x: jax.Array, stack: Any, clients: Clients) -> jax.Array:
+  """Returns this device's part of an array over all clients."""
+  if clients.axis_name is None:
+    return jnp.asarray(x)
+  return jnp.take(jnp.asarray(x), numbers(stack, clients), axis=0)
+
+
+def weighted_sum(stack: Any, weights: Any, clients: Clients) -> Any:
+  """Returns sum_l w_l x_l over all clients, in the dtype of x."""
+  ours = own_part(weights, stack, clients)
+
+  def total(x):
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    spread = ours.astype(wide).reshape(-1, *[1] * (x.ndim - 1))
+    # A client of weight zero adds nothing, not NaN times zero.
+    terms = jnp.where(spread == 0, 0, spread * x.astype(wide))
+    return jnp.sum(terms, axis=0)
+
+  sums = jax.tree.map(total, stack)
+  if clients.axis_name is not None:
+    sums = jax.lax.psum(sums, clients.axis_name)
+  return jax.tree.map(lambda s, x: s.astype(x.dtype), sums, stack)
+
+
+def present(
+    clients: Clients, round_key: jax.Array, participants: jax.Array | None
+) -> jax.Array:
+  """Returns who takes part, shape=(M,), bool."""
+  num = clients.num_clients
+  if participants is not None:
+    if clients.cohort is not None:
+      raise ValueError(
+          'Expected one of cohort and participants, got'
+          f' cohort={clients.cohort} and a mask.'
+      )
+    if jnp.shape(participants) != (num,):
+      raise ValueError(
+          f'Expected participants of shape ({num},), got'
+          f' {jnp.shape(participants)}.'
+      )
+    return jnp.asarray(participants, bool)
+  if clients.cohort is None:
+    return jnp.ones(num, bool)
+  key = jax.random.fold_in(round_key, _COHORT)
+  return jax.random.permutation(key, num) < clients.cohort
+
+
+def effective_weights(
+    clients: Clients, present: jax.Array, is_mean: bool
+) -> jax.Array:
+  """Returns the weights of what arrived: w_l M/c, or normalised to sum 1."""
+  weights = jnp.asarray(clients.weights, jnp.result_type(float)) * present
+  if is_mean:
+    total = jnp.sum(weights)
+    return weights / jnp.where(total > 0, total, 1)
+  return weights * (
+      clients.num_clients / (clients.cohort or clients.num_clients)
+  )
+
+
+def where(mask: jax.Array, new: Any, old: Any) -> Any:
+  spread = lambda x: mask.reshape(-1, *[1] * (x.ndim - 1))
+  return jax.tree.map(lambda n, o: jnp.where(spread(n), n, o), new, old)
+
+
+def make_clients(
+    num_clients: int,
+    weights: Sequence[float] | None,
+    cohort: int | None,
+    axis_name: str | None,
+) -> Clients:
+  if num_clients < 1:
+    raise ValueError(
+        f'Expected num_clients >= 1, got num_clients={num_clients}.'
+    )
+  if cohort is not None and not 1 <= cohort <= num_clients:
+    raise ValueError(
+        f'Expected cohort in [1, {num_clients}], got cohort={cohort}.'
+    )
+  values = (
+      np.ones(num_clients) if weights is None else np.asarray(weights, float)
+  )
+  if values.shape != (num_clients,) or not (
+      np.all(np.isfinite(values)) and np.all(values >= 0) and values.sum() > 0
+  ):
+    raise ValueError(
+        f'Expected weights: {num_clients} finite numbers >= 0, not all zero, got'
+        f' weights={weights}.'
+    )
+  return Clients(num_clients, values / values.sum(), cohort, axis_name)
