@@ -4,6 +4,7 @@ The public surface; see the README for what each name is for.
 """
 
 from bernoulli_lora_jax import adapters
+from bernoulli_lora_jax import averaging
 from bernoulli_lora_jax import compressors
 from bernoulli_lora_jax import federated
 from bernoulli_lora_jax import inject
@@ -16,6 +17,8 @@ from bernoulli_lora_jax import sketches
 from bernoulli_lora_jax import stepsizes
 from bernoulli_lora_jax.adapters import ChainPolicy
 from bernoulli_lora_jax.adapters import Target
+from bernoulli_lora_jax.averaging import federated_adapters
+from bernoulli_lora_jax.averaging import federated_weights
 from bernoulli_lora_jax.chain import bernoulli_lora
 from bernoulli_lora_jax.chain import project
 from bernoulli_lora_jax.chain import rac_lora

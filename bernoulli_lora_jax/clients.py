@@ -95,6 +95,7 @@ def effective_weights(
 
 
 def where(mask: jax.Array, new: Any, old: Any) -> Any:
+  """Returns `new` for the clients of the mask, `old` for the others."""
   spread = lambda x: mask.reshape(-1, *[1] * (x.ndim - 1))
   return jax.tree.map(lambda n, o: jnp.where(spread(n), n, o), new, old)
 
@@ -105,6 +106,11 @@ def make_clients(
     cohort: int | None,
     axis_name: str | None,
 ) -> Clients:
+  """Returns `Clients`, the weights normalised.
+
+  Raises:
+    ValueError: an argument outside its range.
+  """
   if num_clients < 1:
     raise ValueError(
         f'Expected num_clients >= 1, got num_clients={num_clients}.'

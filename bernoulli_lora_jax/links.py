@@ -66,33 +66,52 @@ def draw_links(
   """
   sides = [known_side(prob) for prob in probs]
   keys = matrix_keys(key, found)
-  sizes = [matrix.entries.size for matrix in found]
-  starts = np.cumsum([0] + sizes)
-  coins = None
-  if None in sides:
-    spread = jnp.concatenate(
-        [
-            jnp.full(size, prob, jnp.result_type(float))
-            for size, prob in zip(sizes, probs, strict=True)
-        ]
-    )
-    toss = lambda key, prob: jax.random.bernoulli(
-        jax.random.fold_in(key, _COIN), prob
-    )
-    coins = jax.vmap(toss, (None if shared_coin else 0, 0))(
-        key if shared_coin else keys, spread
-    )
+  starts = np.cumsum([0] + [matrix.entries.size for matrix in found])
+  coins = draw_coins(key, found, probs=probs, shared_coin=shared_coin)
   bases = _draw_bases(keys, starts, found, ranks, sketch, sides, frame)
 
   def link(i: int) -> Link:
     reshape = lambda x: x.reshape(found[i].batch + x.shape[1:])
     get = lambda side: (reshape(bases[i, side]) if (i, side) in bases else None)
-    coin = None
-    if coins is not None and sides[i] is None:
-      coin = reshape(coins[starts[i] : starts[i + 1]])
-    return Link(coin, get('left'), get('right'), sides[i])
+    return Link(coins[i], get('left'), get('right'), sides[i])
 
   return [link(i) for i in range(len(found))]
+
+
+def draw_coins(
+    key: jax.Array,
+    found: Sequence[Matrix],
+    *,
+    probs: Sequence[float | jax.Array],
+    shared_coin: bool = False,
+) -> list[jax.Array | None]:
+  """Draws the coins of a link alone, as `draw_links` does.
+
+  Returns:
+    For each matrix shape=batch, bool, True: left; None where its prob is a
+    Python 0 or 1.
+  """
+  sides = [known_side(prob) for prob in probs]
+  if None not in sides:
+    return [None] * len(found)
+  sizes = [matrix.entries.size for matrix in found]
+  spread = jnp.concatenate(
+      [
+          jnp.full(size, prob, jnp.result_type(float))
+          for size, prob in zip(sizes, probs, strict=True)
+      ]
+  )
+  toss = lambda key, prob: jax.random.bernoulli(
+      jax.random.fold_in(key, _COIN), prob
+  )
+  coins = jax.vmap(toss, (None if shared_coin else 0, 0))(
+      key if shared_coin else matrix_keys(key, found), spread
+  )
+  parts = jnp.split(coins, np.cumsum(sizes)[:-1])
+  return [
+      part.reshape(matrix.batch) if side is None else None
+      for part, matrix, side in zip(parts, found, sides, strict=True)
+  ]
 
 
 def matrix_keys(key: jax.Array, found: Sequence[Matrix]) -> jax.Array:

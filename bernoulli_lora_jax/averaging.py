@@ -1,0 +1,519 @@
+"""Federated averaging in which the average is exact.
+
+Clients that hold the same key train the same side in the same subspace. With L
+frozen and shared, the mean of the trained factors is the mean of the products:
+
+    sum_l w_l (W + s L R_l) = W + s L (sum_l w_l R_l)
+
+With both factors trained it is not (mean(L_l) mean(R_l) != mean(L_l R_l)), which
+is what federated averaging of ordinary LoRA gets wrong. `federated_adapters` runs
+any member of the family in rounds: K local steps of every client from the same
+start, the average of what they trained, merge, next link. Up travel the trained
+factors, r n or m r numbers a matrix; down travels their mean, since everyone who
+has the seed draws the frozen factor. Who missed rounds `catch_up`s with the
+missed means, or with W and the number of the round (`join`).
+
+    rounds = bl.federated_adapters(policy, optax.sgd(0.1), num_clients=M)
+    state = rounds.init(key, params)
+    state, values = jax.jit(rounds.step, static_argnums=1)(
+        state, loss, clients, key)     # clients: arrays with a leading axis M
+    params = rounds.params(state)
+
+`federated_weights` is the same with the whole weights trained (FedAvg).
+
+Reference: McMahan et al., FedAvg, arXiv 1602.05629; Malinovsky et al., RAC-LoRA
+(Fed-RAC-LoRA), arXiv 2410.08305; Sokolov et al., arXiv 2508.03820.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bernoulli_lora_jax import adapters
+from bernoulli_lora_jax import clients as clients_lib
+from bernoulli_lora_jax import matrices as matrices_lib
+
+_LOCAL = 0  # Purpose folded into the key of `step`; 2: clients.py.
+_BITS = 8
+
+
+class Rounds(NamedTuple):
+  """Federated rounds as pure functions; `step` is all of them in one process.
+
+  Over a network every party keeps a state: `begin`, then clients call `local` and
+  send what it returns, the server averages, and all call `finish` with the mean.
+  """
+
+  num_local_steps: int
+  init: Callable[[jax.Array, Any], Any]  # (key, params) -> state.
+  begin: Callable[[Any], Any]  # (state) -> state: merges, draws the next link.
+  # (state, loss, client, key) -> (trained, (value, aux)): K steps of one client,
+  # from a state that has begun; values are means over the steps.
+  local: Callable[..., tuple[Any, Any]]
+  finish: Callable[[Any, Any], Any]  # (state, mean of trained) -> state.
+  # (state, loss, clients, key, participants=None) -> (state, (value, aux)).
+  step: Callable[..., tuple[Any, Any]]
+  params: Callable[[Any], Any]  # (state) -> weights, merged.
+  trained: Callable[
+      [Any], Any
+  ]  # (state) -> trained tree as it is in the state.
+  # (state that has begun) -> numbers that one client sends up, and gets down.
+  sent_numbers: Callable[[Any], jax.Array]
+  chain: adapters.Chain | None
+
+
+class WeightsState(NamedTuple):
+  """State of `federated_weights`."""
+
+  params: Any  # The server's weights.
+  opt_state: Any  # As a client's at the start of a round.
+  count: jax.Array  # shape=(), int32; local steps done.
+
+
+def federated_adapters(
+    policy: adapters.ChainPolicy,
+    tx: optax.GradientTransformation,
+    matrices: matrices_lib.Matrices | None = None,
+    *,
+    num_clients: int,
+    num_local_steps: int | None = None,
+    weights: Sequence[float] | None = None,
+    cohort: int | None = None,
+    axis_name: str | None = None,
+) -> Rounds:
+  """Returns federated rounds of adapters, one link a round.
+
+  Args:
+    policy: which member of the family. Chains merge after every round, so their
+      period is K; LoRA and asymmetric LoRA (period None) keep averaging the same
+      factors.
+    tx: optimiser of a client's trained factors, learning rate included. Clients
+      begin each round with fresh moments; schedules go on with the local steps.
+    matrices: what is a matrix.
+    num_clients: M >= 1.
+    num_local_steps: K >= 1; None for the policy's period.
+    weights: w_l >= 0, normalised to sum 1; None for 1/M.
+    cohort: c, clients drawn a round without replacement; None for all. The
+      average is then the weighted mean over the cohort.
+    axis_name: the mapped axis over which clients are split, if there is one.
+
+  Returns:
+    `Rounds`. loss(params, factors, client, key) -> (scalar, aux) sees one
+    client's entry of `clients` and a key for its step and number, with which it
+    may draw a minibatch. A round without any participant changes no weight.
+
+  Raises:
+    ValueError: an argument outside its range, a period other than K, an optimiser
+      that looks at the loss (`reduce_on_plateau`).
+
+  Guarantees:
+    With one factor trained, the merged weights are the weighted mean of the
+      clients' merged weights, up to rounding.
+    All clients, and the server, draw the same coins and frozen factors.
+    One client with weight 1 is the chain itself.
+
+  References:
+    Malinovsky et al., RAC-LoRA, arXiv 2410.08305, algorithm of Fed-RAC-LoRA.
+  """
+  num_steps = policy.period if num_local_steps is None else num_local_steps
+  _check_steps(num_steps)
+  if policy.period not in (None, num_steps):
+    raise ValueError(
+        f'Expected policy.period={num_steps}, the local steps of a round, got'
+        f' period={policy.period}.'
+    )
+  if policy.period is not None and not policy.reset_optimizer:
+    raise ValueError('Expected policy.reset_optimizer=True, got False.')
+  clients = clients_lib.make_clients(num_clients, weights, cohort, axis_name)
+  chain = adapters.make_chain(policy, tx, matrices)
+
+  def init(key, params):
+    state = chain.init(key, params)
+    _check_optimizer(state.opt_state)
+    return state
+
+  def local(state, loss, client, key):
+    found = chain.adapted(state.params)
+    start = adapters.trained_pairs(state.factors, found)
+    opt_state = adapters.restart(tx.init(start), state.opt_state)
+
+    def one(carry, _):
+      trained, opt_state, count = carry
+      now = state._replace(
+          factors=adapters.joined(state.factors, trained),
+          opt_state=opt_state,
+          count=count,
+      )
+      now, value = chain.move(now, loss, client, jax.random.fold_in(key, count))
+      trained = adapters.trained_pairs(now.factors, found)
+      return (trained, now.opt_state, now.count), value
+
+    carry, values = jax.lax.scan(
+        one, (start, opt_state, state.count), None, length=num_steps
+    )
+    return carry[0], jax.tree.map(lambda x: jnp.mean(x, 0), values)
+
+  def finish(state, mean):
+    found = chain.adapted(state.params)
+    start = adapters.trained_pairs(state.factors, found)
+    moves = adapters.moving(start, state.coins)  # The frozen stay to the bit.
+    return state._replace(
+        factors=adapters.joined(
+            state.factors, adapters.where(moves, mean, start)
+        ),
+        opt_state=_advanced(tx, start, state.opt_state, num_steps),
+        count=state.count + num_steps,
+    )
+
+  def sent_numbers(state):
+    total = jnp.zeros([], jnp.result_type(float))
+    for one in chain.adapted(state.params):
+      sizes = _numbers(one)
+      coin = state.coins.get(one.matrix.path)
+      if coin is None:
+        total += one.matrix.entries.size * sum(sizes[x] for x in one.trained)
+      else:
+        total += jnp.sum(jnp.where(coin, sizes['right'], sizes['left']))
+    return total
+
+  def trained(state):
+    return adapters.trained_pairs(state.factors, chain.adapted(state.params))
+
+  return Rounds(
+      num_steps,
+      init,
+      chain.begin,
+      local,
+      finish,
+      _make_step(chain.begin, local, finish, trained, clients),
+      chain.params,
+      trained,
+      sent_numbers,
+      chain,
+  )
+
+
+def federated_weights(
+    tx: optax.GradientTransformation,
+    *,
+    num_clients: int,
+    num_local_steps: int,
+    trained: Callable[[Any], Any] | None = None,
+    weights: Sequence[float] | None = None,
+    cohort: int | None = None,
+    axis_name: str | None = None,
+) -> Rounds:
+  """Returns federated averaging of whole weights (FedAvg).
+
+  Args:
+    tx: optimiser of a client's weights, learning rate included.
+    num_clients: M >= 1.
+    num_local_steps: K >= 1.
+    trained: params -> tree of bool: which leaves move and travel; None for all.
+    weights: as for `federated_adapters`.
+    cohort: as for `federated_adapters`.
+    axis_name: as for `federated_adapters`.
+
+  Returns:
+    `Rounds`, the trained tree being the leaves that move, None for the others;
+    loss(params, client, key) -> (scalar, aux).
+
+  Raises:
+    ValueError: as for `federated_adapters`.
+
+  References:
+    McMahan et al., FedAvg, arXiv 1602.05629, algorithm 1.
+  """
+  _check_steps(num_local_steps)
+  clients = clients_lib.make_clients(num_clients, weights, cohort, axis_name)
+  tx = optax.with_extra_args_support(tx)
+
+  def moving(params):
+    if trained is None:
+      return params
+    return jax.tree.map(lambda p, t: p if t else None, params, trained(params))
+
+  def joined(params, moved):
+    return jax.tree.map(
+        lambda m, p: p if m is None else m,
+        moved,
+        params,
+        is_leaf=lambda x: x is None,
+    )
+
+  def init(key, params):
+    del key
+    copy = jax.tree.map(jnp.copy, params)
+    opt_state = jax.tree.map(jnp.copy, tx.init(moving(copy)))
+    _check_optimizer(opt_state)
+    return WeightsState(copy, opt_state, jnp.zeros([], jnp.int32))
+
+  def local(state, loss, client, key):
+    start = moving(state.params)
+    opt_state = adapters.restart(tx.init(start), state.opt_state)
+
+    def one(carry, step):
+      moved, opt_state = carry
+      value_of = lambda moved: loss(
+          joined(state.params, moved),
+          client,
+          jax.random.fold_in(key, state.count + step),
+      )
+      value, grads = jax.value_and_grad(value_of, has_aux=True)(moved)
+      updates, opt_state = tx.update(grads, opt_state, moved)
+      return (optax.apply_updates(moved, updates), opt_state), value
+
+    carry, values = jax.lax.scan(
+        one, (start, opt_state), jnp.arange(num_local_steps)
+    )
+    return carry[0], jax.tree.map(lambda x: jnp.mean(x, 0), values)
+
+  def finish(state, mean):
+    opt_state = _advanced(
+        tx, moving(state.params), state.opt_state, num_local_steps
+    )
+    return WeightsState(
+        joined(state.params, mean), opt_state, state.count + num_local_steps
+    )
+
+  def sent_numbers(state):
+    size = sum(x.size for x in jax.tree.leaves(moving(state.params)))
+    return jnp.asarray(size, jnp.result_type(float))
+
+  begin = lambda state: state
+  moved_of = lambda state: moving(state.params)
+  return Rounds(
+      num_local_steps,
+      init,
+      begin,
+      local,
+      finish,
+      _make_step(begin, local, finish, moved_of, clients),
+      lambda state: state.params,
+      moved_of,
+      sent_numbers,
+      None,
+  )
+
+
+def client_key(key: jax.Array, client: Any) -> jax.Array:
+  """Returns the key of a client's local steps, from the round's or the run's."""
+  return jax.random.fold_in(jax.random.fold_in(key, _LOCAL), client)
+
+
+def catch_up(rounds: Rounds, state: Any, means: Iterable[Any]) -> Any:
+  """Returns the state of a client after rounds that it missed.
+
+  Args:
+    rounds: as the server's.
+    state: after the last round that the client saw, or from `init`.
+    means: the mean of each missed round, the oldest first.
+
+  Returns:
+    The state that it would have, bit for bit if it computes as the others do.
+  """
+  for mean in means:
+    state = rounds.finish(rounds.begin(state), mean)
+  return state
+
+
+def join(rounds: Rounds, key: jax.Array, params: Any, num_rounds: int) -> Any:
+  """Returns the state of a client that joins late with W in place of the means.
+
+  Args:
+    rounds: as the server's, of a chain that merges after every round.
+    key: the key of the server's `init`.
+    params: the server's merged weights.
+    num_rounds: rounds done so far.
+
+  Raises:
+    ValueError: rounds of factors that are never merged: `catch_up` works.
+  """
+  if rounds.chain is not None and rounds.chain.policy.period is None:
+    raise ValueError(
+        'Expected rounds that merge, got policy.period=None: the factors are'
+        ' part of the state; use catch_up.'
+    )
+  state = rounds.init(key, params)
+  if num_rounds == 0:
+    return state
+
+  def advance(_, state):  # Schedules and counts; no factor has moved.
+    return rounds.finish(state, rounds.trained(state))
+
+  state = jax.jit(
+      lambda state: jax.lax.fori_loop(0, num_rounds, advance, state)
+  )(state)
+  return state._replace(params=jax.tree.map(jnp.copy, params))
+
+
+def to_wire(rounds: Rounds, state: Any, trained: Any) -> dict[str, np.ndarray]:
+  """Returns what travels of a trained tree: {path: numbers, one dimension}.
+
+  Of adapters the factor that the coin trains, without the columns of a clipped
+  rank; the entries of a stack one after another. Of weights the leaves that move.
+
+  Args:
+    rounds: as made.
+    state: that has begun.
+    trained: as `local` returns, or their mean.
+  """
+  if rounds.chain is None:
+    return {
+        path: np.asarray(leaf).reshape(-1)
+        for path, leaf in _paths(trained).items()
+    }
+  arrays = {}
+  for one in rounds.chain.adapted(state.params):
+    path = one.matrix.path
+    parts = [
+        np.asarray(trained[path][side][entry])[box].reshape(-1)
+        for entry, side, box in _boxes(one, state)
+    ]
+    arrays[path] = np.concatenate(parts)
+  return arrays
+
+
+def from_wire(rounds: Rounds, state: Any, arrays: dict[str, np.ndarray]) -> Any:
+  """Returns the trained tree restored from `to_wire`; frozen factors as they are.
+
+  Args:
+    rounds: as made.
+    state: of the receiver, that has begun the same round.
+    arrays: as `to_wire` returns.
+
+  Raises:
+    ValueError: a path, shape, dtype or number that is not as expected, by path.
+  """
+  like = to_wire(rounds, state, rounds.trained(state))
+  check_wire(like, arrays)
+  if rounds.chain is None:
+    start = rounds.trained(state)
+    leaves = [
+        jnp.asarray(arrays[path].reshape(leaf.shape))
+        for path, leaf in _paths(start).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(start), leaves)
+  trained = jax.tree.map(np.array, rounds.trained(state))
+  for one in rounds.chain.adapted(state.params):
+    flat, offset = arrays[one.matrix.path], 0
+    for entry, side, box in _boxes(one, state):
+      target = trained[one.matrix.path][side][entry][box]
+      part = flat[offset : offset + target.size]
+      trained[one.matrix.path][side][entry][box] = part.reshape(target.shape)
+      offset += target.size
+  return jax.tree.map(jnp.asarray, trained)
+
+
+def check_wire(
+    like: dict[str, np.ndarray], arrays: dict[str, np.ndarray]
+) -> None:
+  """Raises unless arrays have the paths, shapes and dtypes of `like`.
+
+  Raises:
+    ValueError: the first difference, or a number that is not finite, by path.
+  """
+  if arrays.keys() != like.keys():
+    raise ValueError(f'Expected {sorted(like)}, got {sorted(arrays)}.')
+  for path, expected in like.items():
+    given = arrays[path]
+    if given.shape != expected.shape or given.dtype != expected.dtype:
+      raise ValueError(
+          f'Expected {path} of {expected.shape} {expected.dtype}, got'
+          f' {given.shape} {given.dtype}.'
+      )
+    if np.issubdtype(given.dtype, np.floating) and not np.isfinite(given).all():
+      raise ValueError(f'Expected finite numbers in {path}, got others.')
+
+
+def bits(arrays: dict[str, np.ndarray]) -> int:
+  """Returns the size of what `to_wire` returns, in bits."""
+  return sum(_BITS * x.nbytes for x in arrays.values())
+
+
+def _make_step(
+    begin: Callable[..., Any],
+    local: Callable[..., Any],
+    finish: Callable[..., Any],
+    start: Callable[[Any], Any],
+    clients: clients_lib.Clients,
+) -> Callable[..., Any]:
+  """Returns a round in one process."""
+
+  def step(state, loss, stack, key, participants=None):
+    state = begin(state)
+    present = clients_lib.present(clients, key, participants)
+    weights = clients_lib.effective_weights(clients, present, True)
+    run = lambda number, client: local(
+        state, loss, client, client_key(key, number)
+    )
+    numbers = clients_lib.numbers(stack, clients)
+    trained, values = jax.vmap(run)(numbers, stack)
+    mean, values = clients_lib.weighted_sum((trained, values), weights, clients)
+    is_empty = ~jnp.any(weights > 0)
+    mean = jax.tree.map(
+        lambda new, old: jnp.where(is_empty, old, new), mean, start(state)
+    )
+    return finish(state, mean), values
+
+  return step
+
+
+def _advanced(tx: Any, trained: Any, opt_state: Any, num_steps: int) -> Any:
+  """Returns a fresh optimiser state with its schedules K steps further on."""
+  tx = optax.with_extra_args_support(tx)
+  zeros = jax.tree.map(jnp.zeros_like, trained)
+  value = jnp.zeros([], jnp.result_type(float))
+  one = lambda _, state: tx.update(zeros, state, trained, value=value)[1]
+  later = jax.lax.fori_loop(0, num_steps, one, opt_state)
+  return adapters.restart(tx.init(trained), later)
+
+
+def _numbers(one: adapters.Adapted) -> dict[str, int]:
+  """Returns the numbers of each factor of a matrix that are not padding."""
+  m, r = one.matrix, one.rank
+  if one.prob is None:
+    return {'left': m.m * one.inner, 'right': one.inner * m.n}
+  return {'left': m.m * min(r, m.n), 'right': min(r, m.m) * m.n}
+
+
+def _boxes(one: adapters.Adapted, state: Any):
+  """Yields (entry, side, slices) of what trains, an entry of a stack at a time."""
+  m = one.matrix
+  coins = state.coins.get(m.path)
+  sizes = _numbers(one)
+  boxes = {
+      'left': (slice(None), slice(0, sizes['left'] // m.m)),
+      'right': (slice(0, sizes['right'] // m.n), slice(None)),
+  }
+  for entry in np.ndindex(*m.batch):
+    for side in one.trained:
+      if coins is None or bool(coins[entry]) == (side == 'right'):
+        yield entry, side, boxes[side]
+
+
+def _paths(tree: Any) -> dict[str, Any]:
+  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  names = matrices_lib.path_names([path for path, _ in flat])
+  return dict(zip(names, [leaf for _, leaf in flat], strict=True))
+
+
+def _check_steps(num_steps: int | None) -> None:
+  if num_steps is None or num_steps < 1:
+    raise ValueError(
+        f'Expected num_local_steps >= 1, got num_local_steps={num_steps}.'
+    )
+
+
+def _check_optimizer(opt_state: Any) -> None:
+  kind = optax.contrib.ReduceLROnPlateauState
+  is_kind = lambda node: isinstance(node, kind)
+  if any(map(is_kind, jax.tree.leaves(opt_state, is_leaf=is_kind))):
+    raise ValueError(
+        'Expected an optimiser that does not look at the loss, got'
+        ' reduce_on_plateau: clients would disagree about the learning rate.'
+    )
