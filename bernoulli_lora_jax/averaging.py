@@ -119,8 +119,9 @@ def federated_adapters(
   References:
     Malinovsky et al., RAC-LoRA, arXiv 2410.08305, algorithm of Fed-RAC-LoRA.
   """
-  num_steps = policy.period if num_local_steps is None else num_local_steps
-  _check_steps(num_steps)
+  num_steps = _checked_steps(
+      policy.period if num_local_steps is None else num_local_steps
+  )
   if policy.period not in (None, num_steps):
     raise ValueError(
         f'Expected policy.period={num_steps}, the local steps of a round, got'
@@ -228,7 +229,7 @@ def federated_weights(
   References:
     McMahan et al., FedAvg, arXiv 1602.05629, algorithm 1.
   """
-  _check_steps(num_local_steps)
+  _checked_steps(num_local_steps)
   clients = clients_lib.make_clients(num_clients, weights, cohort, axis_name)
   tx = optax.with_extra_args_support(tx)
 
@@ -502,11 +503,12 @@ def _paths(tree: Any) -> dict[str, Any]:
   return dict(zip(names, [leaf for _, leaf in flat], strict=True))
 
 
-def _check_steps(num_steps: int | None) -> None:
+def _checked_steps(num_steps: int | None) -> int:
   if num_steps is None or num_steps < 1:
     raise ValueError(
         f'Expected num_local_steps >= 1, got num_local_steps={num_steps}.'
     )
+  return num_steps
 
 
 def _check_optimizer(opt_state: Any) -> None:
