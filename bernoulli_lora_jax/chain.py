@@ -248,6 +248,48 @@ def rac_lora(
   return bernoulli_lora(learning_rate, key, rank=rank, prob=prob, **kwargs)
 
 
+def sent_numbers(
+    state: ScaleByBernoulliChainState,
+    params: Any,
+    *,
+    rank: int,
+    prob: float | jax.Array = 0.5,
+    period: int = 1,
+    matrices: Matrices | None = None,
+    shared_coin: bool = False,
+) -> jax.Array:
+  """Returns how many numbers the next update takes to send, shape ().
+
+  Who has the key draws the subspaces: r n or m r numbers a matrix are enough, by
+  its coin. Leaves that are no matrices count whole.
+
+  Args:
+    state: before the update.
+    params: tree of arrays or shapes.
+    rank: as of `scale_by_bernoulli_chain`, like the arguments below.
+    prob: P(left).
+    period: updates of a link.
+    matrices: what is a matrix.
+    shared_coin: one coin for all matrices.
+  """
+  found = matrices_lib.find(params, matrices)
+  coins = links_lib.draw_coins(
+      jax.random.fold_in(state.key, state.count // period),
+      found,
+      probs=[prob] * len(found),
+      shared_coin=shared_coin,
+  )
+  total = sum(x.size for x in jax.tree.leaves(params))
+  total = jnp.asarray(total, jnp.result_type(float))
+  for matrix, coin in zip(found, coins, strict=True):
+    is_left = links_lib.known_side(prob) if coin is None else coin
+    left = min(rank, matrix.m) * matrix.n
+    right = matrix.m * min(rank, matrix.n)
+    saved = matrix.m * matrix.n - jnp.where(is_left, left, right)
+    total -= jnp.sum(jnp.broadcast_to(saved, matrix.batch))
+  return total
+
+
 def trained_parameters(m: int, n: int, *, rank: int, prob: float) -> float:
   """Returns the mean number of trained parameters of one matrix a step.
 

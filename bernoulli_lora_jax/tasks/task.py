@@ -16,7 +16,8 @@ class Task(NamedTuple):
 
   `data` maps a split ('train', and where they exist 'validation', 'test') to a
   batch of all its examples, so `data['train']` is the batch of the full
-  gradient. It is always an argument of what is compiled, never captured.
+  gradient; the entry 'clients' of a federated task is no split, see `partition`. It
+  is always an argument of what is compiled, never captured.
   """
 
   name: str

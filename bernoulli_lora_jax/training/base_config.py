@@ -36,11 +36,15 @@ def get_config() -> config_dict.ConfigDict:
   # 'asymmetric_right', 'cola'. Left and right name the sketched, frozen side:
   # left trains the right factor.
   config.method.name = 'bernoulli'
-  config.method.estimator = 'sgd'  # Gradient mode: 'gd', 'sgd', 'page', 'mvr'.
+  # Gradient mode: 'gd', 'sgd', 'page', 'mvr'; federated: 'qgd', 'marina', 'ef21',
+  # and 'fedavg' (local steps on the weights, with 'full').
+  config.method.estimator = 'sgd'
   config.method.rank = 4  # Dimension of the subspaces, clipped to each side.
   config.method.prob = 0.5  # p = P(left), for 'bernoulli'.
   config.method.sketch = 'gaussian'  # or 'rademacher', 'coordinate', 'srht'.
-  config.method.period = 1  # Steps a link: coin and subspace are kept.
+  # Steps a link: coin and subspace are kept. Federated adapters and fedavg: local
+  # steps a round.
+  config.method.period = 1
   # In place of period: data passes a link.
   config.method.period_passes = config_dict.placeholder(float)
   config.method.shared_coin = False  # One coin for all matrices.
@@ -72,6 +76,27 @@ def get_config() -> config_dict.ConfigDict:
   config.method.reset_optimizer = True  # Whether each link has fresh moments.
   config.method.link_warmup = 0  # Steps of linear warm-up of each link.
   config.method.rounding = 'nearest'  # or 'stochastic', 'compensated'.
+
+  # Federated runs only: a step is a round of all clients.
+  config.federated = config_dict.ConfigDict()
+  config.federated.num_clients = 0  # M; 0: not federated.
+  # 'iid', 'dirichlet' (by label) or 'group' (natural ones, data['group']).
+  config.federated.partition = 'iid'
+  config.federated.alpha = 0.1  # dirichlet: the smaller, the fewer labels each.
+  config.federated.unequal = False  # iid: whether sizes are log-normal.
+  config.federated.seed = 0  # Of the partition.
+  config.federated.weights = 'size'  # w_l: by 'size' or 'uniform'.
+  # Clients drawn a round; None: all take part.
+  config.federated.cohort = config_dict.placeholder(int)
+  # qgd, marina, ef21: 'identity', 'randk', 'topk', 'natural', 'dithering',
+  # 'powersgd' or 'sign'.
+  config.federated.compressor = 'identity'
+  # randk, topk: K, or a fraction below 1; dithering: levels; powersgd: rank.
+  config.federated.argument = config_dict.placeholder(float)
+  config.federated.concatenate = False  # One vector a client, not one a leaf.
+  # q of MARINA; None: compressed over whole size of a message.
+  config.federated.marina_prob = config_dict.placeholder(float)
+  config.federated.start = 'full'  # EF21: or 'compressed', 'zero'.
 
   config.training = config_dict.ConfigDict()
   # 0: as many as num_passes takes in the mean, in whole evaluation intervals.

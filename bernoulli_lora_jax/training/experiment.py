@@ -1,6 +1,6 @@
 """From a config to a run: the border where user input is checked."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import json
 import math
 import pathlib
@@ -10,10 +10,13 @@ import warnings
 import jax
 import jax.numpy as jnp
 from ml_collections import config_dict
+import numpy as np
 import optax
 
 from bernoulli_lora_jax import adapters
+from bernoulli_lora_jax import averaging
 from bernoulli_lora_jax import chain
+from bernoulli_lora_jax import compressors
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import sketches
@@ -21,10 +24,12 @@ from bernoulli_lora_jax.tasks import classification
 from bernoulli_lora_jax.tasks import digits
 from bernoulli_lora_jax.tasks import linear_regression
 from bernoulli_lora_jax.tasks import mnist
+from bernoulli_lora_jax.tasks import partition
 from bernoulli_lora_jax.tasks import quadratic
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
+from bernoulli_lora_jax.training import federated
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import methods
 from bernoulli_lora_jax.training import parallel
@@ -57,7 +62,57 @@ def check_config(config: config_dict.ConfigDict) -> None:
 
 
 def make_task(config: config_dict.ConfigDict) -> task_lib.Task:
-  """Returns the task that `config.task` describes; pre-trains if need be."""
+  """Returns the task of a config; pre-trains if need be.
+
+  With `config.federated.num_clients` its minibatches are the data of all clients.
+  """
+  task = _make_task(config)
+  parts = make_parts(config, task)
+  return task if parts is None else partition.federate(task, parts)
+
+
+def make_parts(
+    config: config_dict.ConfigDict, task: task_lib.Task
+) -> list[np.ndarray] | None:
+  """Returns the rows of each client, None where the run is not federated.
+
+  Raises:
+    ValueError: a field of `config.federated` outside its range.
+  """
+  c = config.federated
+  if c.num_clients == 0:
+    return None
+  data = task.data['train']
+  needed = {'dirichlet': 'y', 'group': 'group'}.get(c.partition, 'index')
+  if c.partition not in ('iid', 'dirichlet', 'group'):
+    raise ValueError(
+        "Expected federated.partition to be 'iid', 'dirichlet' or 'group', got"
+        f' {c.partition!r}.'
+    )
+  if needed not in data:
+    raise ValueError(
+        f"Expected data['train'][{needed!r}] of {task.name} for"
+        f' federated.partition={c.partition!r}, got {sorted(data)}.'
+    )
+  if c.partition == 'iid':
+    return partition.iid(
+        task.num_samples, c.num_clients, seed=c.seed, unequal=c.unequal
+    )
+  if c.partition == 'dirichlet':
+    labels = np.asarray(data['y'])
+    return partition.dirichlet(
+        labels, c.num_clients, alpha=c.alpha, seed=c.seed
+    )
+  parts = partition.by_group(np.asarray(data['group']))
+  if len(parts) != c.num_clients:
+    raise ValueError(
+        f'Expected federated.num_clients={len(parts)}, the groups of {task.name},'
+        f' got num_clients={c.num_clients}.'
+    )
+  return parts
+
+
+def _make_task(config: config_dict.ConfigDict) -> task_lib.Task:
   c = config.task
   if c.name == 'quadratic':
     return quadratic.make_task()
@@ -181,7 +236,13 @@ def make_method(
       'rac_right',
       'bernoulli',
   )
-  if config.method.mode == 'adapter' and is_chain and period > num_steps:
+  is_local = config.federated.num_clients > 0
+  if (
+      config.method.mode == 'adapter'
+      and is_chain
+      and not is_local
+      and period > num_steps
+  ):
     warnings.warn(
         f'Expected method.period <= {num_steps}, the steps of the run, got'
         f' period={period}: no merge will happen.',
@@ -210,7 +271,9 @@ def _make_method(
     learning_rate = _learning_rate(config, task)
   schedule = learning_rate
   if num_steps is not None:
-    schedule = _schedule(config, learning_rate, num_steps)
+    schedule = _schedule(
+        config, learning_rate, num_steps * _local_steps(config, task)
+    )
   matrices = _matrices(config, task)
   common: dict[str, Any] = {
       'num_samples': task.num_samples,
@@ -218,6 +281,8 @@ def _make_method(
       'num_micro_batches': config.training.num_micro_batches,
       'driver': driver,
   }
+  if config.federated.num_clients:
+    return _make_federated(config, task, schedule, prob, driver)
   if c.mode == 'adapter':
     if c.estimator != 'sgd':
       raise ValueError(
@@ -236,8 +301,33 @@ def _make_method(
         additive=not _is_flax(task),
         **common,
     )
-  is_full = c.name == 'full'
-  make_tx = methods.make_transformation(
+  return methods.gradient_method(
+      task.loss,
+      _make_transformation(config, task, schedule, prob),
+      estimator=c.estimator,
+      page_prob=c.page_prob,
+      momentum=c.mvr_momentum,
+      trained=None if c.train_others else methods.matrices_only(matrices),
+      **common,
+  )
+
+
+def _make_transformation(
+    config: config_dict.ConfigDict,
+    task: task_lib.Task,
+    schedule: Any,
+    prob: float | jax.Array,
+) -> Callable[[jax.Array], optax.GradientTransformation]:
+  """Returns key -> transformation of the gradient, in gradient mode."""
+  c = config.method
+  chain_args = {}
+  if c.name != 'full':
+    chain_args = {
+        'sketch': _sketch(c.sketch),
+        'period': _period(config, task),
+        'shared_coin': c.shared_coin,
+    }
+  return methods.make_transformation(
       c.name,
       schedule,
       rank=c.rank,
@@ -245,23 +335,170 @@ def _make_method(
       inner=_inner(config),
       clip_norm=c.clip_norm,
       weight_decay=c.weight_decay if c.optimizer == 'adamw' else 0.0,
-      matrices=matrices,
-      **{}
-      if is_full
-      else {
-          'sketch': _sketch(c.sketch),
-          'period': _period(config, task),
-          'shared_coin': c.shared_coin,
-      },
+      matrices=_matrices(config, task),
+      **chain_args,
   )
-  return methods.gradient_method(
+
+
+def _make_federated(
+    config: config_dict.ConfigDict,
+    task: task_lib.Task,
+    schedule: Any,
+    prob: float | jax.Array,
+    driver: parallel.Driver | None,
+) -> methods.Method:
+  """Returns the federated method of a config, see `training.federated`."""
+  c, f = config.method, config.federated
+  sizes = np.asarray(task.data['clients']['mask']).sum(1)
+  if f.weights not in ('size', 'uniform'):
+    raise ValueError(
+        f"Expected federated.weights 'size' or 'uniform', got {f.weights!r}."
+    )
+  if config.training.plateau_patience:
+    raise ValueError(
+        'Expected training.plateau_patience=0 in federated runs, got'
+        f' plateau_patience={config.training.plateau_patience}.'
+    )
+  if driver is not None and f.num_clients % driver.num_devices:
+    raise ValueError(
+        f'Expected federated.num_clients to be a multiple of the'
+        f' {driver.num_devices} devices, got num_clients={f.num_clients}.'
+    )
+  shares = sizes if f.weights == 'size' else np.ones_like(sizes)
+  cohort = federated.Cohort(
+      f.num_clients, tuple((shares / shares.sum()).tolist()), f.cohort
+  )
+  matrices = _matrices(config, task)
+  trained = None if c.train_others else methods.matrices_only(matrices)
+  if c.mode == 'adapter' or c.estimator == 'fedavg':
+    return _make_rounds_method(
+        config, task, schedule, prob, driver, cohort, trained
+    )
+  if c.estimator not in federated.ESTIMATORS:
+    raise ValueError(
+        f'Expected method.estimator in {federated.ESTIMATORS} or fedavg in'
+        f' federated runs, got {c.estimator!r}.'
+    )
+
+  def update_numbers(state, params):
+    if c.name == 'full':
+      size = sum(x.size for x in jax.tree.leaves(params))
+      return jnp.asarray(size, jnp.result_type(float))
+    kind = chain.ScaleByBernoulliChainState
+    (found,) = [
+        node
+        for node in jax.tree.leaves(
+            state, is_leaf=lambda x: isinstance(x, kind)
+        )
+        if isinstance(node, kind)
+    ]
+    return chain.sent_numbers(
+        found,
+        params,
+        rank=c.rank,
+        prob={'rac_left': 1.0, 'rac_right': 0.0}.get(c.name, prob),
+        period=_period(config, task),
+        matrices=matrices,
+        shared_coin=c.shared_coin,
+    )
+
+  return federated.estimator_method(
       task.loss,
-      make_tx,
+      _make_transformation(config, task, schedule, prob),
+      update_numbers,
       estimator=c.estimator,
-      page_prob=c.page_prob,
-      momentum=c.mvr_momentum,
-      trained=None if c.train_others else methods.matrices_only(matrices),
-      **common,
+      compressor=make_compressor(config),
+      cohort=cohort,
+      marina_prob=f.marina_prob,
+      start=f.start,
+      concatenate=f.concatenate,
+      trained=trained,
+      driver=driver,
+  )
+
+
+def make_compressor(
+    config: config_dict.ConfigDict,
+) -> compressors.Compressor:
+  """Returns the compressor of a config; a contractive one for EF21.
+
+  Raises:
+    ValueError: an unknown one, or an argument outside its range.
+  """
+  f = config.federated
+  try:
+    compressor = compressors.by_name(f.compressor, f.argument)
+  except ValueError as e:
+    raise ValueError(f'federated.compressor: {e}') from e
+  if config.method.estimator == 'ef21' and compressor.beta is None:
+    return compressors.contractive(compressor)
+  return compressor
+
+
+def _make_rounds_method(
+    config: config_dict.ConfigDict,
+    task: task_lib.Task,
+    schedule: Any,
+    prob: float | jax.Array,
+    driver: parallel.Driver | None,
+    cohort: federated.Cohort,
+    trained: Callable[[Any], Any] | None,
+) -> methods.Method:
+  """Returns the method of local steps: adapters, or whole weights (fedavg)."""
+  c = config.method
+  return federated.rounds_method(
+      task.loss,
+      lambda **kwargs: make_rounds(
+          config, task, schedule, prob, trained, **kwargs
+      ),
+      cohort=cohort,
+      num_samples=task.num_samples,
+      batch_size=config.task.batch_size,
+      is_adapter=c.mode == 'adapter',
+      additive=not _is_flax(task),
+      driver=driver,
+  )
+
+
+def make_rounds(
+    config: config_dict.ConfigDict,
+    task: task_lib.Task,
+    schedule: Any,
+    prob: float | jax.Array,
+    trained: Callable[[Any], Any] | None,
+    **kwargs: Any,
+) -> averaging.Rounds:
+  """Returns the rounds of local steps of a config.
+
+  Args:
+    config: see `base_config`.
+    task: federated or not.
+    schedule: learning rate of the local steps.
+    prob: P(left).
+    trained: which leaves of whole weights move.
+    **kwargs: num_clients, weights, cohort, axis_name.
+
+  Raises:
+    ValueError: a field outside its range.
+  """
+  c = config.method
+  steps = _period(config, task)
+  optimizer = _adapter_optimizer(config, schedule)
+  if c.mode == 'adapter':
+    return averaging.federated_adapters(
+        _policy(config, task, prob),
+        optimizer,
+        _matrices(config, task),
+        num_local_steps=steps,
+        **kwargs,
+    )
+  if c.name != 'full':
+    raise ValueError(
+        "Expected method.name='full' with fedavg, got"
+        f' {c.name!r}: chains train adapters (method.mode).'
+    )
+  return averaging.federated_weights(
+      optimizer, num_local_steps=steps, trained=trained, **kwargs
   )
 
 
@@ -390,7 +627,7 @@ def _matrices(
   select = config.method.select
   if select == 'all-linear':
     key = jax.random.key(0)
-    batch = task.batch(task.data, key, jnp.zeros([], jnp.int32))
+    batch = task_lib.take(task.data['train'], jnp.arange(task.batch_size))
     return inject.all_linear(task.loss, task.init(key), batch, key)
   return matrices_lib.Matrices(select=select or None)
 
@@ -414,6 +651,15 @@ def _period(config: config_dict.ConfigDict, task: task_lib.Task) -> int:
     )
   steps_per_pass = task.num_samples // task.batch_size  # Of an epoch.
   return max(1, round(c.period_passes * steps_per_pass))
+
+
+def _local_steps(config: config_dict.ConfigDict, task: task_lib.Task) -> int:
+  """Returns the steps of the optimiser in a step of the method."""
+  c = config.method
+  is_local = c.mode == 'adapter' or c.estimator == 'fedavg'
+  if config.federated.num_clients and is_local:
+    return _period(config, task)
+  return 1
 
 
 def _policy(

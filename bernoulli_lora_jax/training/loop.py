@@ -109,6 +109,8 @@ class Program(NamedTuple):
   # that runs num steps: (state, metrics). Compiled once for each num.
   prepare: Callable[..., Callable[..., Any]]
   start: Callable[[jax.Array], Any]  # (run's key) -> state at step 0.
+  put: Callable[[Any], Any]  # (state) -> where the steps read it.
+  get: Callable[[Any], Any]  # (state of the steps) -> as at the start.
   params: Callable[[Any], Any]  # (state) -> merged params, on one device.
   evaluate: Callable[[Any], dict[str, jax.Array]]  # Not on the test split.
   test: Callable[[Any], dict[str, jax.Array]]
@@ -133,6 +135,8 @@ def make_program(
       compiled[num] = driver.compile(run, (state, data, key, start))
     return lambda state, key, start: compiled[num](state, data, key, start)
 
+  marks = method.per_client or (lambda state: None)
+  get = lambda state: driver.get(state, marks(state))
   evaluate = make_evaluate(task, method, settings)
   jit_params = jax.jit(method.params)
   split = test_split(task)
@@ -146,7 +150,9 @@ def make_program(
       data,
       prepare,
       jax.jit(make_start(task, method)),
-      lambda state: jit_params(driver.get(state)),
+      lambda state: driver.put(state, marks(state)),
+      get,
+      lambda state: jit_params(get(state)),
       lambda params: jit_evaluate(params, eval_data),
       lambda params: {
           f'{split}_{name}': value
@@ -211,7 +217,7 @@ def make_evaluate(
           grad,
       )
       metrics['grad_norm_sq'] = sum(jax.tree.leaves(squares))
-    for split in sorted(data.keys() - {'test'}):
+    for split in sorted(data.keys() - {'test', 'clients'}):
       for name, value in task.evaluate(params, data, split).items():
         metrics[f'{split}_{name}'] = value
     return metrics
@@ -284,7 +290,7 @@ def train(
     )
     if saver.latest() is not None:
       state, best, progress = _restore(saver, state, best)
-    state = program.driver.put(state)
+    state = program.put(state)
     log = stack.enter_context(metrics_log.MetricsLog(workdir, progress.step))
     terminated = stack.enter_context(_catch_sigterm())
     bar = stack.enter_context(
@@ -329,7 +335,7 @@ def _run_to_end(
     terminated: list[int],
 ) -> tuple[Any, Any, Progress]:
   """Runs dispatches, evaluations and checkpoints until the run ends."""
-  settings, driver = program.settings, program.driver
+  settings = program.settings
   last_save = progress.step
   if progress.step == 0:
     log.write(0, _evaluate(program, state))
@@ -360,12 +366,12 @@ def _run_to_end(
     bar.set_postfix({k: f'{v:.4g}' for k, v in line.items() if k in _SHOWN})
     is_due = settings.checkpoint_every and not step % settings.checkpoint_every
     if is_due or terminated or step == settings.num_steps:
-      _save(saver, driver.get(state), best, progress)
+      _save(saver, program.get(state), best, progress)
       last_save = step
     if terminated:
       raise SystemExit(128 + signal.SIGTERM)
   if last_save < progress.step:
-    _save(saver, driver.get(state), best, progress)
+    _save(saver, program.get(state), best, progress)
   return state, best, progress
 
 
@@ -382,7 +388,11 @@ def _advance(
   _check_finite(metrics['loss'], start)
   step = start + num
   line = {name: float(value.mean()) for name, value in metrics.items()}
-  line['data_passes'] = float(metrics['data_passes'][-1])
+  line |= {
+      name: float(value[-1])
+      for name, value in metrics.items()
+      if name in methods.CUMULATIVE
+  }
   if step % settings.eval_every == 0 or step == settings.num_steps:
     line |= _evaluate(program, state)
     for name in {'grad_norm_sq', 'train_loss'} & line.keys():
@@ -425,7 +435,7 @@ def _save_link(
   period = chain.policy.period or num_steps
   if step % period and step != num_steps:
     return
-  inner = program.driver.get(state).chain
+  inner = program.get(state).chain
   link = recipes.trained_factors(inner, chain)
   recipes.save_link(workdir / 'recipe', (step - 1) // period, link)
 
@@ -437,7 +447,7 @@ def _save_recipe(
   chain = program.method.chain
   if chain is None:
     raise ValueError('Expected training.recipe=False in gradient mode.')
-  final = program.driver.get(state).chain
+  final = program.get(state).chain
   step = int(final.count)
   num_links = -(-step // (chain.policy.period or step))
   folder = workdir / 'recipe'

@@ -21,6 +21,8 @@ from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax.training import parallel
 
+# Metrics that are sums over all steps so far.
+CUMULATIVE = ('data_passes', 'bits_up', 'bits_down')
 ESTIMATORS = ('gd', 'sgd', 'page', 'mvr')
 ADAPTERS = (
     'lora',
@@ -45,6 +47,8 @@ class Method(NamedTuple):
       float  # Data passes of a step in the mean: 1 a full gradient.
   )
   chain: adapters.Chain | None = None  # Of adapter mode.
+  # (state) -> tree of bool: leaves with a leading axis of clients. None: none.
+  per_client: Callable[[Any], Any] | None = None
 
 
 class GradientState(NamedTuple):
@@ -105,7 +109,7 @@ def gradient_method(
         f'Expected method.estimator in {ESTIMATORS}, got {estimator!r}.'
     )
   driver = parallel.make_driver('none') if driver is None else driver
-  trained = _all_true if trained is None else trained
+  trained = all_true if trained is None else trained
   part = batch_size / num_samples
   prob = batch_size / (batch_size + num_samples)
   prob = prob if page_prob is None else page_prob
@@ -247,16 +251,11 @@ def adapter_method(
     state = AdapterMethodState(inner, passes, state.lr_scale)
     return state, {'loss': value, **metrics, 'data_passes': passes}
 
-  def trained(params):
-    chosen = {one.matrix.index for one in links.adapted(params)}
-    leaves, treedef = jax.tree.flatten(params)
-    return treedef.unflatten([i in chosen for i in range(len(leaves))])
-
   return Method(
       init,
       step,
       lambda state: links.params(state.chain),
-      trained,
+      lambda params: adapted_leaves(links, params),
       batch_size / num_samples,
       links,
   )
@@ -369,7 +368,23 @@ def matrices_only(
   return lambda params: matrices_lib.mask(params, matrices)
 
 
-def _all_true(params: Any) -> Any:
+def adapted_leaves(chain: adapters.Chain, params: Any) -> Any:
+  """Returns a tree of bool: the leaves that a chain of adapters adapts."""
+  chosen = {one.matrix.index for one in chain.adapted(params)}
+  leaves, treedef = jax.tree.flatten(params)
+  return treedef.unflatten([i in chosen for i in range(len(leaves))])
+
+
+def joined(params: Any, moved: Any) -> Any:
+  """Returns params with the leaves of `moved` that are not None."""
+  none = lambda x: x is None
+  return jax.tree.map(
+      lambda m, p: p if m is None else m, moved, params, is_leaf=none
+  )
+
+
+def all_true(params: Any) -> Any:
+  """Returns the `trained` tree of all leaves."""
   return jax.tree.map(lambda _: True, params)
 
 

@@ -20,11 +20,15 @@ class Driver(NamedTuple):
   num_devices: int
   shard: Callable[[Any], Any]  # Inside a step: batch -> this device's part.
   average: Callable[[Any], Any]  # Inside a step: mean over the devices' parts.
-  put: Callable[[Any], Any]  # Host or one-device tree -> as `compile` wants it.
-  get: Callable[[Any], Any]  # What a step returned -> a tree as without driver.
+  # (tree, marks=None): host or one-device tree -> as `compile` wants it. marks is
+  # a tree of bool: leaves whose leading axis is split over the devices.
+  put: Callable[..., Any]
+  # (tree, marks=None): what a step returned -> a tree as without driver.
+  get: Callable[..., Any]
   # (run, args) -> run compiled for args = (state, data, key, start); it returns
   # (state, metrics) and donates the state.
   compile: Callable[[Callable[..., Any], tuple], Callable[..., Any]]
+  axis_name: str | None = None  # Inside a step: the axis of devices, of pmap.
 
 
 def make_driver(kind: str, num_devices: int | None = None) -> Driver:
@@ -68,7 +72,9 @@ def _compile(run: Callable[..., Any], args: tuple) -> Callable[..., Any]:
 
 
 def _single() -> Driver:
-  return Driver(1, _identity, _identity, jax.device_put, _identity, _compile)
+  same = lambda tree, marks=None: tree
+  put = lambda tree, marks=None: jax.device_put(tree)
+  return Driver(1, _identity, _identity, put, same, _compile)
 
 
 def _make_mesh(devices: list[Any]) -> jax.sharding.Mesh:
@@ -89,13 +95,25 @@ def _mesh(devices: list[Any]) -> Driver:
     _check_divisible(batch, len(devices))
     return jax.lax.with_sharding_constraint(batch, split)
 
+  def put(tree, marks=None):
+    if marks is None:
+      return jax.device_put(tree, replicated)
+    place = lambda x, mark: jax.device_put(x, split if mark else replicated)
+    return jax.tree.map(place, tree, marks)
+
+  def compile_(run, args):
+    # The state leaves a step where it entered it, split leaves split.
+    placed = jax.tree.map(lambda x: x.sharding, args[0])
+    jitted = jax.jit(run, donate_argnums=0, out_shardings=(placed, replicated))
+    return jitted.lower(*args).compile()
+
   return Driver(
       num_devices=len(devices),
       shard=shard,
       average=_identity,  # A mean over the sharded batch is the whole mean.
-      put=lambda tree: jax.device_put(tree, replicated),
-      get=_identity,
-      compile=_compile,
+      put=put,
+      get=lambda tree, marks=None: tree,
+      compile=compile_,
   )
 
 
@@ -108,9 +126,18 @@ def _pmap(devices: list[Any]) -> Driver:
     parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
     return jax.tree.map(lambda x: x[jax.lax.axis_index(_AXIS)], parts)
 
-  def put(tree):
+  def put(tree, marks=None):
     stack = lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x)))
-    return jax.device_put(jax.tree.map(stack, tree), split)
+    parts = lambda x: x.reshape(count, -1, *x.shape[1:])
+    place = lambda x, mark: parts(x) if mark else stack(x)
+    marks = jax.tree.map(lambda _: False, tree) if marks is None else marks
+    return jax.device_put(jax.tree.map(place, tree, marks), split)
+
+  def get(tree, marks=None):
+    whole = lambda x: x.reshape(-1, *x.shape[2:])
+    take = lambda x, mark: whole(x) if mark else x[0]
+    marks = jax.tree.map(lambda _: False, tree) if marks is None else marks
+    return jax.device_put(jax.tree.map(take, tree, marks), devices[0])
 
   def compile_(run, args):
     mapped = jax.pmap(
@@ -133,10 +160,9 @@ def _pmap(devices: list[Any]) -> Driver:
       shard=shard,
       average=lambda tree: jax.lax.pmean(tree, _AXIS),
       put=put,
-      get=lambda tree: jax.device_put(
-          jax.tree.map(lambda x: x[0], tree), devices[0]
-      ),
+      get=get,
       compile=compile_,
+      axis_name=_AXIS,
   )
 
 

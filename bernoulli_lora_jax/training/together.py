@@ -128,7 +128,11 @@ class _Parts(NamedTuple):
     run = loop.make_steps(self.task, method)
     new, metrics = run(state, data, key, start, self.settings.eval_every)
     line = {name: value.mean() for name, value in metrics.items()}
-    line['data_passes'] = metrics['data_passes'][-1]
+    line |= {
+        name: metrics[name][-1]
+        for name in methods.CUMULATIVE
+        if name in metrics
+    }
     line['bad_step'] = jnp.argmax(~jnp.isfinite(metrics['loss']))
     keep = lambda a, b: jnp.where(active, a, b)
     kept = jax.tree.map(keep, new, state)
