@@ -248,6 +248,13 @@ def rac_lora(
   return bernoulli_lora(learning_rate, key, rank=rank, prob=prob, **kwargs)
 
 
+def states(opt_state: Any) -> list[ScaleByBernoulliChainState]:
+  """Returns the states of chains in an optimiser's state."""
+  is_ours = lambda node: isinstance(node, ScaleByBernoulliChainState)
+  leaves = jax.tree.leaves(opt_state, is_leaf=is_ours)
+  return [node for node in leaves if is_ours(node)]
+
+
 def sent_numbers(
     state: ScaleByBernoulliChainState,
     params: Any,
@@ -274,7 +281,7 @@ def sent_numbers(
   """
   found = matrices_lib.find(params, matrices)
   coins = links_lib.draw_coins(
-      jax.random.fold_in(state.key, state.count // period),
+      jax.random.fold_in(state.key, jnp.asarray(state.count) // period),
       found,
       probs=[prob] * len(found),
       shared_coin=shared_coin,
@@ -282,7 +289,7 @@ def sent_numbers(
   total = sum(x.size for x in jax.tree.leaves(params))
   total = jnp.asarray(total, jnp.result_type(float))
   for matrix, coin in zip(found, coins, strict=True):
-    is_left = links_lib.known_side(prob) if coin is None else coin
+    is_left = bool(links_lib.known_side(prob)) if coin is None else coin
     left = min(rank, matrix.m) * matrix.n
     right = matrix.m * min(rank, matrix.n)
     saved = matrix.m * matrix.n - jnp.where(is_left, left, right)

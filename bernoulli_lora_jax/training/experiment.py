@@ -271,10 +271,8 @@ def _make_method(
     learning_rate = _learning_rate(config, task)
   schedule = learning_rate
   if num_steps is not None:
-    schedule = _schedule(
-        config, learning_rate, num_steps * _local_steps(config, task)
-    )
-  matrices = _matrices(config, task)
+    schedule = make_schedule(config, task, num_steps, learning_rate)
+  matrices = make_matrices(config, task)
   common: dict[str, Any] = {
       'num_samples': task.num_samples,
       'batch_size': task.batch_size,
@@ -298,21 +296,21 @@ def _make_method(
         _policy(config, task, prob),
         _adapter_optimizer(config, schedule),
         matrices=matrices,
-        additive=not _is_flax(task),
+        additive=not is_flax(task),
         **common,
     )
   return methods.gradient_method(
       task.loss,
-      _make_transformation(config, task, schedule, prob),
+      make_transformation(config, task, schedule, prob),
       estimator=c.estimator,
       page_prob=c.page_prob,
       momentum=c.mvr_momentum,
-      trained=None if c.train_others else methods.matrices_only(matrices),
+      trained=trained_leaves(config, task),
       **common,
   )
 
 
-def _make_transformation(
+def make_transformation(
     config: config_dict.ConfigDict,
     task: task_lib.Task,
     schedule: Any,
@@ -323,7 +321,7 @@ def _make_transformation(
   chain_args = {}
   if c.name != 'full':
     chain_args = {
-        'sketch': _sketch(c.sketch),
+        'sketch': make_sketch(config),
         'period': _period(config, task),
         'shared_coin': c.shared_coin,
     }
@@ -335,7 +333,7 @@ def _make_transformation(
       inner=_inner(config),
       clip_norm=c.clip_norm,
       weight_decay=c.weight_decay if c.optimizer == 'adamw' else 0.0,
-      matrices=_matrices(config, task),
+      matrices=make_matrices(config, task),
       **chain_args,
   )
 
@@ -349,31 +347,12 @@ def _make_federated(
 ) -> methods.Method:
   """Returns the federated method of a config, see `training.federated`."""
   c, f = config.method, config.federated
-  sizes = np.asarray(task.data['clients']['mask']).sum(1)
-  if f.weights not in ('size', 'uniform'):
-    raise ValueError(
-        f"Expected federated.weights 'size' or 'uniform', got {f.weights!r}."
-    )
-  if config.training.plateau_patience:
-    raise ValueError(
-        'Expected training.plateau_patience=0 in federated runs, got'
-        f' plateau_patience={config.training.plateau_patience}.'
-    )
-  if driver is not None and f.num_clients % driver.num_devices:
-    raise ValueError(
-        f'Expected federated.num_clients to be a multiple of the'
-        f' {driver.num_devices} devices, got num_clients={f.num_clients}.'
-    )
-  shares = sizes if f.weights == 'size' else np.ones_like(sizes)
-  cohort = federated.Cohort(
-      f.num_clients, tuple((shares / shares.sum()).tolist()), f.cohort
+  cohort = make_cohort(
+      config, task, 1 if driver is None else driver.num_devices
   )
-  matrices = _matrices(config, task)
-  trained = None if c.train_others else methods.matrices_only(matrices)
+  matrices = make_matrices(config, task)
   if c.mode == 'adapter' or c.estimator == 'fedavg':
-    return _make_rounds_method(
-        config, task, schedule, prob, driver, cohort, trained
-    )
+    return _make_rounds_method(config, task, schedule, prob, driver, cohort)
   if c.estimator not in federated.ESTIMATORS:
     raise ValueError(
         f'Expected method.estimator in {federated.ESTIMATORS} or fedavg in'
@@ -384,14 +363,7 @@ def _make_federated(
     if c.name == 'full':
       size = sum(x.size for x in jax.tree.leaves(params))
       return jnp.asarray(size, jnp.result_type(float))
-    kind = chain.ScaleByBernoulliChainState
-    (found,) = [
-        node
-        for node in jax.tree.leaves(
-            state, is_leaf=lambda x: isinstance(x, kind)
-        )
-        if isinstance(node, kind)
-    ]
+    (found,) = chain.states(state)
     return chain.sent_numbers(
         found,
         params,
@@ -404,7 +376,7 @@ def _make_federated(
 
   return federated.estimator_method(
       task.loss,
-      _make_transformation(config, task, schedule, prob),
+      make_transformation(config, task, schedule, prob),
       update_numbers,
       estimator=c.estimator,
       compressor=make_compressor(config),
@@ -412,9 +384,43 @@ def _make_federated(
       marina_prob=f.marina_prob,
       start=f.start,
       concatenate=f.concatenate,
-      trained=trained,
+      trained=trained_leaves(config, task),
       driver=driver,
   )
+
+
+def make_cohort(
+    config: config_dict.ConfigDict, task: task_lib.Task, num_devices: int = 1
+) -> federated.Cohort:
+  """Returns who takes part in a federated run, with which weights.
+
+  Raises:
+    ValueError: a field outside its range.
+  """
+  f = config.federated
+  if f.weights not in ('size', 'uniform'):
+    raise ValueError(
+        f"Expected federated.weights 'size' or 'uniform', got {f.weights!r}."
+    )
+  if config.training.plateau_patience:
+    raise ValueError(
+        'Expected training.plateau_patience=0 in federated runs, got'
+        f' plateau_patience={config.training.plateau_patience}.'
+    )
+  if f.num_clients % num_devices:
+    raise ValueError(
+        f'Expected federated.num_clients to be a multiple of the {num_devices}'
+        f' devices, got num_clients={f.num_clients}.'
+    )
+  if f.cohort is not None and not 1 <= f.cohort <= f.num_clients:
+    raise ValueError(
+        f'Expected federated.cohort in [1, {f.num_clients}], got'
+        f' cohort={f.cohort}.'
+    )
+  sizes = np.asarray(task.data['clients']['mask']).sum(1)
+  shares = sizes if f.weights == 'size' else np.ones_like(sizes)
+  weights = tuple((shares / shares.sum()).tolist())
+  return federated.Cohort(f.num_clients, weights, f.cohort)
 
 
 def make_compressor(
@@ -442,20 +448,17 @@ def _make_rounds_method(
     prob: float | jax.Array,
     driver: parallel.Driver | None,
     cohort: federated.Cohort,
-    trained: Callable[[Any], Any] | None,
 ) -> methods.Method:
   """Returns the method of local steps: adapters, or whole weights (fedavg)."""
   c = config.method
   return federated.rounds_method(
       task.loss,
-      lambda **kwargs: make_rounds(
-          config, task, schedule, prob, trained, **kwargs
-      ),
+      lambda **kwargs: make_rounds(config, task, schedule, prob, **kwargs),
       cohort=cohort,
       num_samples=task.num_samples,
       batch_size=config.task.batch_size,
       is_adapter=c.mode == 'adapter',
-      additive=not _is_flax(task),
+      additive=not is_flax(task),
       driver=driver,
   )
 
@@ -465,7 +468,6 @@ def make_rounds(
     task: task_lib.Task,
     schedule: Any,
     prob: float | jax.Array,
-    trained: Callable[[Any], Any] | None,
     **kwargs: Any,
 ) -> averaging.Rounds:
   """Returns the rounds of local steps of a config.
@@ -473,9 +475,8 @@ def make_rounds(
   Args:
     config: see `base_config`.
     task: federated or not.
-    schedule: learning rate of the local steps.
+    schedule: learning rate of the local steps, see `make_schedule`.
     prob: P(left).
-    trained: which leaves of whole weights move.
     **kwargs: num_clients, weights, cohort, axis_name.
 
   Raises:
@@ -488,7 +489,7 @@ def make_rounds(
     return averaging.federated_adapters(
         _policy(config, task, prob),
         optimizer,
-        _matrices(config, task),
+        make_matrices(config, task),
         num_local_steps=steps,
         **kwargs,
     )
@@ -498,7 +499,10 @@ def make_rounds(
         f' {c.name!r}: chains train adapters (method.mode).'
     )
   return averaging.federated_weights(
-      optimizer, num_local_steps=steps, trained=trained, **kwargs
+      optimizer,
+      num_local_steps=steps,
+      trained=trained_leaves(config, task),
+      **kwargs,
   )
 
 
@@ -594,7 +598,7 @@ def selection(
   """Returns the table of what the config selects, a row a matrix."""
   params = task.init(jax.random.key(0))
   c = config.method
-  matrices = _matrices(config, task)
+  matrices = make_matrices(config, task)
   if c.mode == 'adapter':
     policy = _policy(config, task, c.prob)
     return adapters.describe(params, policy, matrices)
@@ -615,15 +619,25 @@ def trained_parameters(
   total = float(sum(row['trained'] for row in rows))
   if config.method.train_others:
     params = task.init(jax.random.key(0))
-    chosen = matrices_lib.mask(params, _matrices(config, task))
+    chosen = matrices_lib.mask(params, make_matrices(config, task))
     sizes = jax.tree.map(lambda p, m: 0 if m else p.size, params, chosen)
     total += sum(jax.tree.leaves(sizes))
   return total
 
 
-def _matrices(
+def trained_leaves(
+    config: config_dict.ConfigDict, task: task_lib.Task
+) -> Callable[[Any], Any] | None:
+  """Returns params -> tree of bool in gradient mode; None where all move."""
+  if config.method.train_others:
+    return None
+  return methods.matrices_only(make_matrices(config, task))
+
+
+def make_matrices(
     config: config_dict.ConfigDict, task: task_lib.Task
 ) -> matrices_lib.Matrices:
+  """Returns what is a matrix, by method.select."""
   select = config.method.select
   if select == 'all-linear':
     key = jax.random.key(0)
@@ -632,7 +646,7 @@ def _matrices(
   return matrices_lib.Matrices(select=select or None)
 
 
-def _is_flax(task: task_lib.Task) -> bool:
+def is_flax(task: task_lib.Task) -> bool:
   """Returns whether params are those of a Flax model (a leaf `kernel`)."""
   leaves = jax.tree_util.tree_flatten_with_path(task.init(jax.random.key(0)))[0]
   paths = matrices_lib.path_names([path for path, _ in leaves])
@@ -676,7 +690,7 @@ def _policy(
       alpha=c.alpha,
       scaling=c.scaling,
       resample=c.resample,
-      sketch=_sketch(c.sketch),
+      sketch=make_sketch(config),
       frame=c.frame,
       init=c.init,
       zero=c.zero,
@@ -700,9 +714,10 @@ def _adapter_optimizer(
   return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
 
 
-def _sketch(name: str) -> sketches.Sketch:
+def make_sketch(config: config_dict.ConfigDict) -> sketches.Sketch:
+  """Returns the law of the subspaces."""
   try:
-    return sketches.by_name(name)
+    return sketches.by_name(config.method.sketch)
   except ValueError as e:
     message = str(e).replace('Expected sketch', 'Expected method.sketch')
     raise ValueError(message) from e
@@ -743,12 +758,26 @@ def _learning_rate(
   return result
 
 
-def _schedule(
+def make_schedule(
     config: config_dict.ConfigDict,
-    peak: float | jax.Array,
+    task: task_lib.Task,
     num_steps: int,
+    peak: float | jax.Array | None = None,
 ) -> float | jax.Array | optax.Schedule:
+  """Returns the learning rate of the optimiser's steps, as optax takes it.
+
+  Args:
+    config: see `base_config`.
+    task: see `make_task`.
+    num_steps: of the run; rounds where it is federated.
+    peak: in place of the config's.
+
+  Raises:
+    ValueError: a field outside its range.
+  """
   c = config.method
+  peak = _learning_rate(config, task) if peak is None else peak
+  num_steps *= _local_steps(config, task)
   if not 0 <= c.warmup_steps <= num_steps:
     raise ValueError(
         f'Expected method.warmup_steps in [0, {num_steps}], got'

@@ -137,6 +137,7 @@ def estimator_method(
     del full
     clients = driver.shard(batch)
     params, opt_state = state.inner
+    old_sent = opt_state[0].sent
 
     def of_client(client):
       (value, metrics), grads = value_and_grad(params, client, key)
@@ -145,7 +146,8 @@ def estimator_method(
     values, grads = jax.vmap(of_client)(clients)
     ours = moving(params)
     numbers = update_numbers(opt_state[1], ours)
-    updates, new = tx(jax.random.key(0), ours).update(grads, opt_state, ours)
+    updated: Any = tx(jax.random.key(0), ours).update(grads, opt_state, ours)
+    updates, new = updated
     updates = jax.tree.map(
         lambda u: state.lr_scale.astype(u.dtype) * u, updates
     )
@@ -156,7 +158,7 @@ def estimator_method(
     measure = lambda s: federated.bits_up(
         s, compressor, ours, concatenate=concatenate
     )
-    sent = measure(new[0]._replace(sent=new[0].sent - opt_state[0].sent))
+    sent = measure(new[0]._replace(sent=new[0].sent - old_sent))
     cost = jnp.asarray(cohort.share)
     if estimator == 'marina' and cohort.size is not None:
       cost = jnp.where(new[0].is_full, 1.0, 2 * cohort.share)

@@ -168,16 +168,24 @@ def make_steps(
 
   def steps(state, data, key, start, num):
     batch_key = jax.random.fold_in(key, _BATCH)
-    noise_key = jax.random.fold_in(key, _NOISE)
 
     def body(state, step):
       batch = task.batch(data, batch_key, step)
-      noise = jax.random.fold_in(noise_key, step)
-      return method.step(state, batch, noise, data['train'])
+      return method.step(state, batch, noise_key(key, step), data['train'])
 
     return jax.lax.scan(body, state, start + jnp.arange(num))
 
   return steps
+
+
+def method_key(key: jax.Array) -> jax.Array:
+  """Returns the key of the method's init, from the run's."""
+  return jax.random.fold_in(key, _METHOD)
+
+
+def noise_key(key: jax.Array, step: Any) -> jax.Array:
+  """Returns the key of a method's step, from the run's."""
+  return jax.random.fold_in(jax.random.fold_in(key, _NOISE), step)
 
 
 def make_start(
@@ -187,7 +195,7 @@ def make_start(
 
   def start(key):
     params = make_params(task)(key)
-    return method.init(jax.random.fold_in(key, _METHOD), params)
+    return method.init(method_key(key), params)
 
   return start
 
