@@ -16,11 +16,11 @@ run: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto -m 'not slow'
 
-# What is too slow for `make test`.
-test-all: $(VENV)/.installed
+# What is too slow for `make test`, the network of processes included.
+test-all: $(VENV)/.installed-federated
 	$(BIN)/python -m pytest -n auto -m slow
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev $(VENV)/.installed-federated
 	$(BIN)/pyink --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/pyrefly check
@@ -42,6 +42,10 @@ docs: $(VENV)/.installed-dev
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-federated: $(VENV)/.installed
+	$(PIP) -e '.[federated]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

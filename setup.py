@@ -35,6 +35,8 @@ setuptools.setup(
         'tqdm>=4.66',
     ],
     extras_require={
+        # Runs over a network: launch/federated_flower.
+        'federated': ['flwr>=1.41'],
         # Bases in nf4, int4, int8; LoRA of NNX models.
         'quantized': ['qwix>=0.1.8'],
         'test': [
