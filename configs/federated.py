@@ -34,15 +34,17 @@ ESTIMATORS = {
 ADAPTERS = ('bernoulli', 'rac_left', 'rac_right', 'lora')
 METHODS = (*ESTIMATORS, *ADAPTERS, 'fedavg')
 RATES = {
-    'estimator': (0.04, 0.08, 0.16, 0.32, 0.64),
-    'local': (0.001, 0.003, 0.01, 0.03),
+    'qgd': (0.02, 0.04, 0.08, 0.16, 0.32, 0.64),
+    'marina': (0.005, 0.01, 0.02, 0.04, 0.08, 0.16),
+    'ef21': (0.02, 0.04, 0.08, 0.16, 0.32, 0.64),
+    'local': (0.0003, 0.001, 0.003, 0.01, 0.03),
 }
-LOCAL_STEPS = 5
+LOCAL_STEPS = {'digits': 5, 'mnist': 20}
 PARTITIONS = ('iid', 'dirichlet')
 NUM_SEEDS = {'digits': 3, 'mnist': 5}
 
 
-def overrides(name: str) -> dict[str, object]:
+def overrides(name: str, task: str) -> dict[str, object]:
   """Returns the overrides of a method."""
   if name in ESTIMATORS:
     compressor, argument = ESTIMATORS[name]
@@ -62,7 +64,7 @@ def overrides(name: str) -> dict[str, object]:
       'method.name': 'full' if is_full else name,
       'method.estimator': 'fedavg' if is_full else 'sgd',
       'method.optimizer': 'adam',
-      'method.period': LOCAL_STEPS,
+      'method.period': LOCAL_STEPS[task],
       'method.learning_rate': 0.003 if is_full else 0.01,
       'federated.compressor': 'identity',
   }
@@ -107,7 +109,7 @@ def get_config(variant: str = ''):
     config.training.num_steps = 4
     config.training.num_evals = 2
     config.task.pretrain_epochs = 1
-  config.update_from_flattened_dict(overrides(method))
+  config.update_from_flattened_dict(overrides(method, task))
   return config
 
 
@@ -116,13 +118,13 @@ def sweep(variant: str = ''):
   _, task, _ = parse(variant)
   runs: list[dict[str, object]] = []
   for method in METHODS:
-    kind = 'estimator' if method in ESTIMATORS else 'local'
+    kind = method if method in ESTIMATORS else 'local'
     for partition in PARTITIONS:
       for rate in RATES[kind]:
         for seed in range(NUM_SEEDS[task]):
           runs.append(
               {
-                  **overrides(method),
+                  **overrides(method, task),
                   'method.learning_rate': rate,
                   'federated.partition': partition,
                   'seed': seed,

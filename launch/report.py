@@ -6,7 +6,9 @@
 Run directories may be given in any number, at any depth. Runs that differ in
 the seed alone are one row and one curve; of several learning rates the one with
 the lowest mean validation loss is shown. --published names a config file with
-published figures, which the table then compares with.
+published figures, which the table then compares with. Runs with clients get a
+second table, what they sent until they reached --target, and figures against
+megabytes.
 """
 
 import runpy
@@ -14,6 +16,7 @@ import runpy
 from absl import flags
 
 from bernoulli_lora_jax.training import cli
+from bernoulli_lora_jax.training import figures
 from bernoulli_lora_jax.training import reporting
 
 _FIGURES = flags.DEFINE_string(
@@ -25,6 +28,9 @@ _STYLE = flags.DEFINE_enum(
 _CSV = flags.DEFINE_string('csv', '', 'File for the numbers of the table.')
 _PUBLISHED = flags.DEFINE_string(
     'published', '', 'Config file with PUBLISHED figures to compare with.'
+)
+_TARGET = flags.DEFINE_float(
+    'target', 0.9, 'Validation accuracy that federated runs are to reach.'
 )
 
 
@@ -39,10 +45,13 @@ def main(argv: list[str]) -> None:
       raise ValueError(f'Expected PUBLISHED in {_PUBLISHED.value}.')
   rows = reporting.comparison(runs, published)
   print(reporting.table(rows, _STYLE.value))
+  sent = reporting.traffic(runs, _TARGET.value)
+  if sent:
+    print('\n' + reporting.table(sent, _STYLE.value))
   if _CSV.value:
     reporting.write_csv(_CSV.value, reporting.statistics(runs, published))
   if _FIGURES.value:
-    for path in reporting.write_figures(runs, _FIGURES.value):
+    for path in figures.write_figures(runs, _FIGURES.value):
       print(path)
 
 

@@ -22,6 +22,7 @@ from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import experiment
+from bernoulli_lora_jax.training import figures
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import methods
 from bernoulli_lora_jax.training import parallel
@@ -496,9 +497,9 @@ class ReportingTest(parameterized.TestCase):
     # Mean 60, deviation with n - 1: 14.1.
     self.assertEqual(rows[1]['test accuracy, %'], '60 +- 14')
     self.assertIn('1,234', reporting.table(rows))
-    curve = reporting.curve(runs[:2], 'grad_norm_sq', log=True)
+    curve = figures.curve(runs[:2], 'grad_norm_sq', log=True)
     np.testing.assert_allclose(curve.mean, np.log(10) * np.array([0, -1, -2]))
-    for path in reporting.write_figures(runs, self.tmp / 'figures'):
+    for path in figures.write_figures(runs, self.tmp / 'figures'):
       self.assertGreater(path.stat().st_size, 10_000)
 
   def test_variants_are_rows_of_their_own(self):

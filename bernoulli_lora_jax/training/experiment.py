@@ -71,6 +71,13 @@ def make_task(config: config_dict.ConfigDict) -> task_lib.Task:
   return task if parts is None else partition.federate(task, parts)
 
 
+def task_key(config: config_dict.ConfigDict) -> str:
+  """Returns a name of all that `make_task` reads: equal names, one task."""
+  f = config.federated
+  deal = (f.num_clients, f.partition, f.alpha, f.unequal, f.seed)
+  return f'{config.task.to_json_best_effort()} {deal}'
+
+
 def make_parts(
     config: config_dict.ConfigDict, task: task_lib.Task
 ) -> list[np.ndarray] | None:

@@ -1,33 +1,14 @@
-"""Tables and figures from finished runs."""
+"""Finished runs: how they are grouped and named, and their tables."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import csv
 import json
 import math
 import pathlib
 from typing import Any, NamedTuple
 
-import matplotlib.figure
 import numpy as np
-import scipy.stats
 import tabulate
-
-# Told apart in greyscale by line style and marker, not by colour alone.
-_STYLES = ['-', '--', '-.', ':', (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
-_MARKERS = ['o', 's', '^', 'v', 'D', 'P', 'X', '<', '>', '*']
-_COLOURS = [
-    '#000000',
-    '#0072B2',
-    '#D55E00',
-    '#009E73',
-    '#CC79A7',
-    '#56B4E9',
-    '#E69F00',
-]
-
-
-_MOST_PROBS = 3  # Curves of Bernoulli-LoRA a panel; `plot_prob` has all.
-_FLOOR = 1e-16  # Of a logarithmic axis, relative to where a curve starts.
 
 
 class Run(NamedTuple):
@@ -79,6 +60,31 @@ _NAMES = {
 _OPTIMIZERS = {'momentum': 'momentum', 'adam': 'Adam', 'adamw': 'AdamW'}
 
 
+def is_federated(run: Run) -> bool:
+  """Returns whether a run has clients."""
+  return run.config.get('federated', {}).get('num_clients', 0) > 0
+
+
+def task_name(run: Run) -> str:
+  """Returns the task, and how its examples are dealt among clients."""
+  name = run.config['task']['name']
+  if not is_federated(run):
+    return name
+  f = run.config['federated']
+  law = {
+      'iid': 'IID' + (', unequal' if f['unequal'] else ''),
+      'dirichlet': f'Dirichlet({f["alpha"]:g})',
+      'group': 'by group',
+  }[f['partition']]
+  return f'{name}, {f["num_clients"]} clients, {law}'
+
+
+def megabytes(run: Run, line: Mapping[str, float]) -> float:
+  """Returns what a client has sent and received so far, in megabytes."""
+  bits = line.get('bits_up', 0.0) + line.get('bits_down', 0.0)
+  return bits / run.config['federated']['num_clients'] / 8e6
+
+
 def label(run: Run) -> str:
   """Returns the method's name in tables and legends.
 
@@ -89,7 +95,14 @@ def label(run: Run) -> str:
   name = _NAMES[method['name']]
   if method['name'] == 'bernoulli':
     name += f' p={method["prob"]:g}'
-  if method['mode'] == 'gradient':
+  if method['estimator'] == 'fedavg':
+    optimizer = _OPTIMIZERS.get(method['optimizer'], 'SGD')
+    return f'FedAvg of weights K={method["period"]}, {optimizer}'
+  if is_federated(run) and method['mode'] == 'gradient':
+    return f'{name}, {_estimator(run)}'
+  if is_federated(run) and method['name'] == 'lora':
+    name, method = 'FedAvg of LoRA', {**method, 'name': 'cola'}
+  elif method['mode'] == 'gradient':
     parts = [method['estimator'].upper()]
     if method['optimizer'] != 'sgd':
       parts.append(_OPTIMIZERS[method['optimizer']])
@@ -102,6 +115,18 @@ def label(run: Run) -> str:
         f' K={method["period"]}' if passes is None else f' K={passes:g} pass'
     )
   return f'{name}, {_OPTIMIZERS.get(method["optimizer"], "SGD")} adapters'
+
+
+def _estimator(run: Run) -> str:
+  """Returns the federated estimator with its compressor."""
+  f, method = run.config['federated'], run.config['method']
+  text = {'randk': 'RandK', 'topk': 'TopK'}.get(
+      f['compressor'], f['compressor']
+  )
+  if f['argument'] is not None:
+    is_part = f['compressor'] in ('randk', 'topk') and f['argument'] < 1
+    text += f' {100 * f["argument"]:g}%' if is_part else f' {f["argument"]:g}'
+  return f'{method["estimator"].upper()} {text}'
 
 
 def rank(run: Run) -> str:
@@ -120,7 +145,7 @@ def groups(runs: Iterable[Run]) -> dict[tuple[str, str, str], list[Run]]:
   """
   labelled: dict[tuple[str, str, str], list[Run]] = {}
   for run in runs:
-    key = (run.config['task']['name'], label(run), rank(run))
+    key = (task_name(run), label(run), rank(run))
     labelled.setdefault(key, []).append(run)
   grouped: dict[tuple[str, str, str], list[Run]] = {}
   for (task, name, rank_text), members in labelled.items():
@@ -145,14 +170,24 @@ def groups(runs: Iterable[Run]) -> dict[tuple[str, str, str], list[Run]]:
   }
 
 
-_IGNORED = {'learning_rate', 'stepsize_factor', 'data_dir'}  # No variants.
+_IGNORED = {  # No variants, or in the names already.
+    'learning_rate',
+    'stepsize_factor',
+    'data_dir',
+    'num_clients',
+    'partition',
+    'alpha',
+    'unequal',
+    'compressor',
+    'argument',
+}
 
 
 def _varied_fields(runs: Sequence[Run]) -> list[tuple[str, str]]:
   """Returns the fields of task and method that differ beside the rate."""
   first, varied = runs[0].config, []
-  for section in ('task', 'method'):
-    for field in sorted(first[section].keys() - _IGNORED):
+  for section in ('task', 'method', 'federated'):
+    for field in sorted(first.get(section, {}).keys() - _IGNORED):
       values = [run.config[section].get(field) for run in runs]
       if field == 'prob' and first['method']['name'] != 'bernoulli':
         continue
@@ -214,8 +249,7 @@ def statistics(
         [
             run
             for run in runs
-            if run.config['task']['name'] == task
-            and 'diverged' not in run.summary
+            if task_name(run) == task and 'diverged' not in run.summary
         ]
     )
     scale = 100 if metric == 'test_accuracy' else 1
@@ -282,6 +316,56 @@ def comparison(
   return rows
 
 
+def traffic(runs: Sequence[Run], target: float) -> list[dict[str, Any]]:
+  """Returns what federated methods send until they reach an accuracy.
+
+  Args:
+    runs: finished ones; those without clients are left out.
+    target: validation accuracy in (0, 1).
+
+  Returns:
+    One row a method: rounds and megabytes a client, up and down, at the first
+    evaluation that reached the target, means over the runs that did; and the
+    kilobytes of a round.
+  """
+  rows = []
+  for (task, method, rank_text), members in groups(
+      run for run in runs if is_federated(run)
+  ).items():
+    count = members[0].config['federated']['num_clients']
+    reached = []
+    for run in members:
+      for line in run.metrics:
+        if line.get('validation_accuracy', 0.0) >= target:
+          reached.append(line)
+          break
+    last = [run.metrics[-1] for run in members]
+    steps = sum(line['step'] for line in reached) / max(1, len(reached))
+    row = {
+        'task': task,
+        'method': method,
+        'rank': rank_text,
+        'rate': f'{learning_rate(members[0]):g}',
+        'kB up a round': _kilobytes(last, 'round_bits_up', count),
+        'kB down a round': _kilobytes(last, 'round_bits_down', count),
+        f'reached {100 * target:g}%': f'{len(reached)} of {len(members)}',
+        'rounds': round(steps) if reached else '-',
+    }
+    for name, text in (('bits_up', 'MB up'), ('bits_down', 'MB down')):
+      value = _kilobytes(reached, name, count) / 1000
+      row[text] = f'{value:.3g}' if reached else '-'
+    rows.append(row)
+  return rows
+
+
+def _kilobytes(
+    lines: Sequence[Mapping[str, float]], name: str, num_clients: int
+) -> float:
+  """Returns the mean of a number of bits over lines, in kilobytes a client."""
+  total = sum(line.get(name, 0.0) for line in lines)
+  return round(total / max(1, len(lines)) / num_clients / 8e3, 2)
+
+
 def write_csv(path: str | pathlib.Path, rows: Sequence[Mapping[str, Any]]):
   """Writes rows of numbers as CSV."""
   with open(path, 'w', newline='') as f:
@@ -323,225 +407,3 @@ def _cell(value: Any) -> str:
         else (f'{value:g}')
     )
   return f'{value:,}' if isinstance(value, int) else str(value)
-
-
-class Curve(NamedTuple):
-  """A metric against data passes over the seeds of one group."""
-
-  passes: np.ndarray  # (points,)
-  mean: np.ndarray
-  half: np.ndarray  # Half of the 95% confidence interval; zero for one seed.
-
-
-def curve(runs: Sequence[Run], metric: str, log: bool = False) -> Curve | None:
-  """Returns the mean of a metric at its evaluations, with its confidence.
-
-  Args:
-    runs: the seeds of one method.
-    metric: as in metrics.jsonl.
-    log: average logarithms (a geometric mean), for positive metrics.
-
-  Returns:
-    The curve on the passes of the first run that all runs reached; other runs
-    are interpolated. None where no run has the metric.
-  """
-  series = []
-  for run in runs:
-    points = [
-        (line.get('data_passes', 0.0), line[metric])
-        for line in run.metrics
-        if metric in line
-    ]
-    if points:
-      series.append(np.asarray(points))
-  if not series:
-    return None
-  passes = series[0][:, 0]
-  # Up to where the shortest run ends, early stop or divergence; costs of PAGE
-  # differ a little between seeds.
-  end = min(s[-1, 0] for s in series)
-  passes = passes[passes <= 1.05 * end]
-  values = np.stack([np.interp(passes, s[:, 0], s[:, 1]) for s in series])
-  if log:
-    # What is rounding to zero has no logarithm.
-    values = np.log(np.maximum(values, _FLOOR * abs(values[:, :1])))
-  half = 0 * values[0]
-  if len(values) > 1:
-    half = values.std(0, ddof=1) / math.sqrt(len(values))
-    half *= scipy.stats.t.ppf(0.975, len(values) - 1)
-  return Curve(passes, values.mean(0), half)
-
-
-def plot(
-    runs: Sequence[Run],
-    metric: str,
-    ylabel: str,
-    *,
-    log: bool = False,
-    title: str = '',
-) -> matplotlib.figure.Figure | None:
-  """Returns a figure of a metric against data passes, one panel a rank.
-
-  Bands are 95% confidence intervals of the mean over seeds, by Student's t (of
-  the mean logarithm where the axis is logarithmic).
-  """
-  grouped = _fewer_probs(groups(runs))
-  ranks = sorted({key[2] for key in grouped} - {'-'}, key=int) or ['-']
-  names = list(dict.fromkeys(key[1] for key in grouped))
-  figure = matplotlib.figure.Figure(
-      figsize=(5.2 * len(ranks) + 2.6, max(4.2, 0.25 * len(names) + 1)),
-      layout='constrained',
-  )
-  panels = figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0]
-  transform: Callable = np.exp if log else (lambda x: x)
-  if metric.endswith('accuracy'):
-    transform = lambda x: np.clip(x, 0, 1)  # An interval may reach beyond.
-  elif not log and min(run.metrics[-1].get(metric, 0) for run in runs) >= 0:
-    transform = lambda x: np.maximum(x, 0)
-  drawn, lost = {}, {}
-  for panel, shown in zip(panels, ranks, strict=True):
-    for (_, name, found), members in grouped.items():
-      values = curve(members, metric, log)
-      if found not in (shown, '-') or values is None:
-        continue
-      i = names.index(name)
-      drawn[name] = panel.plot(
-          values.passes,
-          transform(values.mean),
-          label=name,
-          color=_COLOURS[i % len(_COLOURS)],
-          linestyle=_STYLES[(i + i // len(_COLOURS)) % len(_STYLES)],
-          marker=_MARKERS[i % len(_MARKERS)],
-          markersize=4,
-          markevery=0.1 if len(values.passes) > 40 else (i % 4, 4),
-      )[0]
-      bad = sum('diverged' in run.summary for run in members)
-      if bad:
-        lost[name] = f'{name} ({bad} of {len(members)} diverged)'
-      panel.fill_between(
-          values.passes,
-          transform(values.mean - values.half),
-          transform(values.mean + values.half),
-          alpha=0.15,
-          linewidth=0,
-          color=_COLOURS[i % len(_COLOURS)],
-      )
-    if shown != '-':
-      panel.set_title(f'rank {shown}')
-    panel.set_xlabel('data passes (a full gradient is 1)')
-    panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
-    if log:
-      panel.set_yscale('log')
-      starts = [np.asarray(line.get_ydata())[0] for line in panel.get_lines()]
-      if starts:  # Divergence is cut off.
-        panel.set_ylim(top=min(panel.get_ylim()[1], 1e6 * max(starts)))
-    if panel.dataLim.x1 > 1000:  # What happens early stays visible.
-      panel.set_xscale('symlog', linthresh=10)
-      panel.set_xlim(left=0)
-  if not drawn:
-    return None
-  panels[0].set_ylabel(ylabel)
-  figure.legend(
-      drawn.values(),
-      [lost.get(name, name) for name in drawn],
-      loc='outside right center',
-      fontsize=9,
-      title='mean, band: 95% interval',
-      title_fontsize=9,
-  )
-  if title:
-    figure.suptitle(title)
-  return figure
-
-
-FIGURES = (
-    ('validation_accuracy', 'validation accuracy', False),
-    ('train_gap', 'f - f*', True),
-    ('grad_norm_sq', 'squared gradient norm, trained leaves', True),
-    ('train_loss', 'training loss', False),
-)
-
-
-def write_figures(
-    runs: Sequence[Run], directory: str | pathlib.Path
-) -> list[pathlib.Path]:
-  """Writes one PNG a task and metric; returns their paths."""
-  directory = pathlib.Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
-  written = []
-  for task in dict.fromkeys(run.config['task']['name'] for run in runs):
-    members = [run for run in runs if run.config['task']['name'] == task]
-    for metric, ylabel, log in FIGURES:
-      figure = plot(members, metric, ylabel, log=log, title=task)
-      if figure is not None:
-        path = directory / f'{task}_{metric}.png'
-        figure.savefig(path, dpi=130)
-        written.append(path)
-    figure = plot_prob(members)
-    if figure is not None:
-      path = directory / f'{task}_prob.png'
-      figure.savefig(path, dpi=130)
-      written.append(path)
-  return written
-
-
-def _fewer_probs(
-    grouped: dict[tuple[str, str, str], list[Run]],
-) -> dict[tuple[str, str, str], list[Run]]:
-  """Returns the groups without values of p between few that are kept."""
-  prob = lambda members: (
-      members[0].config['method']['prob']
-      if members[0].config['method']['name'] == 'bernoulli'
-      else None
-  )
-  found = {prob(members) for members in grouped.values()}
-  probs = sorted(p for p in found if p is not None)
-  if len(probs) <= _MOST_PROBS:
-    return grouped
-  kept = {None, probs[0], probs[len(probs) // 2], probs[-1]}
-  return {key: m for key, m in grouped.items() if prob(m) in kept}
-
-
-def plot_prob(runs: Sequence[Run]) -> matplotlib.figure.Figure | None:
-  """Returns a figure of the final metric against p, or None for few values.
-
-  Error bars are 95% confidence intervals of the mean over seeds.
-  """
-  chains = [r for r in runs if r.config['method']['name'] == 'bernoulli']
-  probs = {run.config['method']['prob'] for run in chains}
-  if len(probs) < 3:
-    return None
-  metric = final_metric(chains)
-  scale = 100 if metric == 'test_accuracy' else 1
-  lines: dict[tuple[str, str], dict[float, np.ndarray]] = {}
-  for (_, name, rank_text), members in groups(chains).items():
-    prob = members[0].config['method']['prob']
-    values = [r.summary[metric] for r in members if metric in r.summary]
-    key = (name.replace(f' p={prob:g}', ''), rank_text)
-    lines.setdefault(key, {})[prob] = scale * np.asarray(values)
-  figure = matplotlib.figure.Figure(figsize=(6.4, 4.2), layout='constrained')
-  panel = figure.subplots()
-  for i, ((name, rank_text), points) in enumerate(lines.items()):
-    x = sorted(p for p in points if len(points[p]) > 1)
-    error = [
-        points[p].std(ddof=1)
-        / math.sqrt(len(points[p]))
-        * scipy.stats.t.ppf(0.975, len(points[p]) - 1)
-        for p in x
-    ]
-    panel.errorbar(
-        x,
-        [points[p].mean() for p in x],
-        error,
-        label=f'{name}, rank {rank_text}',
-        color=_COLOURS[i % len(_COLOURS)],
-        linestyle=_STYLES[i % len(_STYLES)],
-        marker=_MARKERS[i % len(_MARKERS)],
-        capsize=3,
-    )
-  names = {'test_accuracy': 'test accuracy, %', 'train_gap': 'f - f*'}
-  panel.set_xlabel('p = P(left): the left factor is frozen, the right trained')
-  panel.set_ylabel(names.get(metric, 'training loss') + ' (mean, 95% interval)')
-  panel.grid(True, linewidth=0.4, alpha=0.6)
-  panel.legend(fontsize=9)
-  return figure

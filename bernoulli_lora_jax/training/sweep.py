@@ -104,8 +104,8 @@ def train(
   with bar:
     for members in groups:
       first = members[0].config
-      if task is None or first.task.to_json_best_effort() != task_key:
-        task_key = first.task.to_json_best_effort()
+      if task is None or experiment.task_key(first) != task_key:
+        task_key = experiment.task_key(first)
         task, evaluators = experiment.make_task(first), {}
       bar.set_postfix_str(members[0].directory.parent.name)
       if _is_small(first, task):
@@ -122,7 +122,7 @@ def _groups(runs: Sequence[Run]) -> list[list[Run]]:
     for field in _traced_fields(run.config):
       common[field] = 1.0
     rest = experiment.apply_overrides(run.config, common)
-    key = (rest.task.to_json_best_effort(), rest.to_json_best_effort())
+    key = (experiment.task_key(rest), rest.to_json_best_effort())
     groups.setdefault(key, []).append(run)
   return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
 
@@ -132,8 +132,8 @@ def _check(groups: Sequence[Sequence[Run]]) -> None:
   task_key, task = None, None
   for members in groups:
     first = members[0].config
-    if task is None or first.task.to_json_best_effort() != task_key:
-      task_key, task = first.task.to_json_best_effort(), None
+    if task is None or experiment.task_key(first) != task_key:
+      task_key, task = experiment.task_key(first), None
       task = experiment.make_task(first)
     experiment.make_program(first, task)
     for config in (run.config for run in members[1:]):
