@@ -10,15 +10,15 @@ Symbols: x the array, d its number of elements, C the compressor. *Unbiased* one
 (E7) have E||C(x) - x||^2 <= (1 - beta) ||x||^2. In exact arithmetic; floats that
 are not finite stay so, which lets a receiver notice them.
 
-| compressor | law | payload, in bits (w: width of a float) |
+| compressor | law | payload, in bits (w: width of a float; v: w, 32 at least) |
 |---|---|---|
 | identity | omega = 0, beta = 1 | d w |
 | randk(K) | omega = d/K - 1 | K w + 64 |
 | topk(K) | beta = K/d | K w + min(K ceil(log2 d), d) |
 | natural | omega = 1/8 | d (1 + exponent bits): 9 d in float32 |
-| dithering(s) | omega = min(d/(4 s^2), sqrt(d)/s) | d ceil(log2(2s + 1)) + w |
-| powersgd(r) | beta = min(r, k)/k, k = min(m, n) | min(r, k) (m + n) w |
-| sign | beta >= 1/d | d + w |
+| dithering(s) | omega = min(d/(4 s^2), sqrt(d)/s) | d ceil(log2(2s + 1)) + v |
+| powersgd(r) | beta = min(r, k)/k, k = min(m, n) | min(r, k) (m + n) v |
+| sign | beta >= 1/d | d + v |
 
 Packed parts are rounded up to whole bytes.
 
@@ -110,13 +110,17 @@ def randk(k: int | None = None, *, fraction: float | None = None) -> Compressor:
     seed = jax.random.bits(key, (2,), jnp.uint32)
     rows = _one_a_block(seed, x.size, count(x.size))
     values = _take(x.reshape(-1), rows)
+    # What is not finite may be among the elements left out: all say so.
+    values = jnp.where(jnp.all(jnp.isfinite(x)), values, jnp.nan)
     return {'seed': seed, 'values': values}
 
   def decode(payload, shape, dtype):
     dim = math.prod(shape)
     rows = _one_a_block(payload['seed'], dim, count(dim))
-    values = payload['values'].astype(dtype) * (dim / max(1, count(dim)))
-    return _scatter(rows, values, shape)
+    # d/K may overflow float16.
+    values = payload['values'].astype(jnp.promote_types(dtype, jnp.float32))
+    values = values * (dim / max(1, count(dim)))
+    return _scatter(rows, values.astype(dtype), shape)
 
   return Compressor(
       f'RandK {_count_name(k, fraction)}',
@@ -251,7 +255,7 @@ def dithering(levels: int) -> Compressor:
     code = unpack(payload['codes'], width, math.prod(shape))
     level = code.astype(jnp.int32) - levels
     return (
-        (norm * (level / levels).astype(norm.dtype))
+        (norm * (level.astype(norm.dtype) / levels))
         .reshape(shape)
         .astype(dtype)
     )
@@ -316,6 +320,8 @@ def powersgd(rank: int, *, start: str = 'fresh') -> Compressor:
       return {'values': x}
     if start == 'svd':
       wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+      # LAPACK returns from NaN, but may not from infinity.
+      wide = jnp.where(jnp.isinf(wide), jnp.nan, wide)
       left, values, right = jnp.linalg.svd(wide, full_matrices=False)
       r = min(rank, *x.shape[-2:])
       right = values[..., :r, None] * right[..., :r, :]
@@ -332,7 +338,10 @@ def powersgd(rank: int, *, start: str = 'fresh') -> Compressor:
     if is_whole(x.shape):
       return {'values': x}, q
     payload = factor(x, q)
-    return payload, payload['right'].mT
+    # Zero or NaN once would be so for good.
+    size = jnp.sum(jnp.abs(payload['right'].mT), axis=-2, keepdims=True)
+    is_usable = (size > 0) & jnp.isfinite(size)
+    return payload, jnp.where(is_usable, payload['right'].mT, q)
 
   def decode(payload, shape, dtype):
     if is_whole(shape):
@@ -368,7 +377,8 @@ def sign() -> Compressor:
     del key
     x = x.reshape(-1).astype(jnp.promote_types(x.dtype, jnp.float32))
     is_negative = (x < 0).astype(jnp.uint32)
-    return {'scale': jnp.mean(jnp.abs(x)), 'signs': pack(is_negative, 1)}
+    scale = jnp.sum(jnp.abs(x) / max(1, x.size))  # No overflow of the sum.
+    return {'scale': scale, 'signs': pack(is_negative, 1)}
 
   def decode(payload, shape, dtype):
     is_negative = unpack(payload['signs'], 1, math.prod(shape)) > 0
@@ -397,7 +407,11 @@ def contractive(compressor: Compressor) -> Compressor:
     raise ValueError(f'Expected an unbiased compressor, got {compressor.name}.')
 
   def decode(payload, shape, dtype):
-    x = compressor.decode(payload, shape, dtype)
+    # In float16 C(x) may overflow before it is scaled, unless its values are
+    # codes of that very dtype.
+    wide = jnp.promote_types(dtype, jnp.float32)
+    is_coded = set(payload) == {'codes'}
+    x = compressor.decode(payload, shape, dtype if is_coded else wide)
     return (x / (1 + omega(shape))).astype(dtype)
 
   return Compressor(
@@ -434,7 +448,7 @@ def by_name(name: str, argument: float | None = None) -> Compressor:
     raise ValueError(f'Expected an argument of {name}, got None.')
   if name in parts and 0 < argument < 1:
     return parts[name](fraction=argument)
-  if argument != int(argument):
+  if not math.isfinite(argument) or argument != int(argument):
     raise ValueError(f'Expected a whole number for {name}, got {argument}.')
   return {**whole, **parts}[name](int(argument))
 
@@ -494,7 +508,8 @@ def _count(k: int | None, fraction: float | None) -> Callable[[int], int]:
   if fraction is not None:
     if not 0 < fraction <= 1:
       raise ValueError(f'Expected fraction in (0, 1], got fraction={fraction}.')
-    return lambda dim: math.ceil(fraction * dim)
+    # 0.07 * 100 is 7.000000000000001.
+    return lambda dim: math.ceil(round(fraction * dim, 9)) or min(dim, 1)
   if isinstance(k, bool) or not isinstance(k, int) or k < 1:
     raise ValueError(f'Expected a whole number k >= 1, got k={k}.')
   return lambda dim: min(k, dim)

@@ -19,6 +19,8 @@ client l, Q an unbiased and C a contractive compressor, q = prob of MARINA.
 *Devices.* Clients are an axis of the arrays: shard it, under `jit`, and the state
 of `marina` and `ef21` with it (`per_client` marks the leaves). Under `pmap` or
 `shard_map` give `axis_name`; each device then passes its own part of the stack.
+`shard_map` sums gradients of replicated params over devices: take them at
+`jax.lax.pcast(params, axis_name, to='varying')`; sums are refused.
 
 *Partial participation.* `cohort=c` draws c clients a round; `participants`, a mask
 of shape (M,) passed to `update`, names them. Which theory is left stands in each
@@ -64,7 +66,7 @@ class MarinaState(NamedTuple):
   key: jax.Array  # shape=(), typed PRNG key; folded with count.
   sent: jax.Array  # shape=(2,), int32; compressed and whole gradients so far.
   is_full: jax.Array  # shape=(), bool; the last round sent whole gradients.
-  gradients: Any  # grad f_l at the last update, leaves (M, *shape).
+  gradients: Any  # grad f_l when l last took part, leaves (M, *shape).
   estimate: Any  # G of the last update, shaped like the params.
 
 
@@ -356,7 +358,8 @@ def marina(
     Off the whole rounds E[G+ - G] = grad f(W+) - grad f(W).
     T6 holds, with weights for sum_l w_l^2 L_l^2 in place of Lt^2/M; with a
       cohort and equal weights with `cohort_omega`. For a mask from elsewhere the
-      averages are over those named, and nothing is claimed.
+      averages are over those named, differences to the last round of each, and
+      nothing is claimed.
 
   References:
     Gorbunov et al., MARINA, arXiv 2102.07845, algorithms 1 and 4.
@@ -401,10 +404,14 @@ def marina(
       return jax.tree.map(jnp.add, state.estimate, step)
 
     estimate = jax.lax.cond(is_full, whole, difference)
+    gradients = updates
+    if is_masked:  # Nothing is kept of those who are absent.
+      ours = clients_lib.own_part(present, updates, clients)
+      gradients = clients_lib.where(ours, updates, state.gradients)
     sent = _count_sent(state.sent, present, is_full)
     count = optax.safe_increment(state.count)
     return estimate, MarinaState(
-        count, state.key, sent, is_full, updates, estimate
+        count, state.key, sent, is_full, gradients, estimate
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -569,12 +576,26 @@ def _check_unbiased(name: str, compressor: compressors.Compressor) -> None:
 
 def _check_stack(name: str, updates: Any, clients: clients_lib.Clients) -> None:
   """Raises unless all leaves have the leading axis of clients."""
-  size = 1
+  size, is_checked = 1, False
   if clients.axis_name is not None:
     size = jax.lax.axis_size(clients.axis_name)
+    index = jax.lax.axis_index(clients.axis_name)
+    is_checked = clients.axis_name in _varying(index)
   for x in jax.tree.leaves(updates):
     if x.ndim == 0 or x.shape[0] * size != clients.num_clients:
       raise ValueError(
           f'Expected client gradients of shape ({clients.num_clients}, ...) for'
           f' {name}, got {x.shape} on each of {size} devices.'
       )
+    if is_checked and clients.axis_name not in _varying(x):
+      raise ValueError(
+          f'Expected client gradients that vary over {clients.axis_name!r} for'
+          f' {name}, got a sum over devices: take them at jax.lax.pcast(params,'
+          f" {clients.axis_name!r}, to='varying')."
+      )
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+  """Returns the mapped axes over which `shard_map` knows an array to vary."""
+  kind = getattr(jax.typeof(x), 'manual_axis_type', None)
+  return frozenset() if kind is None else kind.varying

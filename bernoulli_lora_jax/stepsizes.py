@@ -413,14 +413,16 @@ def _clients(
 ) -> list[tuple[float, float]]:
   """Returns (w_l, L_l) of each client, the weights of sum 1."""
   _check(
-      len(smoothness) > 0 and min(smoothness) > 0,
-      'client_smoothness > 0, one a client',
+      len(smoothness) > 0 and all(0 < each < math.inf for each in smoothness),
+      'client_smoothness > 0 and finite, one a client',
       client_smoothness=smoothness,
   )
   weights = [1.0] * len(smoothness) if weights is None else weights
   _check(
-      len(weights) == len(smoothness) and min(weights) >= 0 < sum(weights),
-      f'weights: {len(smoothness)} numbers >= 0, not all zero',
+      len(weights) == len(smoothness)
+      and all(0 <= w < math.inf for w in weights)
+      and sum(weights) > 0,
+      f'weights: {len(smoothness)} finite numbers >= 0, not all zero',
       weights=weights,
   )
   total = sum(weights)

@@ -40,6 +40,31 @@ def estimator_of(make, with_chain):
 page = functools.partial(bl.page, prob=0.4)
 mvr = lambda key: bl.mvr(momentum=0.9)
 
+
+def stacked(make, compressor, **kwargs):
+  """An estimator of three clients, made from the one gradient that comes in."""
+
+  def transformation(key):
+    inner = make(key, compressor=compressor, num_clients=3, **kwargs)
+    # Neither client's gradient is the mean, which is 2/3 of the whole.
+    spread = lambda g: jnp.stack([g, 2 * g, -g])
+
+    def update(updates, state, params=None, **extra):
+      return inner.update(jax.tree.map(spread, updates), state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+  return transformation
+
+
+qgd = stacked(bl.qgd, bl.compressors.randk(fraction=0.5))
+marina = stacked(
+    bl.marina, bl.compressors.randk(fraction=0.5), prob=0.4, cohort=2
+)
+ef21 = stacked(
+    bl.ef21, bl.compressors.powersgd(2, start='warm'), start='compressed'
+)
+
 # Optimisers as functions of a key.
 CHAINS = {
     'gaussian': chain_of(),
@@ -68,6 +93,9 @@ ESTIMATORS = {
     'mvr': estimator_of(mvr, False),
     'page_chain': estimator_of(page, True),
     'mvr_chain': estimator_of(mvr, True),
+    'qgd': estimator_of(qgd, False),
+    'marina_chain': estimator_of(marina, True),
+    'ef21_chain': estimator_of(ef21, True),
 }
 ALL = {**CHAINS, **ESTIMATORS}
 
@@ -157,7 +185,7 @@ def raw(tree):
 class EveryTransformationTest(parameterized.TestCase):
 
   @parameterized.parameters(
-      'gaussian', 'coordinate', 'adam', 'page_chain', 'mvr'
+      'gaussian', 'coordinate', 'adam', 'page_chain', 'mvr', 'qgd'
   )
   def test_jit_equals_eager(self, name):
     tx, step, _ = compiled(name)
@@ -275,8 +303,19 @@ class DrawsTest(parameterized.TestCase):
     )
     chex.assert_trees_all_equal(again[0], updates[0])
 
-  @parameterized.parameters('page', 'page_chain')
-  def test_page(self, name):
+  def test_qgd(self):
+    updates, (other,) = self.updates('qgd', 2), self.updates(
+        'qgd', 1, jax.random.key(1)
+    )
+    again = self.updates('qgd', 1)
+    kernel = lambda tree: tree['out']['kernel']
+    self.assert_differ(kernel(updates[0]), kernel(updates[1]))
+    self.assert_differ(kernel(updates[0]), kernel(other))
+    self.assert_differ(kernel(updates[0]), updates[0]['twin']['kernel'])
+    chex.assert_trees_all_equal(again[0], updates[0])
+
+  @parameterized.parameters('page', 'page_chain', 'marina_chain')
+  def test_coins(self, name):
     def coins(key):
       _, step, _ = compiled(name)
       params, state = start(name)
@@ -293,7 +332,7 @@ class DrawsTest(parameterized.TestCase):
     self.assertNotEqual(zero, one)  # Over keys.
     self.assertEqual(zero, coins(jax.random.key(0)))
 
-  @parameterized.parameters('gaussian', 'page_chain')
+  @parameterized.parameters('gaussian', 'page_chain', 'marina_chain')
   def test_runs_of_a_sweep_are_the_runs_alone(self, name):
     def run_one(seed):
       tx = ALL[name](jax.random.key(seed))

@@ -1,4 +1,4 @@
-"""Tests of the stepsizes of T1-T4 and T8 against numbers worked out by hand."""
+"""Tests of the stepsizes of T1-T8 against numbers worked out by hand."""
 
 import math
 
@@ -16,6 +16,23 @@ PAGE = dict(
 )
 MVR = dict(smoothness=2.0, mean_smoothness=3.0, lmax=0.5, momentum=0.9)
 SGD = dict(smoothness=2.0, lmin=0.1, lmax=0.4)
+# Two clients: Lmax = 8, Lt^2 = (16 + 64)/2 = 40.
+QGD = dict(
+    smoothness=2.0,
+    client_smoothness=(4.0, 8.0),
+    omega=3.0,
+    lmin=0.1,
+    lmax=0.4,
+    num_steps=10_000,
+)
+MARINA = dict(
+    smoothness=2.0,
+    client_smoothness=(4.0, 8.0),
+    omega=3.0,
+    prob=0.2,
+    lmax=0.5,
+)
+EF21 = dict(smoothness=2.0, client_smoothness=(4.0, 8.0), beta=0.75, lmax=0.5)
 NONSMOOTH = dict(
     distance=3.0, lipschitz=2.0, lmin=0.25, lmax=0.25, num_steps=100
 )
@@ -24,6 +41,9 @@ FUNCTIONS = {
     'sgd': (stepsizes.sgd, SGD),
     'page': (stepsizes.page, PAGE),
     'mvr': (stepsizes.mvr, MVR),
+    'qgd': (stepsizes.qgd, QGD),
+    'marina': (stepsizes.marina, MARINA),
+    'ef21': (stepsizes.ef21, EF21),
     'nonsmooth': (stepsizes.nonsmooth, NONSMOOTH),
     'polyak_damping': (stepsizes.polyak_damping, dict(lmin=0.1, lmax=0.4)),
     'chain_eigenvalues': (
@@ -113,6 +133,87 @@ class ClosedFormTest(parameterized.TestCase):
     self.assert_close(stepsizes.mvr(**{**MVR, **kwargs}), expected)
 
   @parameterized.parameters(
+      # A = omega Lmax/M = 12: 1/sqrt(L A lmax T) = 1/sqrt(2 * 12 * 0.4 * 10^4).
+      (dict(), 1 / math.sqrt(96_000)),
+      (dict(num_steps=1), 1 / math.sqrt(9.6)),
+      # 1/L binds.
+      (dict(num_steps=1, omega=0.5), 0.5),
+      (dict(omega=0.0), 0.5),
+      (dict(omega=0.0, pl=1e-9), 0.5),
+      # max w_l L_l = 1/4 * 8 and 3/4 * 4, 0 and 4.
+      (dict(weights=(3, 1)), 1 / math.sqrt(2 * 9 * 0.4 * 10_000)),
+      (dict(weights=(2.0, 0.0)), 1 / math.sqrt(96_000)),
+      (dict(weights=(0.0, 5.0)), 1 / math.sqrt(2 * 24 * 0.4 * 10_000)),
+      # PL: mu lmin / (2 L A lmax) = 0.1 mu / 19.2.
+      (dict(pl=0.3), 0.03 / 19.2),
+      (dict(pl=10.0), 1 / math.sqrt(96_000)),
+      # kappa does not enter without PL: B = 1.
+      (dict(lmin=0.4), 1 / math.sqrt(96_000)),
+  )
+  def test_qgd(self, kwargs, expected):
+    self.assert_close(stepsizes.qgd(**{**QGD, **kwargs}), expected)
+
+  @parameterized.parameters(
+      # Lt^2/M = 20: 1/(2 + sqrt(0.5 * 0.8 * 3 * 20 / 0.2)).
+      (dict(), 1 / (2 + math.sqrt(120))),
+      (dict(prob=1.0), 0.5),
+      (dict(omega=0.0), 0.5),
+      # sum w_l^2 L_l^2 = (3/4)^2 16 + (1/4)^2 64 = 13; 16; 64.
+      (dict(weights=(3, 1)), 1 / (2 + math.sqrt(6 * 13))),
+      (dict(weights=(2.0, 0.0)), 1 / (2 + math.sqrt(6 * 16))),
+      (dict(weights=(0, 1)), 1 / (2 + math.sqrt(6 * 64))),
+      (dict(client_smoothness=(5.0,)), 1 / (2 + math.sqrt(150))),
+      # PL: 2 inside the root, and q/(2 mu lmin) = 0.2/(0.5 mu).
+      (dict(pl=0.01, lmin=0.25), 1 / (2 + math.sqrt(240))),
+      (dict(pl=50.0, lmin=0.25), 0.2 / 25),
+      (dict(pl=0.01, lmin=0.25, weights=(3, 1)), 1 / (2 + math.sqrt(12 * 13))),
+      # Two opposed clients: L = 1, Lt = sqrt 401, 4 x 3, RandK with K = 1.
+      (
+          dict(
+              smoothness=1.0,
+              client_smoothness=(21.0, 19.0),
+              omega=11.0,
+              lmax=7 / 24,
+          ),
+          1 / (1 + math.sqrt(401) * math.sqrt(7 / 24 * 0.8 * 11 / (0.2 * 2))),
+      ),
+  )
+  def test_marina(self, kwargs, expected):
+    self.assert_close(stepsizes.marina(**{**MARINA, **kwargs}), expected)
+
+  @parameterized.parameters(
+      # theta = 1 - sqrt(0.25) = 1/2, beta' = 0.25/theta = 1/2, Lt^2 = 40:
+      # 1/(2 + sqrt(40 * 0.5 * 0.5/0.5)).
+      (dict(), 1 / (2 + math.sqrt(20))),
+      (dict(beta=1.0), 0.5),
+      # theta = 1 - 0.8, beta' = 0.64/0.2.
+      (dict(beta=0.36), 1 / (2 + math.sqrt(40 * 0.5 * 16))),
+      # sum w_l L_l^2 = (3/4) 16 + (1/4) 64 = 28.
+      (dict(weights=(3, 1)), 1 / (2 + math.sqrt(14))),
+      (dict(weights=(0.0, 2.0)), 1 / (2 + math.sqrt(32))),
+      # PL: 2 inside the root, and theta/(2 mu lmin) = 1/mu.
+      (dict(pl=0.01, lmin=0.25), 1 / (2 + math.sqrt(40))),
+      (dict(pl=50.0, lmin=0.25), 1 / 50),
+      (dict(beta=0.36, pl=50.0, lmin=0.25), 0.2 / 25),
+      (dict(pl=0.01, lmin=0.25, weights=(3, 1)), 1 / (2 + math.sqrt(28))),
+  )
+  def test_ef21(self, kwargs, expected):
+    self.assert_close(stepsizes.ef21(**{**EF21, **kwargs}), expected)
+
+  def test_ef21_of_a_tiny_beta(self):
+    # 1 - sqrt(1 - beta) = beta/2 + ...: no cancellation. Here theta is 5e-13
+    # and the root sqrt(lmax Lt^2)/theta.
+    gamma = stepsizes.ef21(**{**EF21, 'beta': 1e-12})
+    self.assertAlmostEqual(gamma * math.sqrt(20) / 5e-13, 1.0, places=10)
+
+  @parameterized.parameters('qgd', 'marina', 'ef21')
+  def test_equal_weights_are_the_default(self, name):
+    function, kwargs = FUNCTIONS[name]
+    self.assert_close(function(**kwargs, weights=(7, 7)), function(**kwargs))
+    arrays = {'client_smoothness': np.array([4.0, 8.0]), 'weights': np.ones(2)}
+    self.assert_close(function(**{**kwargs, **arrays}), function(**kwargs))
+
+  @parameterized.parameters(
       (dict(), 3 / (2 * math.sqrt(25))),  # R0 / (L0 sqrt(alpha T)).
       (dict(lmax=1.0), 3 / (2 * 10)),
       (dict(lmax=1.0, lmin=1.0, num_steps=1), 1.5),
@@ -148,6 +249,17 @@ class ClosedFormTest(parameterized.TestCase):
       ('mvr', 'mean_smoothness', -1),
       ('mvr', 'lmax', -1),
       ('mvr', 'momentum', -1),
+      ('qgd', 'omega', -1),
+      ('qgd', 'lmax', -1),
+      ('qgd', 'smoothness', -1),
+      ('qgd', 'num_steps', -1),
+      ('marina', 'smoothness', -1),
+      ('marina', 'omega', -1),
+      ('marina', 'lmax', -1),
+      ('marina', 'prob', 1),
+      ('ef21', 'smoothness', -1),
+      ('ef21', 'lmax', -1),
+      ('ef21', 'beta', 1),
       ('nonsmooth', 'distance', 1),
       ('nonsmooth', 'lipschitz', -1),
       ('nonsmooth', 'num_steps', -1),
@@ -191,6 +303,40 @@ class RejectsTest(parameterized.TestCase):
       ('mvr', 'lmax', 0.0),
       ('mvr', 'momentum', 1.0),
       ('mvr', 'momentum', -0.1),
+      ('qgd', 'smoothness', 0.0),
+      ('qgd', 'omega', -0.1),
+      ('qgd', 'omega', math.nan),
+      ('qgd', 'lmin', 0.0),
+      ('qgd', 'lmin', 0.5),  # Above lmax.
+      ('qgd', 'lmax', 1.1),
+      ('qgd', 'num_steps', 0),
+      ('qgd', 'pl', -1.0),
+      ('marina', 'smoothness', -1.0),
+      ('marina', 'omega', -0.1),
+      ('marina', 'prob', 0.0),
+      ('marina', 'prob', 1.1),
+      ('marina', 'lmax', 0.0),
+      ('marina', 'lmax', 1.5),
+      ('ef21', 'smoothness', math.nan),
+      ('ef21', 'beta', 0.0),
+      ('ef21', 'beta', 1.1),
+      ('ef21', 'beta', math.nan),
+      ('ef21', 'lmax', 0.0),
+      ('ef21', 'lmax', 1.5),
+      *(
+          (name, *case)
+          for name in ('qgd', 'marina', 'ef21')
+          for case in (
+              ('client_smoothness', ()),
+              ('client_smoothness', (4.0, 0.0)),
+              ('client_smoothness', (-4.0, 8.0)),
+              ('weights', (1.0,)),
+              ('weights', (1.0, 2.0, 3.0)),
+              ('weights', (1.0, -1.0)),
+              ('weights', (0.0, 0.0)),
+              ('weights', (1.0, math.nan)),
+          )
+      ),
       ('nonsmooth', 'distance', 0.0),
       ('nonsmooth', 'lipschitz', 0.0),
       ('nonsmooth', 'num_steps', 0),
@@ -213,6 +359,21 @@ class RejectsTest(parameterized.TestCase):
     self.assertStartsWith(message, 'Expected ')
     self.assertIn(f'{field}={value}', message)
 
+  @parameterized.product(
+      name=('qgd', 'marina', 'ef21'),
+      case=(
+          # min() sees a NaN only where it stands first.
+          ('client_smoothness', (4.0, math.nan)),
+          ('client_smoothness', (4.0, math.inf)),
+          ('weights', (1.0, math.inf)),
+      ),
+  )
+  def test_constants_of_clients_are_finite(self, name, case):
+    field, value = case
+    function, kwargs = FUNCTIONS[name]
+    with self.assertRaisesRegex(ValueError, field):
+      function(**{**kwargs, field: value})
+
   @parameterized.parameters(
       ('sgd', dict(bounded_variance=True, growth=0.5), 'growth=0.5'),
       ('sgd', dict(slope=1.0, num_steps=0), 'num_steps=0'),
@@ -223,6 +384,12 @@ class RejectsTest(parameterized.TestCase):
       ('mvr', dict(pl=0.1), 'lmin with pl, got lmin=None'),
       ('mvr', dict(pl=-1.0, lmin=0.1), 'pl=-1.0'),
       ('mvr', dict(pl=0.1, lmin=-0.1), 'lmin=-0.1'),
+      ('marina', dict(pl=0.1), 'lmin with pl, got lmin=None'),
+      ('marina', dict(pl=-1.0, lmin=0.1), 'pl=-1.0'),
+      ('marina', dict(pl=0.1, lmin=0.0), 'lmin=0.0'),
+      ('ef21', dict(pl=0.1), 'lmin with pl, got lmin=None'),
+      ('ef21', dict(pl=0.0, lmin=0.1), 'pl=0.0'),
+      ('ef21', dict(pl=0.1, lmin=-0.1), 'lmin=-0.1'),
   )
   def test_arguments_together(self, name, extra, shown):
     function, kwargs = FUNCTIONS[name]
