@@ -20,8 +20,8 @@ step is a round. Methods, all of rank 2 where they have one:
 
 Variants, joined by commas: one method; digits (default) or mnist; iid (default) or
 dirichlet; smoke. The sweep of a variant is all methods on its task, over
-both partitions, three seeds (ten on mnist) and a grid of learning rates, of
-which the report takes the one with the lowest validation loss.
+both partitions, five seeds and a grid of six learning rates, of which the report
+takes the one with the lowest validation loss.
 """
 
 from bernoulli_lora_jax.training import base_config
@@ -34,14 +34,14 @@ ESTIMATORS = {
 ADAPTERS = ('bernoulli', 'rac_left', 'rac_right', 'lora')
 METHODS = (*ESTIMATORS, *ADAPTERS, 'fedavg')
 RATES = {
-    'qgd': (0.02, 0.04, 0.08, 0.16, 0.32, 0.64),
-    'marina': (0.005, 0.01, 0.02, 0.04, 0.08, 0.16),
-    'ef21': (0.02, 0.04, 0.08, 0.16, 0.32, 0.64),
-    'local': (0.0003, 0.001, 0.003, 0.01, 0.03),
+    'qgd': (0.04, 0.08, 0.16, 0.32, 0.64, 1.28),
+    'marina': (0.01, 0.02, 0.04, 0.08, 0.16, 0.32),
+    'ef21': (0.04, 0.08, 0.16, 0.32, 0.64, 1.28),
+    'local': (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03),
 }
 LOCAL_STEPS = {'digits': 5, 'mnist': 20}
 PARTITIONS = ('iid', 'dirichlet')
-NUM_SEEDS = {'digits': 3, 'mnist': 5}
+NUM_SEEDS = {'digits': 5, 'mnist': 5}
 
 
 def overrides(name: str, task: str) -> dict[str, object]:

@@ -272,6 +272,60 @@ class LawTest(parameterized.TestCase):
     centred = coins[:, :1] - 0.3
     assert_mean(centred[1:] * centred[:-1], np.zeros(1))
 
+  @parameterized.product(shared_coin=(False, True), known=(False, True))
+  def test_draw_coins_equals_the_coins_of_draw_links(self, shared_coin, known):
+    """And both equal one uniform number a matrix, or one for all of them."""
+    found = matrices.find(make_tree(0), STACK)
+    num_links = 40
+
+    def draw(key, prob):
+      kwargs = dict(
+          probs=[1 if known else prob, prob, 0.7], shared_coin=shared_coin
+      )
+      coins = links_lib.draw_coins(key, found, **kwargs)
+      links = links_lib.draw_links(
+          key, found, ranks=[1] * 3, sketch=SKETCHES['coordinate'], **kwargs
+      )
+      return coins, [link.coin for link in links]
+
+    def toss(key, matrix, entry, prob):
+      if not shared_coin:
+        for word in (*matrix.words, matrix.entries[entry]):
+          key = jax.random.fold_in(key, np.uint32(word))
+      return jax.random.bernoulli(jax.random.fold_in(key, 0), prob)
+
+    def expected(key):
+      tosses = []
+      for matrix, prob in zip(found, (0.3, 0.3, 0.7), strict=True):
+        flat = [toss(key, matrix, i, prob) for i in np.ndindex(matrix.batch)]
+        tosses.append(jnp.stack(flat).reshape(matrix.batch))
+      return tosses
+
+    keys = jax.random.split(jax.random.key(0), num_links)
+    prob = jnp.asarray(0.3)  # Traced: a coin is tossed whatever it is.
+    coins, of_links = jax.jit(jax.vmap(draw, (0, None)))(keys, prob)
+    tosses = jax.jit(jax.vmap(expected))(keys)
+    self.assertEqual(coins[0] is None, known)
+    if known:
+      tosses[0] = None
+    chex.assert_trees_all_equal(coins, of_links)
+    chex.assert_trees_all_equal(coins, tosses)
+    self.assertLen(np.unique(coins[1]), 2)
+
+  def test_draw_coins_draws_no_basis(self):
+    found = matrices.find(make_tree(0), STACK)
+    draw = lambda key: links_lib.draw_coins(key, found, probs=[0.5] * 3)
+    jaxpr = jax.make_jaxpr(draw)(jax.random.key(0))
+    self.assertEqual([v.shape for v in jaxpr.out_avals], [(), (), (3,)])
+    # Of the whole tree five numbers: no frame of length 6 or 9.
+    sizes = {
+        size for eqn in jaxpr.eqns for v in eqn.outvars for size in v.aval.shape
+    }
+    self.assertLessEqual(max(sizes), 5)
+    for known in (0, 1.0):
+      coins = links_lib.draw_coins(None, found, probs=[known] * 3)
+      self.assertEqual(coins, [None] * 3)
+
   def test_shared_coin_reaches_the_updates(self):
     tree = {str(i): jnp.ones((3, 5)) for i in range(6)}
     sides = lambda updates: {
