@@ -332,12 +332,18 @@ def join(rounds: Rounds, key: jax.Array, params: Any, num_rounds: int) -> Any:
     num_rounds: rounds done so far.
 
   Raises:
-    ValueError: rounds of factors that are never merged: `catch_up` works.
+    ValueError: rounds of factors that are never merged, or of compensated
+      rounding: `catch_up` works.
   """
   if rounds.chain is not None and rounds.chain.policy.period is None:
     raise ValueError(
         'Expected rounds that merge, got policy.period=None: the factors are'
         ' part of the state; use catch_up.'
+    )
+  if rounds.chain is not None and rounds.chain.policy.rounding == 'compensated':
+    raise ValueError(
+        "Expected rounding other than 'compensated': what it has cut off is part"
+        ' of the state; use catch_up.'
     )
   state = rounds.init(key, params)
   if num_rounds == 0:
@@ -427,7 +433,10 @@ def check_wire(
           f'Expected {path} of {expected.shape} {expected.dtype}, got'
           f' {given.shape} {given.dtype}.'
       )
-    if np.issubdtype(given.dtype, np.floating) and not np.isfinite(given).all():
+    # Of JAX: NumPy does not count bfloat16 as floating.
+    if jnp.issubdtype(given.dtype, jnp.floating) and not (
+        np.isfinite(given).all()
+    ):
       raise ValueError(f'Expected finite numbers in {path}, got others.')
 
 
@@ -446,13 +455,17 @@ def _make_step(
   """Returns a round in one process."""
 
   def step(state, loss, stack, key, participants=None):
-    state = begin(state)
-    present = clients_lib.present(clients, key, participants)
-    weights = clients_lib.effective_weights(clients, present, True)
-    run = lambda number, client: local(
-        state, loss, client, client_key(key, number)
-    )
     numbers = clients_lib.numbers(stack, clients)
+    _check_stack(numbers.size, clients)
+    state = begin(state)
+    # With the count, so that the key of a run draws another cohort each round.
+    round_key = jax.random.fold_in(key, state.count)
+    present = clients_lib.present(clients, round_key, participants)
+    weights = clients_lib.effective_weights(clients, present, True)
+    ours = _own(state, clients)
+    run = lambda number, client: local(
+        ours, loss, client, client_key(key, number)
+    )
     trained, values = jax.vmap(run)(numbers, stack)
     mean, values = clients_lib.weighted_sum((trained, values), weights, clients)
     is_empty = ~jnp.any(weights > 0)
@@ -462,6 +475,31 @@ def _make_step(
     return finish(state, mean), values
 
   return step
+
+
+def _own(state: Any, clients: clients_lib.Clients) -> Any:
+  """Returns a state that each device holds for itself.
+
+  `shard_map` sums a gradient by what all devices share over them: clients of
+  different devices would share their local steps.
+  """
+  if clients.axis_name is None:
+    return state
+  is_here = jax.lax.axis_index(clients.axis_name) >= 0
+  return jax.tree.map(lambda x: jnp.where(is_here, x, x), state)
+
+
+def _check_stack(num_local: int, clients: clients_lib.Clients) -> None:
+  """Raises unless the devices hold M clients together."""
+  size, where = 1, ''
+  if clients.axis_name is not None:
+    size = jax.lax.axis_size(clients.axis_name)
+    where = f' on each of {size} devices'
+  if num_local * size != clients.num_clients:
+    raise ValueError(
+        f'Expected {clients.num_clients} clients along the leading axis, got'
+        f' {num_local}{where}.'
+    )
 
 
 def _advanced(tx: Any, trained: Any, opt_state: Any, num_steps: int) -> Any:

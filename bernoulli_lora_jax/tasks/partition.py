@@ -72,8 +72,8 @@ def dirichlet(
   """
   labels = np.asarray(labels)
   _check_clients(len(labels), num_clients)
-  if not alpha > 0:
-    raise ValueError(f'Expected alpha > 0, got alpha={alpha}.')
+  if not (alpha > 0 and np.isfinite(alpha)):
+    raise ValueError(f'Expected alpha > 0 and finite, got alpha={alpha}.')
   rng = np.random.default_rng(seed)
   parts = [np.zeros(0, int)] * num_clients
   for label in np.unique(labels):
@@ -150,13 +150,17 @@ def client_loss(
   """
 
   def masked(params, client, key):
-    batch = {name: x for name, x in client.items() if name != 'mask'}
+    is_real = client['mask'] > 0
+    # Padding becomes the first example, an own one: zero times the gradient of
+    # a broken one would be NaN.
+    own = lambda x: jnp.where(
+        is_real.reshape(-1, *[1] * (x.ndim - 1)), x, x[:1]
+    )
+    batch = {name: own(x) for name, x in client.items() if name != 'mask'}
     one = lambda x: jax.tree.map(lambda x: x[None], x)
     values = jax.vmap(lambda example: loss(params, one(example), key))(batch)
-    weight = client['mask'] / jnp.sum(client['mask'])
-    mean = lambda x: jnp.sum(
-        jnp.where(weight > 0, weight.astype(x.dtype) * x, 0)
-    )
+    size = jnp.sum(is_real)
+    mean = lambda x: jnp.sum(jnp.where(is_real, x, 0)) / size.astype(x.dtype)
     return jax.tree.map(mean, values)
 
   return masked
