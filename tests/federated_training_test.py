@@ -1,0 +1,405 @@
+"""Tests of federated runs: methods, traffic, drivers, parties, reports."""
+
+import json
+import pathlib
+import runpy
+
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bernoulli_lora_jax import averaging
+from bernoulli_lora_jax import federated as federated_lib
+from bernoulli_lora_jax.tasks import partition
+from bernoulli_lora_jax.training import experiment
+from bernoulli_lora_jax.training import figures
+from bernoulli_lora_jax.training import parties as parties_lib
+from bernoulli_lora_jax.training import reporting
+from bernoulli_lora_jax.training import sweep
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_CONFIG = runpy.run_path(str(_ROOT / 'configs' / 'federated.py'))
+
+
+def small_config(variant, **overrides):
+  """A small network on digits, four clients, six rounds of two local steps."""
+  config = _CONFIG['get_config'](variant)
+  names = {
+      'task.hidden': (16,),
+      'task.pretrain_epochs': 1,
+      'federated.num_clients': 4,
+      'training.num_steps': 6,
+      'training.num_evals': 3,
+      'training.progress': False,
+  }
+  if config.method.optimizer == 'adam':
+    names['method.period'] = 2
+  names |= {k.replace('__', '.'): v for k, v in overrides.items()}
+  return experiment.apply_overrides(config, names)
+
+
+def run(config):
+  """Returns params and metrics of each round of a run."""
+  program = experiment.make_program(config)
+  key = jax.random.key(config.seed)
+  state = program.put(program.start(key))
+  steps = program.prepare(state, key, 0, config.training.num_steps)
+  state, metrics = steps(state, key, 0)
+  return program.params(state), jax.tree.map(np.asarray, metrics), program
+
+
+def lines_of(directory):
+  text = (pathlib.Path(directory) / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+class RunTest(parameterized.TestCase):
+
+  @pytest.fixture(autouse=True)
+  def _tmp(self, tmp_path):
+    self.tmp = tmp_path
+
+  @parameterized.parameters(
+      ('ef21', 'jit'), ('marina', 'pmap'), ('bernoulli', 'pmap')
+  )
+  def test_devices_give_the_same_run(self, variant, driver):
+    one, _, _ = run(small_config(variant))
+    config = small_config(
+        variant, training__parallel=driver, training__num_devices=4
+    )
+    many, _, program = run(config)
+    # Float32 sums in another order.
+    chex.assert_trees_all_close(one, many, rtol=1e-4, atol=1e-5)
+    state = program.put(program.start(jax.random.key(0)))
+    if variant == 'ef21':  # Each device holds its own client's estimate.
+      leaf, *_ = jax.tree.leaves(state.inner[1][0].estimates)
+      self.assertEqual(leaf.addressable_shards[0].data.shape[0], 1)
+
+  @parameterized.parameters('ef21', 'bernoulli')
+  def test_resumed_run_equals_the_unbroken_one(self, variant):
+    config = small_config(
+        variant,
+        training__checkpoint_every=2,
+        training__num_evals=1,
+        training__parallel='jit',
+        training__num_devices=4,
+    )
+    experiment.train(config, self.tmp / 'whole')
+    half = experiment.apply_overrides(config, {'training.num_steps': 4})
+    experiment.train(half, self.tmp / 'parts')
+    experiment.train(config, self.tmp / 'parts')
+    ours, theirs = lines_of(self.tmp / 'parts'), lines_of(self.tmp / 'whole')
+    self.assertEqual(ours[-1], theirs[-1])
+
+  def test_weights_by_size_give_the_gradient_of_all_examples(self):
+    config = small_config(
+        'ef21',
+        federated__compressor='identity',
+        federated__argument=None,
+        federated__partition='dirichlet',
+        method__name='full',
+        method__learning_rate=0.1,
+        training__num_steps=1,
+        training__num_evals=1,
+    )
+    params, _, program = run(config)
+    task = program.task
+    start = task.init(jax.random.key(0))
+    grads = jax.grad(lambda p: task.loss(p, task.data['train'], None)[0])(start)
+    expected = jax.tree_util.tree_map_with_path(
+        lambda path, p, g: p - 0.1 * g if path[-1].key == 'kernel' else p,
+        start,
+        grads,
+    )
+    chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
+    uniform = experiment.apply_overrides(
+        config, {'federated.weights': 'uniform'}
+    )
+    with self.assertRaises(AssertionError):
+      chex.assert_trees_all_close(run(uniform)[0], expected, atol=1e-5)
+
+  def test_natural_groups(self):
+    config = small_config('qgd')
+    task = experiment.make_task(
+        experiment.apply_overrides(config, {'federated.num_clients': 0})
+    )
+    group = np.arange(task.num_samples) % 3
+    data = {**task.data['train'], 'group': group}
+    task = task._replace(data={**task.data, 'train': data})
+    by_group = experiment.apply_overrides(
+        config, {'federated.partition': 'group', 'federated.num_clients': 3}
+    )
+    for i, part in enumerate(experiment.make_parts(by_group, task)):
+      np.testing.assert_array_equal(group[part], i)
+    with self.assertRaisesRegex(ValueError, 'num_clients=3, the groups'):
+      experiment.make_parts(
+          experiment.apply_overrides(by_group, {'federated.num_clients': 4}),
+          task,
+      )
+
+  def test_sweep_deals_anew_for_each_partition(self):
+    config = small_config('bernoulli')
+    grid = [
+        {'federated.partition': law, 'seed': seed}
+        for law in ('iid', 'dirichlet')
+        for seed in (0, 1)
+    ]
+    sweep.train(config, grid, self.tmp, progress=False)
+    runs = reporting.load_runs([self.tmp])
+    losses = {
+        (r.config['federated']['partition'], r.config['seed']): r.summary[
+            'train_loss'
+        ]
+        for r in runs
+    }
+    self.assertLen(set(losses.values()), 4)
+    for (law, seed), loss in losses.items():
+      alone = experiment.apply_overrides(
+          config, {'federated.partition': law, 'seed': seed}
+      )
+      summary = experiment.train(alone, self.tmp / f'alone_{law}{seed}')
+      np.testing.assert_allclose(loss, summary['train_loss'], rtol=1e-4)
+
+  @parameterized.parameters(
+      ('federated.partition', 'random', "'iid', 'dirichlet' or 'group'"),
+      ('federated.partition', 'group', r"\['group'\] of digits"),
+      ('federated.weights', 'equal', "'size' or 'uniform'"),
+      ('federated.compressor', 'zip', 'federated.compressor: Expected'),
+      ('federated.argument', 0.5, 'federated.compressor: .*whole number'),
+      ('federated.cohort', 5, r'federated.cohort in \[1, 4\]'),
+      ('federated.num_clients', 10**6, 'num_clients in'),
+      ('method.estimator', 'sgd', 'fedavg in federated runs'),
+      ('training.plateau_patience', 2, 'plateau_patience=0'),
+      ('training.recipe', True, 'training.recipe=False'),
+  )
+  def test_bad_fields_are_named(self, field, value, message):
+    config = experiment.apply_overrides(small_config('qgd'), {field: value})
+    with self.assertRaisesRegex(ValueError, message):
+      experiment.make_program(config)
+
+  def test_clients_must_fit_the_devices(self):
+    config = small_config(
+        'qgd', training__parallel='jit', training__num_devices=3
+    )
+    with self.assertRaisesRegex(ValueError, 'multiple of the 3 devices'):
+      experiment.make_program(config)
+
+  @parameterized.parameters(*_CONFIG['METHODS'])
+  def test_every_variant_of_the_config(self, variant):
+    config = _CONFIG['get_config'](f'{variant},dirichlet,smoke')
+    config.training.progress = False
+    summary = experiment.train(config, self.tmp)
+    self.assertTrue(np.isfinite(summary['train_loss']))
+    for name in ('bits_up', 'bits_down', 'grad_norm_sq'):
+      self.assertIn(name, lines_of(self.tmp)[-1])
+
+  def test_config_refuses_other_variants(self):
+    for variant in ('nonsense', 'ef21,qgd'):
+      with self.assertRaisesRegex(ValueError, 'variant'):
+        _CONFIG['get_config'](variant)
+    for overrides in _CONFIG['sweep']('mnist'):
+      experiment.apply_overrides(_CONFIG['get_config']('mnist'), overrides)
+
+
+class TrafficTest(parameterized.TestCase):
+  """Counted bits are those of the payloads that parties exchange."""
+
+  @parameterized.parameters(
+      ('bernoulli', {}),
+      ('bernoulli', {'method.rank': 6}),  # Clipped on the sides of 5.
+      ('lora', {}),
+      ('fedavg', {'method.optimizer': 'sgd', 'method.learning_rate': 0.01}),
+      ('ef21', {}),
+      ('ef21', {'federated.start': 'zero', 'federated.concatenate': True}),
+      (
+          'ef21',
+          {
+              'federated.start': 'compressed',
+              'federated.compressor': 'powersgd',
+              'federated.argument': 2.0,
+              'method.train_others': True,
+          },
+      ),
+  )
+  def test_parties_are_the_run_in_one_process(self, variant, overrides):
+    config = experiment.apply_overrides(small_config(variant), overrides)
+    parties = parties_lib.make_parties(config)
+    params, metrics, _ = run(config)
+    view, server = parties.init(), parties.init_server()
+    memories = [parties.init_client() for _ in range(4)]
+    late, missed = parties.init(), []
+    for t in range(6):
+      view = parties.begin(view)
+      payloads = {}
+      for i in range(4):
+        payloads[i], memories[i] = parties.reply(view, memories[i], i)
+        parties.check(view, payloads[i])
+      broadcast, server = parties.combine(view, server, payloads)
+      missed.append(broadcast)
+      up = sum(map(parties_lib.size, payloads.values()))
+      self.assertEqual(up, metrics['round_bits_up'][t])
+      down = 4 * parties_lib.size(broadcast)
+      self.assertEqual(down, metrics['round_bits_down'][t])
+      view = parties.apply(view, broadcast)
+    # Float32, sums in another order.
+    ours = parties.params(view)
+    chex.assert_trees_all_close(ours, params, rtol=1e-4, atol=2e-6)
+    for broadcast in missed:  # A client that sleeps all along.
+      late = parties.apply(parties.begin(late), broadcast)
+    chex.assert_trees_all_equal(parties.params(late), ours)
+
+  def test_totals_are_the_sums(self):
+    _, metrics, _ = run(small_config('bernoulli'))
+    for way in ('up', 'down'):
+      np.testing.assert_allclose(
+          np.cumsum(metrics[f'round_bits_{way}'], dtype=np.float64),
+          metrics[f'bits_{way}'],
+          rtol=1e-7,
+      )
+
+  def test_a_cohort_sends_less(self):
+    _, whole, _ = run(small_config('qgd'))
+    _, part, program = run(small_config('qgd', federated__cohort=1))
+    np.testing.assert_array_equal(
+        4 * part['round_bits_up'], whole['round_bits_up']
+    )
+    np.testing.assert_array_equal(
+        part['round_bits_down'], whole['round_bits_down']
+    )
+    np.testing.assert_allclose(part['data_passes'], np.arange(1, 7) / 4)
+    self.assertEqual(program.method.passes_per_step, 0.25)
+
+  def test_marina_by_hand(self):
+    config = small_config('marina', training__num_steps=20)
+    _, metrics, program = run(config)
+    params = program.task.init(jax.random.key(0))
+    kernels = [x for x in jax.tree.leaves(params) if x.ndim == 2]
+    whole = 4 * 32 * sum(x.size for x in kernels)
+    part = 4 * sum(
+        32 * -(-x.size // 20) + 64 for x in kernels
+    )  # 5% and a seed.
+    found = set(metrics['round_bits_up'].tolist())
+    self.assertEqual(found, {whole, part})
+    self.assertEqual(metrics['round_bits_up'][0], whole)
+
+  @parameterized.parameters('cohort', 'estimator')
+  def test_networks_refuse_what_they_cannot_do(self, what):
+    config = small_config('bernoulli', federated__cohort=2)
+    if what == 'estimator':
+      config = small_config('qgd')
+    with self.assertRaisesRegex(ValueError, 'over a network'):
+      parties_lib.make_parties(config)
+
+  @parameterized.parameters('bernoulli', 'ef21')
+  def test_a_bad_payload_is_named(self, variant):
+    parties = parties_lib.make_parties(small_config(variant))
+    view = parties.begin(parties.init())
+    good, _ = parties.reply(view, parties.init_client(), 0)
+    name = next(iter(good))
+    bad = {
+        'NaN': {**good, name: np.full_like(good[name], np.nan)},
+        'shape': {**good, name: good[name].ravel()[:-1]},
+        'dtype': {**good, name: good[name].astype(np.float64)},
+        'missing': {k: v for k, v in good.items() if k != name},
+    }
+    for kind, payload in bad.items():
+      with self.subTest(kind), self.assertRaisesRegex(ValueError, name):
+        parties.check(view, payload)
+
+  def test_without_a_client_the_others_are_averaged(self):
+    config = small_config('bernoulli', federated__partition='dirichlet')
+    parties = parties_lib.make_parties(config)
+    view = parties.begin(parties.init())
+    payloads = {i: parties.reply(view, (), i)[0] for i in (0, 2)}
+    broadcast, _ = parties.combine(view, (), payloads)
+    task = experiment.make_task(config)
+    sizes = np.asarray(task.data['clients']['mask']).sum(1)
+    for name, mean in broadcast.items():
+      expected = sizes[0] * payloads[0][name] + sizes[2] * payloads[2][name]
+      np.testing.assert_allclose(
+          mean, expected / (sizes[0] + sizes[2]), rtol=1e-5, atol=1e-7
+      )
+    # Nobody: nothing moves.
+    nobody, _ = parties.combine(view, (), {})
+    chex.assert_trees_all_equal(
+        parties.params(parties.apply(view, nobody)), parties.params(view)
+    )
+
+
+class ReportTest(parameterized.TestCase):
+
+  @pytest.fixture(autouse=True)
+  def _tmp(self, tmp_path):
+    self.tmp = tmp_path
+
+  def write(self, name, variant, lines, **overrides):
+    config = small_config(variant, **overrides)
+    folder = self.tmp / name
+    folder.mkdir()
+    (folder / 'config.json').write_text(config.to_json_best_effort())
+    text = ''.join(json.dumps(line) + '\n' for line in lines)
+    (folder / 'metrics.jsonl').write_text(text)
+    summary = {'trained_parameters': 3, 'seconds': 1.0, 'test_accuracy': 0.9}
+    (folder / 'summary.json').write_text(json.dumps(summary))
+
+  def test_labels_tables_and_figures(self):
+    line = lambda step, accuracy: {
+        'step': step,
+        'data_passes': step,
+        'validation_accuracy': accuracy,
+        'bits_up': 32e6 * step,
+        'bits_down': 64e6 * step,
+        'round_bits_up': 32e6,
+        'round_bits_down': 64e6,
+    }
+    lines = [line(0, 0.1), line(5, 0.85), line(10, 0.95)]
+    self.write('a', 'ef21,dirichlet', lines)
+    self.write('b', 'ef21,dirichlet', lines[:2], seed=1)
+    self.write('c', 'lora', lines)
+    self.write('d', 'fedavg', lines)
+    self.write('e', 'marina', lines, federated__cohort=2)
+    self.write('f', 'marina', lines)
+    runs = reporting.load_runs([self.tmp])
+    rows = {row['method']: row for row in reporting.traffic(runs, 0.9)}
+    self.assertEqual(
+        set(rows),
+        {
+            'Bernoulli-LoRA p=0.5, EF21 TopK 5%',
+            'FedAvg of LoRA (L) K=2, Adam adapters',
+            'FedAvg of weights K=2, Adam',
+            'Bernoulli-LoRA p=0.5, MARINA RandK 5%, cohort=2',
+            'Bernoulli-LoRA p=0.5, MARINA RandK 5%, cohort=None',
+        },
+    )
+    row = rows['Bernoulli-LoRA p=0.5, EF21 TopK 5%']
+    self.assertEqual(row['task'], 'digits, 4 clients, Dirichlet(0.1)')
+    self.assertEqual(row['reached 90%'], '1 of 2')
+    # Bits of four clients in bytes of one: 32e6 * 10 / 4 / 8e6.
+    self.assertEqual((row['MB up'], row['MB down']), ('10', '20'))
+    self.assertEqual(row['kB up a round'], 1000)
+    self.assertEqual(row['rounds'], 10)
+    self.assertEqual(
+        [
+            figures.curve(
+                runs[:1], 'validation_accuracy', axis=figures.MEGABYTES
+            ).x.tolist()
+        ],
+        [[15.0, 30.0]],
+    )
+    names = {p.name for p in figures.write_figures(runs, self.tmp / 'figures')}
+    self.assertIn(
+        'digits_4_clients_dirichlet_0_1_validation_accuracy_megabytes.png',
+        names,
+    )
+    self.assertIn('digits_4_clients_iid_validation_accuracy.png', names)
+
+
+def test_bits_of_parties_count_bytes():
+  payload = {'a': np.zeros(3, np.float32), 'b': np.zeros(5, np.uint8)}
+  assert parties_lib.size(payload) == 8 * (12 + 5) == averaging.bits(payload)
+  assert federated_lib.cohort_omega(2.0, 4, 4) == 2.0
+  assert partition.weights([np.arange(3), np.arange(1)], 'size') == [0.75, 0.25]
+  assert jnp.zeros(()).dtype == jnp.float32
