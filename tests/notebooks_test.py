@@ -47,3 +47,20 @@ def test_lora_family(tmp_path, monkeypatch):
   for _, accuracy in accuracies:
     assert float(accuracy) > 0.9
   assert f'restored, accuracy on 5-9: {accuracies[-1][1]}' in text
+
+
+def test_federated(tmp_path, monkeypatch):
+  monkeypatch.delenv('XLA_FLAGS')  # As at a user's.
+  text = executed('federated.ipynb', tmp_path)
+  errors = dict(re.findall(r'^(.*): the average .* by (.*)%$', text, re.M))
+  # Percent of what the round changed: rounding, against a wrong average.
+  assert float(errors['Bernoulli-LoRA']) < 1e-3
+  assert float(errors['FedAvg of LoRA']) > 1
+  results = re.findall(
+      r'^(.*?) +([\d.]+) MB to 90% +at the end ([\d.]+)', text, re.M
+  )
+  megabytes = {name: float(size) for name, size, _ in results}
+  assert len(megabytes) == 4, text
+  assert megabytes['Bernoulli-LoRA'] == min(megabytes.values())
+  assert megabytes['FedAvg of weights'] == max(megabytes.values())
+  assert all(float(accuracy) > 0.9 for _, _, accuracy in results)
