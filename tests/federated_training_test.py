@@ -14,6 +14,7 @@ import pytest
 from bernoulli_lora_jax import averaging
 from bernoulli_lora_jax import federated as federated_lib
 from bernoulli_lora_jax.tasks import partition
+from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import figures
 from bernoulli_lora_jax.training import parties as parties_lib
@@ -123,7 +124,7 @@ class RunTest(parameterized.TestCase):
 
   def test_natural_groups(self):
     config = small_config('qgd')
-    task = experiment.make_task(
+    task = arguments.make_task(
         experiment.apply_overrides(config, {'federated.num_clients': 0})
     )
     group = np.arange(task.num_samples) % 3
@@ -132,10 +133,10 @@ class RunTest(parameterized.TestCase):
     by_group = experiment.apply_overrides(
         config, {'federated.partition': 'group', 'federated.num_clients': 3}
     )
-    for i, part in enumerate(experiment.make_parts(by_group, task)):
+    for i, part in enumerate(arguments.make_parts(by_group, task)):
       np.testing.assert_array_equal(group[part], i)
     with self.assertRaisesRegex(ValueError, 'num_clients=3, the groups'):
-      experiment.make_parts(
+      arguments.make_parts(
           experiment.apply_overrides(by_group, {'federated.num_clients': 4}),
           task,
       )
@@ -315,7 +316,7 @@ class TrafficTest(parameterized.TestCase):
     view = parties.begin(parties.init())
     payloads = {i: parties.reply(view, (), i)[0] for i in (0, 2)}
     broadcast, _ = parties.combine(view, (), payloads)
-    task = experiment.make_task(config)
+    task = arguments.make_task(config)
     sizes = np.asarray(task.data['clients']['mask']).sum(1)
     for name, mean in broadcast.items():
       expected = sizes[0] * payloads[0][name] + sizes[2] * payloads[2][name]

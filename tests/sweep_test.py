@@ -14,6 +14,7 @@ import pytest
 
 from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import loop
@@ -62,7 +63,7 @@ class TogetherTest(parameterized.TestCase):
 
   def together(self, config, runs, **kwargs):
     """Returns the results of runs [(seed, prob, learning rate)], in order."""
-    task = experiment.make_task(config)
+    task = arguments.make_task(config)
     results = together.train_together(
         task,
         lambda hyper: experiment.make_method(config, task, **hyper),
@@ -161,7 +162,7 @@ class TogetherTest(parameterized.TestCase):
 
   def test_the_end_of_a_link_stays_a_branch(self):
     config = small_config()
-    task = experiment.make_task(config)
+    task = arguments.make_task(config)
     parts = together._Parts(
         task,
         lambda hyper: experiment.make_method(config, task, **hyper),
@@ -391,7 +392,7 @@ class AdapterRunTest(parameterized.TestCase):
 
   def test_all_linear_is_the_default_selection_here(self):
     config = small_config(method__select='all-linear')
-    task = experiment.make_task(config)
+    task = arguments.make_task(config)
     self.assertEqual(
         experiment.selection(config, task),
         experiment.selection(small_config(), task),
@@ -412,7 +413,7 @@ class AdapterRunTest(parameterized.TestCase):
     config = small_config(
         training__num_steps=0, training__num_full_passes=3.0, task__dropout=0.0
     )
-    task = experiment.make_task(config)
+    task = arguments.make_task(config)
     settings = experiment.make_settings(config, task)
     full = experiment.apply_overrides(
         config, {'method.mode': 'gradient', 'method.name': 'full'}
@@ -478,7 +479,7 @@ def test_settings_are_what_the_config_says():
       training__plateau_factor=0.3,
       training__eval_gradient=False,
   )
-  settings = experiment.make_settings(config, experiment.make_task(config))
+  settings = experiment.make_settings(config, arguments.make_task(config))
   chosen = dataclasses.asdict(settings)
   assert chosen['patience'] == 3
   assert chosen['plateau_patience'] == 2

@@ -19,6 +19,7 @@ import pytest
 
 import bernoulli_lora_jax as bl
 from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import experiment
@@ -449,7 +450,7 @@ class ConfigTest(parameterized.TestCase):
 
   def test_selection_table_says_clipped(self):
     config = small_config(method__rank=8)
-    rows = experiment.selection(config, experiment.make_task(config))
+    rows = experiment.selection(config, arguments.make_task(config))
     self.assertEqual(rows[0]['rank'], 8)
     self.assertEqual(rows[1]['rank'], 'left 8, right 5 (clipped)')
     self.assertEqual(rows[1]['trained'], (8 * 5 + 16 * 5) / 2)

@@ -1,6 +1,6 @@
 """From a config to a run: the border where user input is checked."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import json
 import math
 import pathlib
@@ -10,23 +10,12 @@ import warnings
 import jax
 import jax.numpy as jnp
 from ml_collections import config_dict
-import numpy as np
-import optax
 
 from bernoulli_lora_jax import adapters
-from bernoulli_lora_jax import averaging
 from bernoulli_lora_jax import chain
-from bernoulli_lora_jax import compressors
-from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import matrices as matrices_lib
-from bernoulli_lora_jax import sketches
-from bernoulli_lora_jax.tasks import classification
-from bernoulli_lora_jax.tasks import digits
-from bernoulli_lora_jax.tasks import linear_regression
-from bernoulli_lora_jax.tasks import mnist
-from bernoulli_lora_jax.tasks import partition
-from bernoulli_lora_jax.tasks import quadratic
 from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import federated
@@ -61,97 +50,6 @@ def check_config(config: config_dict.ConfigDict) -> None:
     raise ValueError(f'Expected config.{field}, which is missing.')
 
 
-def make_task(config: config_dict.ConfigDict) -> task_lib.Task:
-  """Returns the task of a config; pre-trains if need be.
-
-  With `config.federated.num_clients` its minibatches are the data of all clients.
-  """
-  task = _make_task(config)
-  parts = make_parts(config, task)
-  return task if parts is None else partition.federate(task, parts)
-
-
-def task_key(config: config_dict.ConfigDict) -> str:
-  """Returns a name of all that `make_task` reads: equal names, one task."""
-  f = config.federated
-  deal = (f.num_clients, f.partition, f.alpha, f.unequal, f.seed)
-  return f'{config.task.to_json_best_effort()} {deal}'
-
-
-def make_parts(
-    config: config_dict.ConfigDict, task: task_lib.Task
-) -> list[np.ndarray] | None:
-  """Returns the rows of each client, None where the run is not federated.
-
-  Raises:
-    ValueError: a field of `config.federated` outside its range.
-  """
-  c = config.federated
-  if c.num_clients == 0:
-    return None
-  data = task.data['train']
-  needed = {'dirichlet': 'y', 'group': 'group'}.get(c.partition, 'index')
-  if c.partition not in ('iid', 'dirichlet', 'group'):
-    raise ValueError(
-        "Expected federated.partition to be 'iid', 'dirichlet' or 'group', got"
-        f' {c.partition!r}.'
-    )
-  if needed not in data:
-    raise ValueError(
-        f"Expected data['train'][{needed!r}] of {task.name} for"
-        f' federated.partition={c.partition!r}, got {sorted(data)}.'
-    )
-  if c.partition == 'iid':
-    return partition.iid(
-        task.num_samples, c.num_clients, seed=c.seed, unequal=c.unequal
-    )
-  if c.partition == 'dirichlet':
-    labels = np.asarray(data['y'])
-    return partition.dirichlet(
-        labels, c.num_clients, alpha=c.alpha, seed=c.seed
-    )
-  parts = partition.by_group(np.asarray(data['group']))
-  if len(parts) != c.num_clients:
-    raise ValueError(
-        f'Expected federated.num_clients={len(parts)}, the groups of {task.name},'
-        f' got num_clients={c.num_clients}.'
-    )
-  return parts
-
-
-def _make_task(config: config_dict.ConfigDict) -> task_lib.Task:
-  c = config.task
-  if c.name == 'quadratic':
-    return quadratic.make_task()
-  if c.name == 'linear_regression':
-    problem = linear_regression.make_problem(
-        dim=c.dim, num_pretraining=c.num_pretraining, num_samples=c.num_samples
-    )
-    return linear_regression.make_task(problem, batch_size=c.batch_size)
-  if c.name not in ('digits', 'mnist'):
-    raise ValueError(
-        "Expected task.name to be 'digits', 'mnist', 'linear_regression' or"
-        f" 'quadratic', got {c.name!r}."
-    )
-  if c.name == 'digits':
-    images = digits.load(c.split_seed)
-  else:
-    images = mnist.load(c.data_dir or None, c.split_seed)
-  return classification.make_task(
-      c.name,
-      images,
-      hidden=tuple(c.hidden),
-      dropout=c.dropout,
-      batch_size=c.batch_size,
-      pretraining=classification.Pretraining(
-          epochs=c.pretrain_epochs,
-          learning_rate=c.pretrain_learning_rate,
-          batch_size=c.batch_size,
-          seed=c.split_seed,
-      ),
-  )
-
-
 def make_program(
     config: config_dict.ConfigDict, task: task_lib.Task | None = None
 ) -> loop.Program:
@@ -159,13 +57,13 @@ def make_program(
 
   Args:
     config: see `base_config`.
-    task: what `make_task(config)` returns, if it is there already.
+    task: what `arguments.make_task(config)` returns, if it is there already.
 
   Raises:
     ValueError: a field outside its range, by name.
   """
   check_config(config)
-  task = make_task(config) if task is None else task
+  task = arguments.make_task(config) if task is None else task
   t = config.training
   driver = parallel.make_driver(t.parallel, t.num_devices)
   settings = make_settings(config, task)
@@ -236,7 +134,7 @@ def make_method(
     ValueError: a field outside its range, by name.
   """
   num_steps = make_settings(config, task).num_steps
-  period = _period(config, task)
+  period = arguments.period_of(config, task)
   is_chain = config.method.name in (
       'cola',
       'rac_left',
@@ -275,11 +173,11 @@ def _make_method(
     )
   prob = c.prob if prob is None else prob
   if learning_rate is None:
-    learning_rate = _learning_rate(config, task)
+    learning_rate = arguments.learning_rate_of(config, task)
   schedule = learning_rate
   if num_steps is not None:
-    schedule = make_schedule(config, task, num_steps, learning_rate)
-  matrices = make_matrices(config, task)
+    schedule = arguments.make_schedule(config, task, num_steps, learning_rate)
+  matrices = arguments.make_matrices(config, task)
   common: dict[str, Any] = {
       'num_samples': task.num_samples,
       'batch_size': task.batch_size,
@@ -300,48 +198,20 @@ def _make_method(
       )
     return methods.adapter_method(
         task.loss,
-        _policy(config, task, prob),
-        _adapter_optimizer(config, schedule),
+        arguments.make_policy(config, task, prob),
+        arguments.make_optimizer(config, schedule),
         matrices=matrices,
-        additive=not is_flax(task),
+        additive=not arguments.is_flax(task),
         **common,
     )
   return methods.gradient_method(
       task.loss,
-      make_transformation(config, task, schedule, prob),
+      arguments.make_transformation(config, task, schedule, prob),
       estimator=c.estimator,
       page_prob=c.page_prob,
       momentum=c.mvr_momentum,
-      trained=trained_leaves(config, task),
+      trained=arguments.trained_leaves(config, task),
       **common,
-  )
-
-
-def make_transformation(
-    config: config_dict.ConfigDict,
-    task: task_lib.Task,
-    schedule: Any,
-    prob: float | jax.Array,
-) -> Callable[[jax.Array], optax.GradientTransformation]:
-  """Returns key -> transformation of the gradient, in gradient mode."""
-  c = config.method
-  chain_args = {}
-  if c.name != 'full':
-    chain_args = {
-        'sketch': make_sketch(config),
-        'period': _period(config, task),
-        'shared_coin': c.shared_coin,
-    }
-  return methods.make_transformation(
-      c.name,
-      schedule,
-      rank=c.rank,
-      prob=prob,
-      inner=_inner(config),
-      clip_norm=c.clip_norm,
-      weight_decay=c.weight_decay if c.optimizer == 'adamw' else 0.0,
-      matrices=make_matrices(config, task),
-      **chain_args,
   )
 
 
@@ -354,10 +224,10 @@ def _make_federated(
 ) -> methods.Method:
   """Returns the federated method of a config, see `training.federated`."""
   c, f = config.method, config.federated
-  cohort = make_cohort(
+  cohort = arguments.make_cohort(
       config, task, 1 if driver is None else driver.num_devices
   )
-  matrices = make_matrices(config, task)
+  matrices = arguments.make_matrices(config, task)
   if c.mode == 'adapter' or c.estimator == 'fedavg':
     return _make_rounds_method(config, task, schedule, prob, driver, cohort)
   if c.estimator not in federated.ESTIMATORS:
@@ -376,76 +246,24 @@ def _make_federated(
         params,
         rank=c.rank,
         prob={'rac_left': 1.0, 'rac_right': 0.0}.get(c.name, prob),
-        period=_period(config, task),
+        period=arguments.period_of(config, task),
         matrices=matrices,
         shared_coin=c.shared_coin,
     )
 
   return federated.estimator_method(
       task.loss,
-      make_transformation(config, task, schedule, prob),
+      arguments.make_transformation(config, task, schedule, prob),
       update_numbers,
       estimator=c.estimator,
-      compressor=make_compressor(config),
+      compressor=arguments.make_compressor(config),
       cohort=cohort,
       marina_prob=f.marina_prob,
       start=f.start,
       concatenate=f.concatenate,
-      trained=trained_leaves(config, task),
+      trained=arguments.trained_leaves(config, task),
       driver=driver,
   )
-
-
-def make_cohort(
-    config: config_dict.ConfigDict, task: task_lib.Task, num_devices: int = 1
-) -> federated.Cohort:
-  """Returns who takes part in a federated run, with which weights.
-
-  Raises:
-    ValueError: a field outside its range.
-  """
-  f = config.federated
-  if f.weights not in ('size', 'uniform'):
-    raise ValueError(
-        f"Expected federated.weights 'size' or 'uniform', got {f.weights!r}."
-    )
-  if config.training.plateau_patience:
-    raise ValueError(
-        'Expected training.plateau_patience=0 in federated runs, got'
-        f' plateau_patience={config.training.plateau_patience}.'
-    )
-  if f.num_clients % num_devices:
-    raise ValueError(
-        f'Expected federated.num_clients to be a multiple of the {num_devices}'
-        f' devices, got num_clients={f.num_clients}.'
-    )
-  if f.cohort is not None and not 1 <= f.cohort <= f.num_clients:
-    raise ValueError(
-        f'Expected federated.cohort in [1, {f.num_clients}], got'
-        f' cohort={f.cohort}.'
-    )
-  sizes = np.asarray(task.data['clients']['mask']).sum(1)
-  shares = sizes if f.weights == 'size' else np.ones_like(sizes)
-  weights = tuple((shares / shares.sum()).tolist())
-  return federated.Cohort(f.num_clients, weights, f.cohort)
-
-
-def make_compressor(
-    config: config_dict.ConfigDict,
-) -> compressors.Compressor:
-  """Returns the compressor of a config; a contractive one for EF21.
-
-  Raises:
-    ValueError: an unknown one, or an argument outside its range.
-  """
-  f = config.federated
-  try:
-    compressor = compressors.by_name(f.compressor, f.argument)
-  except ValueError as e:
-    raise ValueError(f'federated.compressor: {e}') from e
-  if config.method.estimator == 'ef21' and compressor.beta is None:
-    return compressors.contractive(compressor)
-  return compressor
 
 
 def _make_rounds_method(
@@ -460,56 +278,15 @@ def _make_rounds_method(
   c = config.method
   return federated.rounds_method(
       task.loss,
-      lambda **kwargs: make_rounds(config, task, schedule, prob, **kwargs),
+      lambda **kwargs: arguments.make_rounds(
+          config, task, schedule, prob, **kwargs
+      ),
       cohort=cohort,
       num_samples=task.num_samples,
       batch_size=config.task.batch_size,
       is_adapter=c.mode == 'adapter',
-      additive=not is_flax(task),
+      additive=not arguments.is_flax(task),
       driver=driver,
-  )
-
-
-def make_rounds(
-    config: config_dict.ConfigDict,
-    task: task_lib.Task,
-    schedule: Any,
-    prob: float | jax.Array,
-    **kwargs: Any,
-) -> averaging.Rounds:
-  """Returns the rounds of local steps of a config.
-
-  Args:
-    config: see `base_config`.
-    task: federated or not.
-    schedule: learning rate of the local steps, see `make_schedule`.
-    prob: P(left).
-    **kwargs: num_clients, weights, cohort, axis_name.
-
-  Raises:
-    ValueError: a field outside its range.
-  """
-  c = config.method
-  steps = _period(config, task)
-  optimizer = _adapter_optimizer(config, schedule)
-  if c.mode == 'adapter':
-    return averaging.federated_adapters(
-        _policy(config, task, prob),
-        optimizer,
-        make_matrices(config, task),
-        num_local_steps=steps,
-        **kwargs,
-    )
-  if c.name != 'full':
-    raise ValueError(
-        "Expected method.name='full' with fedavg, got"
-        f' {c.name!r}: chains train adapters (method.mode).'
-    )
-  return averaging.federated_weights(
-      optimizer,
-      num_local_steps=steps,
-      trained=trained_leaves(config, task),
-      **kwargs,
   )
 
 
@@ -586,7 +363,7 @@ def facts(
   """Returns what a summary says of the config."""
   return {
       'trained_parameters': trained_parameters(config, task),
-      'steps_per_link': _period(config, task) or None,
+      'steps_per_link': arguments.period_of(config, task) or None,
   }
 
 
@@ -596,7 +373,7 @@ def argument(
   """Returns the value that a config gives to 'prob' or 'learning_rate'."""
   if name == 'prob':
     return config.method.prob
-  return _learning_rate(config, task)
+  return arguments.learning_rate_of(config, task)
 
 
 def selection(
@@ -605,9 +382,9 @@ def selection(
   """Returns the table of what the config selects, a row a matrix."""
   params = task.init(jax.random.key(0))
   c = config.method
-  matrices = make_matrices(config, task)
+  matrices = arguments.make_matrices(config, task)
   if c.mode == 'adapter':
-    policy = _policy(config, task, c.prob)
+    policy = arguments.make_policy(config, task, c.prob)
     return adapters.describe(params, policy, matrices)
   if c.name == 'full':
     return [
@@ -626,180 +403,7 @@ def trained_parameters(
   total = float(sum(row['trained'] for row in rows))
   if config.method.train_others:
     params = task.init(jax.random.key(0))
-    chosen = matrices_lib.mask(params, make_matrices(config, task))
+    chosen = matrices_lib.mask(params, arguments.make_matrices(config, task))
     sizes = jax.tree.map(lambda p, m: 0 if m else p.size, params, chosen)
     total += sum(jax.tree.leaves(sizes))
   return total
-
-
-def trained_leaves(
-    config: config_dict.ConfigDict, task: task_lib.Task
-) -> Callable[[Any], Any] | None:
-  """Returns params -> tree of bool in gradient mode; None where all move."""
-  if config.method.train_others:
-    return None
-  return methods.matrices_only(make_matrices(config, task))
-
-
-def make_matrices(
-    config: config_dict.ConfigDict, task: task_lib.Task
-) -> matrices_lib.Matrices:
-  """Returns what is a matrix, by method.select."""
-  select = config.method.select
-  if select == 'all-linear':
-    key = jax.random.key(0)
-    batch = task_lib.take(task.data['train'], jnp.arange(task.batch_size))
-    return inject.all_linear(task.loss, task.init(key), batch, key)
-  return matrices_lib.Matrices(select=select or None)
-
-
-def is_flax(task: task_lib.Task) -> bool:
-  """Returns whether params are those of a Flax model (a leaf `kernel`)."""
-  leaves = jax.tree_util.tree_flatten_with_path(task.init(jax.random.key(0)))[0]
-  paths = matrices_lib.path_names([path for path, _ in leaves])
-  return any(path.rpartition('/')[2] == 'kernel' for path in paths)
-
-
-def _period(config: config_dict.ConfigDict, task: task_lib.Task) -> int:
-  """Returns the steps of a link."""
-  c = config.method
-  if c.period_passes is None:
-    return c.period
-  if c.period_passes <= 0:
-    raise ValueError(
-        'Expected method.period_passes > 0, got'
-        f' period_passes={c.period_passes}.'
-    )
-  steps_per_pass = task.num_samples // task.batch_size  # Of an epoch.
-  return max(1, round(c.period_passes * steps_per_pass))
-
-
-def _local_steps(config: config_dict.ConfigDict, task: task_lib.Task) -> int:
-  """Returns the steps of the optimiser in a step of the method."""
-  c = config.method
-  is_local = c.mode == 'adapter' or c.estimator == 'fedavg'
-  if config.federated.num_clients and is_local:
-    return _period(config, task)
-  return 1
-
-
-def _policy(
-    config: config_dict.ConfigDict,
-    task: task_lib.Task,
-    prob: float | jax.Array,
-) -> adapters.ChainPolicy:
-  c = config.method
-  return methods.make_policy(
-      c.name,
-      c.rank,
-      _period(config, task) or None,
-      prob,
-      alpha=c.alpha,
-      scaling=c.scaling,
-      resample=c.resample,
-      sketch=make_sketch(config),
-      frame=c.frame,
-      init=c.init,
-      zero=c.zero,
-      warmup=c.link_warmup,
-      reset_optimizer=c.reset_optimizer,
-      rounding=c.rounding,
-      shared_coin=c.shared_coin,
-  )
-
-
-def _adapter_optimizer(
-    config: config_dict.ConfigDict, learning_rate: Any
-) -> optax.GradientTransformation:
-  c = config.method
-  parts = []
-  if c.clip_norm is not None:
-    parts.append(optax.clip_by_global_norm(c.clip_norm))
-  parts.append(_inner(config) or optax.identity())
-  if c.optimizer == 'adamw':
-    parts.append(optax.add_decayed_weights(c.weight_decay))
-  return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
-
-
-def make_sketch(config: config_dict.ConfigDict) -> sketches.Sketch:
-  """Returns the law of the subspaces."""
-  try:
-    return sketches.by_name(config.method.sketch)
-  except ValueError as e:
-    message = str(e).replace('Expected sketch', 'Expected method.sketch')
-    raise ValueError(message) from e
-
-
-def _inner(config: config_dict.ConfigDict) -> Any:
-  c = config.method
-  if c.optimizer == 'sgd':
-    return None
-  if c.optimizer == 'momentum':
-    return optax.trace(c.optimizer_momentum)
-  if c.optimizer in ('adam', 'adamw'):
-    return optax.scale_by_adam()
-  raise ValueError(
-      "Expected method.optimizer to be 'sgd', 'momentum', 'adam' or 'adamw', got"
-      f' {c.optimizer!r}.'
-  )
-
-
-def _learning_rate(
-    config: config_dict.ConfigDict, task: task_lib.Task
-) -> float:
-  """Returns gamma, from the field that is set."""
-  c = config.method
-  if c.stepsize_factor is None:
-    field, value, result = 'learning_rate', c.learning_rate, c.learning_rate
-  elif task.smoothness is None:
-    raise ValueError(
-        'Expected method.stepsize_factor with a task that knows L (quadratic,'
-        f' linear_regression), got stepsize_factor={c.stepsize_factor} with'
-        f' {task.name}.'
-    )
-  else:
-    field, value = 'stepsize_factor', c.stepsize_factor
-    result = value / task.smoothness
-  if not (math.isfinite(value) and value > 0):
-    raise ValueError(f'Expected method.{field} > 0, got {field}={value}.')
-  return result
-
-
-def make_schedule(
-    config: config_dict.ConfigDict,
-    task: task_lib.Task,
-    num_steps: int,
-    peak: float | jax.Array | None = None,
-) -> float | jax.Array | optax.Schedule:
-  """Returns the learning rate of the optimiser's steps, as optax takes it.
-
-  Args:
-    config: see `base_config`.
-    task: see `make_task`.
-    num_steps: of the run; rounds where it is federated.
-    peak: in place of the config's.
-
-  Raises:
-    ValueError: a field outside its range.
-  """
-  c = config.method
-  peak = _learning_rate(config, task) if peak is None else peak
-  num_steps *= _local_steps(config, task)
-  if not 0 <= c.warmup_steps <= num_steps:
-    raise ValueError(
-        f'Expected method.warmup_steps in [0, {num_steps}], got'
-        f' warmup_steps={c.warmup_steps}.'
-    )
-  if c.schedule not in ('constant', 'cosine'):
-    raise ValueError(
-        "Expected method.schedule to be 'constant' or 'cosine', got"
-        f' {c.schedule!r}.'
-    )
-  if c.schedule == 'constant' and c.warmup_steps == 0:
-    return peak
-  rest: optax.Schedule = optax.constant_schedule(peak)
-  if c.schedule == 'cosine':
-    steps = max(1, num_steps - c.warmup_steps)
-    rest = optax.cosine_decay_schedule(peak, steps)
-  warmup = optax.linear_schedule(0.0, peak, max(1, c.warmup_steps))
-  return optax.join_schedules([warmup, rest], [c.warmup_steps])

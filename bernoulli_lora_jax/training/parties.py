@@ -37,6 +37,7 @@ from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax.tasks import partition
 from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import federated
 from bernoulli_lora_jax.training import loop
@@ -80,7 +81,7 @@ def make_parties(config: config_dict.ConfigDict) -> Parties:
         f' who answer, got cohort={config.federated.cohort}.'
     )
   c = config.method
-  task = experiment.make_task(config)
+  task = arguments.make_task(config)
   if c.mode == 'adapter' or c.estimator == 'fedavg':
     return _local_rounds(config, task)
   if c.estimator == 'ef21':
@@ -100,18 +101,18 @@ def _local_rounds(
     config: config_dict.ConfigDict, task: task_lib.Task
 ) -> Parties:
   settings = experiment.make_settings(config, task)
-  cohort = experiment.make_cohort(config, task)
-  rounds = experiment.make_rounds(
+  cohort = arguments.make_cohort(config, task)
+  rounds = arguments.make_rounds(
       config,
       task,
-      experiment.make_schedule(config, task, settings.num_steps),
+      arguments.make_schedule(config, task, settings.num_steps),
       config.method.prob,
       num_clients=cohort.num_clients,
       weights=cohort.weights,
   )
   loss = federated.minibatch_loss(task.loss, config.task.batch_size)
   if rounds.chain is not None:
-    is_flax = experiment.is_flax(task)
+    is_flax = arguments.is_flax(task)
     enter = inject.by_product if is_flax else inject.by_addition
     loss = enter(loss)
   run_key = jax.random.key(config.seed)
@@ -177,21 +178,21 @@ class Ef21View(NamedTuple):
 
 def _ef21(config: config_dict.ConfigDict, task: task_lib.Task) -> Parties:
   settings = experiment.make_settings(config, task)
-  cohort = experiment.make_cohort(config, task)
-  compressor = experiment.make_compressor(config)
+  cohort = arguments.make_cohort(config, task)
+  compressor = arguments.make_compressor(config)
   concatenate = config.federated.concatenate
   start = config.federated.start
   run_key = jax.random.key(config.seed)
   method_key = loop.method_key(run_key)
-  make_tx = experiment.make_transformation(
+  make_tx = arguments.make_transformation(
       config,
       task,
-      experiment.make_schedule(config, task, settings.num_steps),
+      arguments.make_schedule(config, task, settings.num_steps),
       config.method.prob,
   )
   tx = make_tx(jax.random.fold_in(method_key, 1))
   key = jax.random.fold_in(method_key, 0)
-  trained = experiment.trained_leaves(config, task)
+  trained = arguments.trained_leaves(config, task)
   clients = task.data['clients']
   client_loss = partition.client_loss(task.loss)
   wire = _UpdateWire(config, task)
@@ -337,14 +338,14 @@ class _UpdateWire:
     self.is_chain = c.name != 'full'
     self.rank = c.rank
     self.prob = {'rac_left': 1.0, 'rac_right': 0.0}.get(c.name, c.prob)
-    self.matrices = experiment.make_matrices(config, task)
+    self.matrices = arguments.make_matrices(config, task)
     self.draw = jax.jit(
         lambda key, tree: links_lib.draw_links(
             key,
             matrices_lib.find(tree, self.matrices),
             ranks=[c.rank] * len(matrices_lib.find(tree, self.matrices)),
             probs=[self.prob] * len(matrices_lib.find(tree, self.matrices)),
-            sketch=experiment.make_sketch(config),
+            sketch=arguments.make_sketch(config),
             shared_coin=c.shared_coin,
         )
     )

@@ -16,6 +16,7 @@ from ml_collections import config_dict
 import tqdm
 
 from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import loop
@@ -104,9 +105,9 @@ def train(
   with bar:
     for members in groups:
       first = members[0].config
-      if task is None or experiment.task_key(first) != task_key:
-        task_key = experiment.task_key(first)
-        task, evaluators = experiment.make_task(first), {}
+      if task is None or arguments.task_key(first) != task_key:
+        task_key = arguments.task_key(first)
+        task, evaluators = arguments.make_task(first), {}
       bar.set_postfix_str(members[0].directory.parent.name)
       if _is_small(first, task):
         _train_together(members, task, bar, evaluators)
@@ -122,7 +123,7 @@ def _groups(runs: Sequence[Run]) -> list[list[Run]]:
     for field in _traced_fields(run.config):
       common[field] = 1.0
     rest = experiment.apply_overrides(run.config, common)
-    key = (experiment.task_key(rest), rest.to_json_best_effort())
+    key = (arguments.task_key(rest), rest.to_json_best_effort())
     groups.setdefault(key, []).append(run)
   return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
 
@@ -132,9 +133,9 @@ def _check(groups: Sequence[Sequence[Run]]) -> None:
   task_key, task = None, None
   for members in groups:
     first = members[0].config
-    if task is None or experiment.task_key(first) != task_key:
-      task_key, task = experiment.task_key(first), None
-      task = experiment.make_task(first)
+    if task is None or arguments.task_key(first) != task_key:
+      task_key, task = arguments.task_key(first), None
+      task = arguments.make_task(first)
     experiment.make_program(first, task)
     for config in (run.config for run in members[1:]):
       experiment.argument(config, task, 'learning_rate')
