@@ -18,7 +18,7 @@ test: $(VENV)/.installed
 
 # What is too slow for `make test`, the network of processes included.
 test-all: $(VENV)/.installed-federated
-	$(BIN)/python -m pytest -n auto -m slow
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 lint: $(VENV)/.installed-dev $(VENV)/.installed-federated
 	$(BIN)/pyink --check --quiet .
