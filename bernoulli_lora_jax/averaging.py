@@ -14,9 +14,10 @@ has the seed draws the frozen factor. Who missed rounds `catch_up`s with the
 missed means, or with W and the number of the round (`join`).
 
     rounds = bl.federated_adapters(policy, optax.sgd(0.1), num_clients=M)
-    state = rounds.init(key, params)
+    adapted = bl.inject.by_product(loss)   # loss(params, client, key)
+    state = rounds.init(init_key, params)
     state, values = jax.jit(rounds.step, static_argnums=1)(
-        state, loss, clients, key)     # clients: arrays with a leading axis M
+        state, adapted, clients, key)  # clients: arrays with a leading axis M
     params = rounds.params(state)
 
 `federated_weights` is the same with the whole weights trained (FedAvg).
@@ -37,7 +38,7 @@ from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import clients as clients_lib
 from bernoulli_lora_jax import matrices as matrices_lib
 
-_LOCAL = 0  # Purpose folded into the key of `step`; 2: clients.py.
+_LOCAL, _ROUND = range(2)  # Purposes folded into the key of `step`.
 _BITS = 8
 
 
@@ -114,7 +115,8 @@ def federated_adapters(
     With one factor trained, the merged weights are the weighted mean of the
       clients' merged weights, up to rounding.
     All clients, and the server, draw the same coins and frozen factors.
-    One client with weight 1 is the chain itself.
+    One client with weight 1 is the chain itself (one that merges: the moments of
+      LoRA and asymmetric LoRA begin anew with each round here).
 
   References:
     Malinovsky et al., RAC-LoRA, arXiv 2410.08305, algorithm of Fed-RAC-LoRA.
@@ -127,7 +129,7 @@ def federated_adapters(
         f'Expected policy.period={num_steps}, the local steps of a round, got'
         f' period={policy.period}.'
     )
-  if policy.period is not None and not policy.reset_optimizer:
+  if not policy.reset_optimizer:
     raise ValueError('Expected policy.reset_optimizer=True, got False.')
   clients = clients_lib.make_clients(num_clients, weights, cohort, axis_name)
   chain = adapters.make_chain(policy, tx, matrices)
@@ -233,18 +235,7 @@ def federated_weights(
   clients = clients_lib.make_clients(num_clients, weights, cohort, axis_name)
   tx = optax.with_extra_args_support(tx)
 
-  def moving(params):
-    if trained is None:
-      return params
-    return jax.tree.map(lambda p, t: p if t else None, params, trained(params))
-
-  def joined(params, moved):
-    return jax.tree.map(
-        lambda m, p: p if m is None else m,
-        moved,
-        params,
-        is_leaf=lambda x: x is None,
-    )
+  moving = lambda params: trained_part(params, trained)
 
   def init(key, params):
     del key
@@ -298,6 +289,26 @@ def federated_weights(
       moved_of,
       sent_numbers,
       None,
+  )
+
+
+def trained_part(params: Any, trained: Callable[[Any], Any] | None) -> Any:
+  """Returns params with None for the leaves that do not move.
+
+  Args:
+    params: tree of arrays.
+    trained: params -> tree of bool; None: all move.
+  """
+  if trained is None:
+    return params
+  return jax.tree.map(lambda p, t: p if t else None, params, trained(params))
+
+
+def joined(params: Any, moved: Any) -> Any:
+  """Returns params with the leaves of `moved` that are not None."""
+  none = lambda x: x is None
+  return jax.tree.map(
+      lambda m, p: p if m is None else m, moved, params, is_leaf=none
   )
 
 
@@ -459,7 +470,7 @@ def _make_step(
     _check_stack(numbers.size, clients)
     state = begin(state)
     # With the count, so that the key of a run draws another cohort each round.
-    round_key = jax.random.fold_in(key, state.count)
+    round_key = jax.random.fold_in(jax.random.fold_in(key, _ROUND), state.count)
     present = clients_lib.present(clients, round_key, participants)
     weights = clients_lib.effective_weights(clients, present, True)
     ours = _own(state, clients)

@@ -46,9 +46,8 @@ from bernoulli_lora_jax import compressors
 from bernoulli_lora_jax import estimators
 from bernoulli_lora_jax import matrices
 
-_COIN, _COMPRESSOR = range(
-    2
-)  # Purposes folded into a round's key; 2: clients.py.
+# Purposes folded into a round's key; 2: clients.py.
+_COIN, _COMPRESSOR = range(2)
 
 
 class QgdState(NamedTuple):
@@ -287,8 +286,8 @@ def qgd(
     E G = grad f(W), and E||G - grad f||^2 <= omega sum_l w_l^2 ||grad f_l||^2.
     The identity gives the weighted mean: gradient descent.
     T5 holds; with a cohort and equal weights with `cohort_omega`. For a mask from
-      elsewhere G is the weighted mean over those named, and nothing is claimed
-      unless each mask is drawn independently of W with equal chances.
+      elsewhere G is the weighted mean over those named, zero where nobody is, and
+      nothing is claimed.
 
   References:
     Khirirat et al., arXiv 1806.06573; Sokolov et al., arXiv 2508.03820.
@@ -387,14 +386,16 @@ def marina(
     round_key = jax.random.fold_in(state.key, state.count)
     coin = jax.random.bernoulli(jax.random.fold_in(round_key, _COIN), prob)
     is_full = coin | (state.count == 0)
-    present = clients_lib.present(
-        clients, jax.random.fold_in(state.key, state.count), participants
-    )
+    present = clients_lib.present(clients, round_key, participants)
     present = present | (is_full & (not is_masked))
 
     def whole():
       scale = clients_lib.effective_weights(clients, present, True)
-      return clients_lib.weighted_sum(updates, scale, clients)
+      mean = clients_lib.weighted_sum(updates, scale, clients)
+      is_any = jnp.any(scale > 0)
+      return jax.tree.map(
+          lambda new, old: jnp.where(is_any, new, old), mean, state.estimate
+      )
 
     def difference():
       moved = jax.tree.map(jnp.subtract, updates, state.gradients)

@@ -21,7 +21,8 @@ step is a round. Methods, all of rank 2 where they have one:
 Variants, joined by commas: one method; digits (default) or mnist; iid (default) or
 dirichlet; smoke. The sweep of a variant is all methods on its task, over
 both partitions, five seeds and a grid of six learning rates, of which the report
-takes the one with the lowest validation loss.
+takes the one with the lowest validation loss: 480 runs, digits four minutes on 16 cores,
+MNIST four minutes on an H100. Expected: docs/evidence.md.
 """
 
 from bernoulli_lora_jax.training import base_config
@@ -41,7 +42,7 @@ RATES = {
 }
 LOCAL_STEPS = {'digits': 5, 'mnist': 20}
 PARTITIONS = ('iid', 'dirichlet')
-NUM_SEEDS = {'digits': 5, 'mnist': 5}
+NUM_SEEDS = 5
 
 
 def overrides(name: str, task: str) -> dict[str, object]:
@@ -76,7 +77,7 @@ def parse(variant: str) -> tuple[str, str, str]:
   chosen = []
   for known, default in (
       (METHODS, 'bernoulli'),
-      (tuple(NUM_SEEDS), 'digits'),
+      (tuple(LOCAL_STEPS), 'digits'),
       (PARTITIONS, 'iid'),
   ):
     found = [name for name in names if name in known]
@@ -85,7 +86,7 @@ def parse(variant: str) -> tuple[str, str, str]:
     chosen += found or [default]
   for name in names:
     if name not in (*chosen, 'smoke'):
-      known = (*METHODS, *NUM_SEEDS, *PARTITIONS)
+      known = (*METHODS, *LOCAL_STEPS, *PARTITIONS)
       raise ValueError(f'Expected variants of {known} or smoke, got {name!r}.')
   return chosen[0], chosen[1], chosen[2]
 
@@ -121,7 +122,7 @@ def sweep(variant: str = ''):
     kind = method if method in ESTIMATORS else 'local'
     for partition in PARTITIONS:
       for rate in RATES[kind]:
-        for seed in range(NUM_SEEDS[task]):
+        for seed in range(NUM_SEEDS):
           runs.append(
               {
                   **overrides(method, task),

@@ -28,6 +28,7 @@ def executed(name, tmp_path):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')
 def test_lora_family(tmp_path, monkeypatch):
   monkeypatch.delenv('XLA_FLAGS')  # As at a user's.
@@ -49,6 +50,7 @@ def test_lora_family(tmp_path, monkeypatch):
   assert f'restored, accuracy on 5-9: {accuracies[-1][1]}' in text
 
 
+@pytest.mark.slow
 def test_federated(tmp_path, monkeypatch):
   monkeypatch.delenv('XLA_FLAGS')  # As at a user's.
   text = executed('federated.ipynb', tmp_path)

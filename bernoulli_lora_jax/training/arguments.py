@@ -43,7 +43,13 @@ def make_task(config: config_dict.ConfigDict) -> task_lib.Task:
 def task_key(config: config_dict.ConfigDict) -> str:
   """Returns a name of all that `make_task` reads: equal names, one task."""
   f = config.federated
-  deal = (f.num_clients, f.partition, f.alpha, f.unequal, f.seed)
+  deal = (
+      f.num_clients,
+      f.partition,
+      f.dirichlet_alpha,
+      f.unequal,
+      f.partition_seed,
+  )
   return f'{config.task.to_json_best_effort()} {deal}'
 
 
@@ -58,6 +64,11 @@ def make_parts(
   c = config.federated
   if c.num_clients == 0:
     return None
+  if not 1 <= c.num_clients <= task.num_samples:
+    raise ValueError(
+        f'Expected federated.num_clients in [0, {task.num_samples}], the'
+        f' examples of {task.name}, got num_clients={c.num_clients}.'
+    )
   data = task.data['train']
   needed = {'dirichlet': 'y', 'group': 'group'}.get(c.partition, 'index')
   if c.partition not in ('iid', 'dirichlet', 'group'):
@@ -72,12 +83,15 @@ def make_parts(
     )
   if c.partition == 'iid':
     return partition.iid(
-        task.num_samples, c.num_clients, seed=c.seed, unequal=c.unequal
+        task.num_samples,
+        c.num_clients,
+        seed=c.partition_seed,
+        unequal=c.unequal,
     )
   if c.partition == 'dirichlet':
     labels = np.asarray(data['y'])
     return partition.dirichlet(
-        labels, c.num_clients, alpha=c.alpha, seed=c.seed
+        labels, c.num_clients, alpha=c.dirichlet_alpha, seed=c.partition_seed
     )
   parts = partition.by_group(np.asarray(data['group']))
   if len(parts) != c.num_clients:
@@ -324,6 +338,28 @@ def _inner(config: config_dict.ConfigDict) -> Any:
   )
 
 
+def check_federated(config: config_dict.ConfigDict) -> None:
+  """Raises ValueError for a field that federated runs would ignore."""
+  c = config.method
+  needed: dict[str, Any] = {
+      'training.plateau_patience': 0,
+      'training.num_micro_batches': 1,
+      'training.num_full_passes': None,
+      'training.recipe': False,
+  }
+  if c.mode == 'adapter':
+    needed |= {'method.estimator': 'sgd', 'method.train_others': False}
+  if c.mode == 'adapter' or c.estimator == 'fedavg':
+    needed['federated.compressor'] = 'identity'
+  for field, value in needed.items():
+    section, name = field.split('.')
+    if config[section][name] != value:
+      raise ValueError(
+          f'Expected {field}={value!r} in federated runs of this kind, got'
+          f' {name}={config[section][name]!r}.'
+      )
+
+
 def make_cohort(
     config: config_dict.ConfigDict, task: task_lib.Task, num_devices: int = 1
 ) -> federated.Cohort:
@@ -333,14 +369,10 @@ def make_cohort(
     ValueError: a field outside its range.
   """
   f = config.federated
+  check_federated(config)
   if f.weights not in ('size', 'uniform'):
     raise ValueError(
         f"Expected federated.weights 'size' or 'uniform', got {f.weights!r}."
-    )
-  if config.training.plateau_patience:
-    raise ValueError(
-        'Expected training.plateau_patience=0 in federated runs, got'
-        f' plateau_patience={config.training.plateau_patience}.'
     )
   if f.num_clients % num_devices:
     raise ValueError(
@@ -368,9 +400,14 @@ def make_compressor(
   """
   f = config.federated
   try:
-    compressor = compressors.by_name(f.compressor, f.argument)
+    compressor = compressors.by_name(f.compressor, f.argument or None)
   except ValueError as e:
     raise ValueError(f'federated.compressor: {e}') from e
+  if f.compressor == 'powersgd' and f.concatenate:
+    raise ValueError(
+        'Expected federated.concatenate=False with powersgd, which sends vectors'
+        ' whole, got True.'
+    )
   if config.method.estimator == 'ef21' and compressor.beta is None:
     return compressors.contractive(compressor)
   return compressor

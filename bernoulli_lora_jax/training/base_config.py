@@ -82,16 +82,19 @@ def get_config() -> config_dict.ConfigDict:
   config.federated.num_clients = 0  # M; 0: not federated.
   # 'iid', 'dirichlet' (by label) or 'group' (natural ones, data['group']).
   config.federated.partition = 'iid'
-  config.federated.alpha = 0.1  # dirichlet: the smaller, the fewer labels each.
+  config.federated.dirichlet_alpha = 0.1  # The smaller, the fewer labels each.
   config.federated.unequal = False  # iid: whether sizes are log-normal.
-  config.federated.seed = 0  # Of the partition.
-  config.federated.weights = 'size'  # w_l: by 'size' or 'uniform'.
+  config.federated.partition_seed = 0
+  # w_l: by 'size' or 'uniform'. Evaluations and grad_norm_sq are of the mean over
+  # all examples, f where it is 'size'.
+  config.federated.weights = 'size'
   # Clients drawn a round; None: all take part.
   config.federated.cohort = config_dict.placeholder(int)
   # qgd, marina, ef21: 'identity', 'randk', 'topk', 'natural', 'dithering',
   # 'powersgd' or 'sign'.
   config.federated.compressor = 'identity'
-  # randk, topk: K, or a fraction below 1; dithering: levels; powersgd: rank.
+  # randk, topk: K, or a fraction below 1; dithering: levels; powersgd: rank. 0 is
+  # none, for the others (a flag cannot set None).
   config.federated.argument = config_dict.placeholder(float)
   config.federated.concatenate = False  # One vector a client, not one a leaf.
   # q of MARINA; None: compressed over whole size of a message.

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from bernoulli_lora_jax.training import base_config
+
 # Fields that may differ between the run and its continuation.
 _FREE = (
     'training.num_steps',
@@ -117,7 +119,8 @@ def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
 
   Args:
     workdir: directory of the run; made if it does not exist.
-    config: nested JSON values.
+    config: nested JSON values. A field that an older version did not have
+      counts as its default.
 
   Raises:
     ValueError: the run belongs to another configuration; the first field that
@@ -131,6 +134,8 @@ def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     except json.JSONDecodeError as e:
       raise ValueError(f'Expected {path} to be JSON: {e}.') from e
     new = flatten(json.loads(json.dumps(dict(config))))
+    defaults = json.loads(base_config.get_config().to_json_best_effort())
+    old, new = ({**flatten(defaults), **given} for given in (old, new))
     for field in sorted(old.keys() | new.keys()):
       if field not in _FREE and old.get(field) != new.get(field):
         raise ValueError(

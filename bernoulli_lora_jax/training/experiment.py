@@ -245,7 +245,7 @@ def _make_federated(
         found,
         params,
         rank=c.rank,
-        prob={'rac_left': 1.0, 'rac_right': 0.0}.get(c.name, prob),
+        prob=methods.chain_prob(c.name, prob),
         period=arguments.period_of(config, task),
         matrices=matrices,
         shared_coin=c.shared_coin,
@@ -391,7 +391,7 @@ def selection(
         {'matrix': m.path, 'shape': f'{m.m} x {m.n}', 'trained': m.m * m.n}
         for m in matrices_lib.find(params, matrices)
     ]
-  prob = {'rac_left': 1.0, 'rac_right': 0.0}.get(c.name, c.prob)
+  prob = float(methods.chain_prob(c.name, c.prob))
   return chain.describe(params, rank=c.rank, prob=prob, matrices=matrices)
 
 

@@ -98,10 +98,7 @@ def estimator_method(
   driver = parallel.make_driver('none') if driver is None else driver
   value_and_grad = jax.value_and_grad(partition.client_loss(loss), has_aux=True)
 
-  def moving(params):
-    flags = jax.tree.map(lambda _: True, params)
-    flags = flags if trained is None else trained(params)
-    return jax.tree.map(lambda p, moves: p if moves else None, params, flags)
+  moving = lambda params: averaging.trained_part(params, trained)
 
   def first(key, params):
     common: dict[str, Any] = {
@@ -162,10 +159,14 @@ def estimator_method(
     cost = jnp.asarray(cohort.share)
     if estimator == 'marina' and cohort.size is not None:
       cost = jnp.where(new[0].is_full, 1.0, 2 * cohort.share)
-    params = methods.joined(params, optax.apply_updates(ours, updates))
+    params = averaging.joined(params, optax.apply_updates(ours, updates))
     return _finish(
         state, (params, new), sent, _bits(numbers, ours, cohort), cost
     ), {'loss': value, **metrics}
+
+  passes = cohort.share
+  if estimator == 'marina' and cohort.size is not None:
+    passes *= 2  # But for the rounds of whole gradients.
 
   def counted(state, batch, key, full):
     new, metrics = step(state, batch, key, full)
@@ -182,7 +183,7 @@ def estimator_method(
       counted,
       lambda state: state.inner[0],
       methods.all_true if trained is None else trained,
-      cohort.share,
+      passes,
       per_client=per_client,
   )
 

@@ -323,11 +323,10 @@ def make_transformation(
   Raises:
     ValueError: an unknown name.
   """
-  probs = {'rac_left': 1.0, 'rac_right': 0.0, 'bernoulli': prob}
-  if name not in (*probs, 'full'):
+  known = ('rac_left', 'rac_right', 'bernoulli', 'full')
+  if name not in known:
     raise ValueError(
-        f"Expected method.name in {(*probs, 'full')} in gradient mode, got"
-        f' {name!r}.'
+        f'Expected method.name in {known} in gradient mode, got' f' {name!r}.'
     )
   if weight_decay and name != 'full':
     raise ValueError(
@@ -350,7 +349,7 @@ def make_transformation(
           chain.scale_by_bernoulli_chain(
               key,
               rank=rank,
-              prob=probs[name],
+              prob=chain_prob(name, prob),
               inner=inner,
               matrices=matrices,
               **chain_args,
@@ -359,6 +358,11 @@ def make_transformation(
     return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
 
   return make_tx
+
+
+def chain_prob(name: str, prob: float | jax.Array) -> float | jax.Array:
+  """Returns P(left) of 'rac_left', 'rac_right' or 'bernoulli'."""
+  return {'rac_left': 1.0, 'rac_right': 0.0}.get(name, prob)
 
 
 def matrices_only(
@@ -373,14 +377,6 @@ def adapted_leaves(chain: adapters.Chain, params: Any) -> Any:
   chosen = {one.matrix.index for one in chain.adapted(params)}
   leaves, treedef = jax.tree.flatten(params)
   return treedef.unflatten([i in chosen for i in range(len(leaves))])
-
-
-def joined(params: Any, moved: Any) -> Any:
-  """Returns params with the leaves of `moved` that are not None."""
-  none = lambda x: x is None
-  return jax.tree.map(
-      lambda m, p: p if m is None else m, moved, params, is_leaf=none
-  )
 
 
 def all_true(params: Any) -> Any:

@@ -197,10 +197,7 @@ def _ef21(config: config_dict.ConfigDict, task: task_lib.Task) -> Parties:
   client_loss = partition.client_loss(task.loss)
   wire = _UpdateWire(config, task)
 
-  def moving(params):
-    if trained is None:
-      return params
-    return jax.tree.map(lambda p, t: p if t else None, params, trained(params))
+  moving = lambda params: averaging.trained_part(params, trained)
 
   @jax.jit
   def gradient(params, clients, number, count):
@@ -208,7 +205,7 @@ def _ef21(config: config_dict.ConfigDict, task: task_lib.Task) -> Parties:
 
     def value(ours):
       noise = loop.noise_key(run_key, count)
-      return client_loss(methods.joined(params, ours), client, noise)[0]
+      return client_loss(averaging.joined(params, ours), client, noise)[0]
 
     return jax.grad(value)(moving(params))
 
@@ -299,7 +296,7 @@ def _ef21(config: config_dict.ConfigDict, task: task_lib.Task) -> Parties:
     ours = moving(params)
     # The state of a chain without `inner` does not depend on the gradient.
     _, opt_state = tx.update(updates, opt_state, ours)
-    params = methods.joined(params, optax.apply_updates(ours, updates))
+    params = averaging.joined(params, optax.apply_updates(ours, updates))
     return params, opt_state
 
   def apply(view, broadcast):
@@ -337,7 +334,7 @@ class _UpdateWire:
       )
     self.is_chain = c.name != 'full'
     self.rank = c.rank
-    self.prob = {'rac_left': 1.0, 'rac_right': 0.0}.get(c.name, c.prob)
+    self.prob = methods.chain_prob(c.name, c.prob)
     self.matrices = arguments.make_matrices(config, task)
     self.draw = jax.jit(
         lambda key, tree: links_lib.draw_links(
@@ -349,11 +346,11 @@ class _UpdateWire:
             shared_coin=c.shared_coin,
         )
     )
-    self.period = c.period
+    self.period = arguments.period_of(config, task)
 
   def _links(self, opt_state, tree):
     (state,) = chain_lib.states(opt_state)
-    key = jax.random.fold_in(state.key, state.count // self.period)
+    key = jax.random.fold_in(state.key, jnp.asarray(state.count) // self.period)
     return matrices_lib.find(tree, self.matrices), self.draw(key, tree)
 
   def pack(self, opt_state: Any, updates: Any) -> Payload:

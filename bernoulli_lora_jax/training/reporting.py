@@ -73,7 +73,7 @@ def task_name(run: Run) -> str:
   f = run.config['federated']
   law = {
       'iid': 'IID' + (', unequal' if f['unequal'] else ''),
-      'dirichlet': f'Dirichlet({f["alpha"]:g})',
+      'dirichlet': f'Dirichlet({f["dirichlet_alpha"]:g})',
       'group': 'by group',
   }[f['partition']]
   return f'{name}, {f["num_clients"]} clients, {law}'
@@ -123,7 +123,7 @@ def _estimator(run: Run) -> str:
   text = {'randk': 'RandK', 'topk': 'TopK'}.get(
       f['compressor'], f['compressor']
   )
-  if f['argument'] is not None:
+  if f['argument']:
     is_part = f['compressor'] in ('randk', 'topk') and f['argument'] < 1
     text += f' {100 * f["argument"]:g}%' if is_part else f' {f["argument"]:g}'
   return f'{method["estimator"].upper()} {text}'
@@ -171,23 +171,26 @@ def groups(runs: Iterable[Run]) -> dict[tuple[str, str, str], list[Run]]:
 
 
 _IGNORED = {  # No variants, or in the names already.
-    'learning_rate',
-    'stepsize_factor',
-    'data_dir',
-    'num_clients',
-    'partition',
-    'alpha',
-    'unequal',
-    'compressor',
-    'argument',
+    'task': {'data_dir'},
+    'method': {'learning_rate', 'stepsize_factor'},
+    'federated': {
+        'num_clients',
+        'partition',
+        'dirichlet_alpha',
+        'unequal',
+        'compressor',
+        'argument',
+    },
 }
 
 
 def _varied_fields(runs: Sequence[Run]) -> list[tuple[str, str]]:
-  """Returns the fields of task and method that differ beside the rate."""
+  """Returns (section, field) of what differs in a group beside the rate."""
   first, varied = runs[0].config, []
-  for section in ('task', 'method', 'federated'):
-    for field in sorted(first.get(section, {}).keys() - _IGNORED):
+  for section, ignored in _IGNORED.items():
+    if section == 'federated' and not is_federated(runs[0]):
+      continue  # Old runs have no such section.
+    for field in sorted(first[section].keys() - ignored):
       values = [run.config[section].get(field) for run in runs]
       if field == 'prob' and first['method']['name'] != 'bernoulli':
         continue
@@ -326,7 +329,7 @@ def traffic(runs: Sequence[Run], target: float) -> list[dict[str, Any]]:
   Returns:
     One row a method: rounds and megabytes a client, up and down, at the first
     evaluation that reached the target, means over the runs that did; and the
-    kilobytes of a round.
+    kilobytes of a round, the mean over all rounds of all runs.
   """
   rows = []
   for (task, method, rank_text), members in groups(
@@ -346,24 +349,26 @@ def traffic(runs: Sequence[Run], target: float) -> list[dict[str, Any]]:
         'method': method,
         'rank': rank_text,
         'rate': f'{learning_rate(members[0]):g}',
-        'kB up a round': _kilobytes(last, 'round_bits_up', count),
-        'kB down a round': _kilobytes(last, 'round_bits_down', count),
+        'kB up a round': _a_round(last, 'bits_up', count),
+        'kB down a round': _a_round(last, 'bits_down', count),
         f'reached {100 * target:g}%': f'{len(reached)} of {len(members)}',
         'rounds': round(steps) if reached else '-',
     }
     for name, text in (('bits_up', 'MB up'), ('bits_down', 'MB down')):
-      value = _kilobytes(reached, name, count) / 1000
+      bits = sum(line.get(name, 0.0) for line in reached)
+      value = bits / max(1, len(reached)) / count / 8e6
       row[text] = f'{value:.3g}' if reached else '-'
     rows.append(row)
   return rows
 
 
-def _kilobytes(
-    lines: Sequence[Mapping[str, float]], name: str, num_clients: int
+def _a_round(
+    last: Sequence[Mapping[str, float]], name: str, num_clients: int
 ) -> float:
-  """Returns the mean of a number of bits over lines, in kilobytes a client."""
-  total = sum(line.get(name, 0.0) for line in lines)
-  return round(total / max(1, len(lines)) / num_clients / 8e3, 2)
+  """Returns the kilobytes a client and round, from the last lines of runs."""
+  total = sum(line.get(name, 0.0) for line in last)
+  rounds = sum(line['step'] for line in last)
+  return round(total / max(1, rounds) / num_clients / 8e3, 2)
 
 
 def write_csv(path: str | pathlib.Path, rows: Sequence[Mapping[str, Any]]):
