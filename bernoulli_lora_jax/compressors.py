@@ -133,7 +133,9 @@ def randk(k: int | None = None, *, fraction: float | None = None) -> Compressor:
 def topk(k: int | None = None, *, fraction: float | None = None) -> Compressor:
   """Returns TopK: the K elements of largest magnitude.
 
-  Their places travel as packed indices or as a bitmap, whichever is less.
+  Their places travel as packed indices or as a bitmap, whichever is less. Under
+  `jit` with a sharded axis of clients XLA gathers what `lax.top_k` sorts on every
+  device; under `pmap` and `shard_map` each device sorts its own.
 
   Args:
     k: K >= 1, at most d elements are sent.

@@ -1011,6 +1011,21 @@ class TransformTest(parameterized.TestCase):
           jax.tree.map(lambda leaf, i=i: leaf[i], batch),
       )
 
+  @parameterized.parameters('randk', 'natural', 'dithering', 'sign')
+  def test_a_sharded_stack_of_clients_is_not_gathered(self, name):
+    mesh = jax.make_mesh(
+        (8,), ('clients',), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    split = jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec('clients')
+    )
+    keys = jax.random.split(jax.random.key(0), 16)
+    keys, x = jax.device_put((keys, normal((16, 12, 9))), split)
+    run = jax.jit(jax.vmap(functools.partial(restore, COMPRESSORS[name])))
+    text = run.lower(keys, x).compile().as_text()
+    for collective in ('all-gather', 'all-to-all', 'all-reduce'):
+      self.assertNotIn(f'{collective}(', text)
+
   @parameterized.parameters(
       'randk', 'topk', 'natural', 'dithering', 'fresh', 'sign'
   )
