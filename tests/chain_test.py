@@ -11,6 +11,7 @@ from jax.extend import core as jex_core
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import bernoulli_lora_jax as bl
 from bernoulli_lora_jax import chain
@@ -757,6 +758,7 @@ class NumericsTest(parameterized.TestCase):
     self.assertEqual(few, many)
     self.assertEqual(few[0], 3 * 2)  # Three lengths, Cholesky-QR twice.
 
+  @pytest.mark.slow
   def test_112_matrices_compile_fast_and_use_little_memory(self):
     tree = transformer(16, 2048, 512, 8192)
     leaves = jax.tree.leaves(tree)

@@ -68,6 +68,7 @@ class RunTest(parameterized.TestCase):
   @parameterized.parameters(
       ('ef21', 'jit'), ('marina', 'pmap'), ('bernoulli', 'pmap')
   )
+  @pytest.mark.slow
   def test_devices_give_the_same_run(self, variant, driver):
     one, _, _ = run(small_config(variant))
     config = small_config(
@@ -82,6 +83,7 @@ class RunTest(parameterized.TestCase):
       self.assertEqual(leaf.addressable_shards[0].data.shape[0], 1)
 
   @parameterized.parameters('ef21', 'bernoulli')
+  @pytest.mark.slow
   def test_resumed_run_equals_the_unbroken_one(self, variant):
     config = small_config(
         variant,

@@ -106,6 +106,7 @@ class TogetherTest(parameterized.TestCase):
             result.summary[name], summary[name], rtol=2e-4
         )
 
+  @pytest.mark.slow
   def test_early_stopping_and_plateaus_are_kept_for_each_run(self):
     config = small_config(
         training__num_steps=120,
@@ -371,6 +372,7 @@ class AdapterRunTest(parameterized.TestCase):
     self.assertEqual(lines_of(self.tmp / 'cut'), lines_of(self.tmp / 'whole'))
 
   @parameterized.parameters('jit', 'pmap')
+  @pytest.mark.slow
   def test_devices_give_the_same_run(self, kind):
     experiment.train(small_config(), self.tmp / 'one')
     experiment.train(small_config(training__parallel=kind), self.tmp / kind)

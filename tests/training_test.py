@@ -375,6 +375,7 @@ class ParallelTest(parameterized.TestCase):
   @parameterized.parameters(
       ('jit', 'none', 8), ('none', 'pmap', 4), ('pmap', 'jit', 2)
   )
+  @pytest.mark.slow
   def test_checkpoint_moves_to_other_devices(self, first, second, count):
     half = small_config(training__num_steps=12, training__parallel=first)
     whole = small_config(
