@@ -15,45 +15,86 @@ derived anew; Li et al., PAGE, arXiv 2008.10898.
 
 from collections.abc import Sequence
 import math
+from typing import Any
+
+from bernoulli_lora_jax import sketches
+
+
+def matrix_eigenvalues(
+    shapes: Sequence[tuple[int, int]],
+    *,
+    rank: int | Sequence[int],
+    prob: float | Sequence[float],
+    sketch: sketches.Sketch | None = None,
+) -> list[tuple[float, float]]:
+  """Returns the extreme eigenvalues of E[H] for each matrix.
+
+  Args:
+    shapes: (m, n) of each matrix.
+    rank: dimension of the subspaces, clipped to each side; one for all or one
+      for each matrix.
+    prob: P(left), in [0, 1]; one for all or one for each.
+    sketch: law of the subspaces, default `sketches.gaussian()`.
+
+  Returns:
+    (low, high) of each matrix: prob low_m + (1 - prob) low_n, for isotropic
+    sketches both prob min(rank, m)/m + (1 - prob) min(rank, n)/n.
+
+  Raises:
+    ValueError: no shapes, a rank below 1, a prob outside [0, 1], or another number
+      of ranks or probs.
+  """
+  check(len(shapes) > 0, 'at least one shape', shapes=shapes)
+  ranks = _one_each('rank', rank, len(shapes))
+  probs = _one_each('prob', prob, len(shapes))
+  sketch = sketches.gaussian() if sketch is None else sketch
+  side = lambda dim, r: (
+      (1.0, 1.0) if r >= dim else sketch.mean_eigenvalues(dim, r)
+  )
+  found = []
+  for (m, n), r, p in zip(shapes, ranks, probs, strict=True):
+    check(m >= 1 and n >= 1, 'shapes of positive lengths', shape=(m, n))
+    check(r >= 1, 'rank >= 1', rank=r)
+    check(0 <= p <= 1, 'prob in [0, 1]', prob=p)
+    left, right = side(m, r), side(n, r)
+    low, high = (p * left[i] + (1 - p) * right[i] for i in (0, 1))
+    found.append((low, high))
+  return found
 
 
 def chain_eigenvalues(
     shapes: Sequence[tuple[int, int]],
     *,
-    rank: int,
-    prob: float,
+    rank: int | Sequence[int],
+    prob: float | Sequence[float],
     all_trained: bool = True,
+    sketch: sketches.Sketch | None = None,
 ) -> tuple[float, float]:
-  """Returns (lmin, lmax) of a tree of matrices under isotropic sketches.
+  """Returns (lmin, lmax) of a tree of matrices.
 
   Args:
     shapes: (m, n) of each matrix.
-    rank: dimension of the subspaces, clipped to each side.
-    prob: P(left), in [0, 1].
+    rank: as for `matrix_eigenvalues`, like prob and sketch.
+    prob: P(left).
     all_trained: False when other leaves are trained in full beside the chain;
       they count with lambda = 1.
+    sketch: law of the subspaces.
 
   Returns:
-    The least and largest over matrices of
-    prob min(rank, m)/m + (1 - prob) min(rank, n)/n.
+    The least and largest over matrices.
 
   Raises:
-    ValueError: no shapes, rank < 1 or prob outside [0, 1].
+    ValueError: see `matrix_eigenvalues`.
   """
-  _check(rank >= 1, 'rank >= 1', rank=rank)
-  _check(0 <= prob <= 1, 'prob in [0, 1]', prob=prob)
-  _check(len(shapes) > 0, 'at least one shape', shapes=shapes)
-  lambdas = [
-      prob * min(rank, m) / m + (1 - prob) * min(rank, n) / n for m, n in shapes
-  ]
+  each = matrix_eigenvalues(shapes, rank=rank, prob=prob, sketch=sketch)
   if not all_trained:
-    lambdas.append(1.0)
-  return min(lambdas), max(lambdas)
+    each = [*each, (1.0, 1.0)]
+  return min(low for low, _ in each), max(high for _, high in each)
 
 
 def gd(*, smoothness: float) -> float:
   """Returns 1/L (T1, with and without PL)."""
-  _check_positive(smoothness=smoothness)
+  check_positive(smoothness=smoothness)
   return 1 / smoothness
 
 
@@ -90,20 +131,20 @@ def sgd(
   Raises:
     ValueError: a constant outside its range.
   """
-  _check_positive(smoothness=smoothness)
-  _check_lambdas(lmin, lmax)
-  _check(slope >= 0, 'slope >= 0', slope=slope)
+  check_positive(smoothness=smoothness)
+  check_lambdas(lmin, lmax)
+  check(slope >= 0, 'slope >= 0', slope=slope)
   if bounded_variance:
-    _check(growth >= 1, 'growth >= 1', growth=growth)
+    check(growth >= 1, 'growth >= 1', growth=growth)
     bounds = [1 / (smoothness * (1 + (growth - 1) * lmax / lmin))]
   else:
-    _check_positive(growth=growth)
+    check_positive(growth=growth)
     bounds = [lmin / (smoothness * growth * lmax)]
   if slope > 0 and num_steps is not None:
-    _check_positive(num_steps=num_steps)
+    check_positive(num_steps=num_steps)
     bounds.append(1 / math.sqrt(smoothness * lmax * slope * num_steps))
   if slope > 0 and pl is not None:
-    _check_positive(pl=pl)
+    check_positive(pl=pl)
     bounds.append(pl * lmin / (2 * smoothness * slope * lmax))
   return min(bounds)
 
@@ -141,17 +182,17 @@ def page(
   Raises:
     ValueError: a constant outside its range.
   """
-  _check_positive(smoothness=smoothness, batch_size=batch_size)
-  _check(
+  check_positive(smoothness=smoothness, batch_size=batch_size)
+  check(
       mean_smoothness >= 0,
       'mean_smoothness >= 0',
       mean_smoothness=mean_smoothness,
   )
-  _check(0 < prob <= 1, 'prob in (0, 1]', prob=prob)
-  _check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
+  check(0 < prob <= 1, 'prob in (0, 1]', prob=prob)
+  check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
   inverse_batch = 1 / batch_size
   if num_samples is not None:
-    _check(
+    check(
         num_samples >= batch_size,
         'num_samples >= batch_size',
         num_samples=num_samples,
@@ -192,14 +233,14 @@ def mvr(
   Raises:
     ValueError: a constant outside its range.
   """
-  _check_positive(smoothness=smoothness)
-  _check(
+  check_positive(smoothness=smoothness)
+  check(
       mean_smoothness >= 0,
       'mean_smoothness >= 0',
       mean_smoothness=mean_smoothness,
   )
-  _check(0 <= momentum < 1, 'momentum in [0, 1)', momentum=momentum)
-  _check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
+  check(0 <= momentum < 1, 'momentum in [0, 1)', momentum=momentum)
+  check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
   b = 1 - momentum
   factor = 2 if pl is None else 4
   root = math.sqrt(factor * lmax * momentum**2 / (b * (2 - b)))
@@ -231,22 +272,23 @@ def qgd(
     lmax: largest eigenvalue of E[H], in [lmin, 1].
     num_steps: T >= 1.
     weights: w_l >= 0, normalised to sum 1; None for 1/M.
-    pl: mu; the stepsize is also at most mu lmin / (2 L A lmax).
+    pl: mu; the stepsize is then at most mu lmin / (2 L A lmax), whatever T.
 
   Returns:
-    min{1/L, 1/sqrt(L A lmax T)}. The bounded-variance form of T2 with B = 1.
+    min{1/L, 1/sqrt(L A lmax T)}, under PL min{1/L, mu lmin / (2 L A lmax)}. The
+    bounded-variance form of T2 with B = 1.
 
   Raises:
     ValueError: a constant outside its range.
   """
-  _check(omega >= 0, 'omega >= 0', omega=omega)
-  pairs = _clients(client_smoothness, weights)
+  check(omega >= 0, 'omega >= 0', omega=omega)
+  pairs = clients(client_smoothness, weights)
   return sgd(
       smoothness=smoothness,
       lmin=lmin,
       lmax=lmax,
       slope=omega * max(w * each for w, each in pairs),
-      num_steps=num_steps,
+      num_steps=num_steps if pl is None else None,
       bounded_variance=True,
       pl=pl,
   )
@@ -285,12 +327,12 @@ def marina(
   Raises:
     ValueError: a constant outside its range.
   """
-  _check_positive(smoothness=smoothness)
-  _check(omega >= 0, 'omega >= 0', omega=omega)
-  _check(0 < prob <= 1, 'prob in (0, 1]', prob=prob)
-  _check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
+  check_positive(smoothness=smoothness)
+  check(omega >= 0, 'omega >= 0', omega=omega)
+  check(0 < prob <= 1, 'prob in (0, 1]', prob=prob)
+  check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
   total = sum(
-      (w * each) ** 2 for w, each in _clients(client_smoothness, weights)
+      (w * each) ** 2 for w, each in clients(client_smoothness, weights)
   )
   factor = 1 if pl is None else 2
   root = math.sqrt(factor * lmax * (1 - prob) * omega * total / prob)
@@ -328,10 +370,10 @@ def ef21(
   Raises:
     ValueError: a constant outside its range.
   """
-  _check_positive(smoothness=smoothness)
-  _check(0 < beta <= 1, 'beta in (0, 1]', beta=beta)
-  _check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
-  total = sum(w * each**2 for w, each in _clients(client_smoothness, weights))
+  check_positive(smoothness=smoothness)
+  check(0 < beta <= 1, 'beta in (0, 1]', beta=beta)
+  check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
+  total = sum(w * each**2 for w, each in clients(client_smoothness, weights))
   theta = beta / (1 + math.sqrt(1 - beta))  # 1 - sqrt(1 - beta), exactly.
   factor = 1 if pl is None else 2
   root = math.sqrt(factor * lmax * (1 - beta) * total) / theta
@@ -364,8 +406,8 @@ def nonsmooth(
   Raises:
     ValueError: a constant outside its range.
   """
-  _check_positive(distance=distance, lipschitz=lipschitz, num_steps=num_steps)
-  _check_lambdas(lmin, lmax)
+  check_positive(distance=distance, lipschitz=lipschitz, num_steps=num_steps)
+  check_lambdas(lmin, lmax)
   return distance / (lipschitz * math.sqrt(lmax * num_steps))
 
 
@@ -392,7 +434,7 @@ def polyak_damping(*, lmin: float, lmax: float) -> float:
   Raises:
     ValueError: a constant outside its range.
   """
-  _check_lambdas(lmin, lmax)
+  check_lambdas(lmin, lmax)
   return lmin / lmax
 
 
@@ -404,21 +446,21 @@ def _with_pl(
     return stepsize
   if lmin is None:
     raise ValueError('Expected lmin with pl, got lmin=None.')
-  _check_positive(pl=pl, lmin=lmin)
+  check_positive(pl=pl, lmin=lmin)
   return min(stepsize, rate / (2 * pl * lmin))
 
 
-def _clients(
+def clients(
     smoothness: Sequence[float], weights: Sequence[float] | None
 ) -> list[tuple[float, float]]:
   """Returns (w_l, L_l) of each client, the weights of sum 1."""
-  _check(
+  check(
       len(smoothness) > 0 and all(0 < each < math.inf for each in smoothness),
       'client_smoothness > 0 and finite, one a client',
       client_smoothness=smoothness,
   )
   weights = [1.0] * len(smoothness) if weights is None else weights
-  _check(
+  check(
       len(weights) == len(smoothness)
       and all(0 <= w < math.inf for w in weights)
       and sum(weights) > 0,
@@ -431,16 +473,27 @@ def _clients(
   ]
 
 
-def _check_lambdas(lmin: float, lmax: float) -> None:
-  _check(0 < lmin <= lmax <= 1, '0 < lmin <= lmax <= 1', lmin=lmin, lmax=lmax)
+def _one_each(name: str, value: Any, count: int) -> list[Any]:
+  """Returns a value for each of `count` matrices."""
+  if not isinstance(value, Sequence):
+    return [value] * count
+  check(len(value) == count, f'{count} values of {name}', **{name: value})
+  return list(value)
 
 
-def _check_positive(**values: float) -> None:
+def check_lambdas(lmin: float, lmax: float) -> None:
+  """Raises ValueError unless 0 < lmin <= lmax <= 1."""
+  check(0 < lmin <= lmax <= 1, '0 < lmin <= lmax <= 1', lmin=lmin, lmax=lmax)
+
+
+def check_positive(**values: float) -> None:
+  """Raises ValueError for a value that is not above zero, by its name."""
   for name, value in values.items():
-    _check(value > 0, f'{name} > 0', **{name: value})
+    check(value > 0, f'{name} > 0', **{name: value})
 
 
-def _check(condition: bool, expected: str, **values) -> None:
+def check(condition: bool, expected: str, **values: Any) -> None:
+  """Raises ValueError('Expected ..., got name=value.') unless it holds."""
   if not condition:
     got = ', '.join(f'{name}={value}' for name, value in values.items())
     raise ValueError(f'Expected {expected}, got {got}.')

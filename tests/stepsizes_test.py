@@ -146,7 +146,10 @@ class ClosedFormTest(parameterized.TestCase):
       (dict(weights=(0.0, 5.0)), 1 / math.sqrt(2 * 24 * 0.4 * 10_000)),
       # PL: mu lmin / (2 L A lmax) = 0.1 mu / 19.2.
       (dict(pl=0.3), 0.03 / 19.2),
-      (dict(pl=10.0), 1 / math.sqrt(96_000)),
+      # T does not matter then.
+      (dict(pl=10.0), 1 / 19.2),
+      (dict(pl=10.0, num_steps=1), 1 / 19.2),
+      (dict(pl=1000.0), 0.5),
       # kappa does not enter without PL: B = 1.
       (dict(lmin=0.4), 1 / math.sqrt(96_000)),
   )

@@ -100,6 +100,9 @@ def make_task(
       evaluate=evaluate,
       num_samples=size,
       batch_size=batch_size,
+      lower_bound=0.0,
+      outputs=lambda params, batch: logits(params, batch['x']),
+      criterion='cross_entropy',
   )
   settings = {
       'recipe': _RECIPE,

@@ -120,6 +120,7 @@ def make_task(problem: Problem, *, batch_size: int) -> task_lib.Task:
       evaluate=evaluate,
       num_samples=size,
       batch_size=batch_size,
+      lower_bound=0.0,
       smoothness=problem.smoothness,
   )
 

@@ -42,5 +42,6 @@ def make_task() -> task_lib.Task:
       num_samples=1,
       batch_size=1,
       optimum=OPTIMUM,
+      lower_bound=OPTIMUM,
       smoothness=SMOOTHNESS,
   )

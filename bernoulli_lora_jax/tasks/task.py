@@ -32,6 +32,12 @@ class Task(NamedTuple):
   num_samples: int  # Examples of the training split.
   batch_size: int
   optimum: float | None = None  # f* where it is known.
+  lower_bound: float | None = None  # Of f, where one is known.
+  # (params, batch) -> (b, K) float, without noise, where the loss is the mean of
+  # a convex function `criterion` of each row: 'cross_entropy' (batch['y'] are
+  # classes), 'squared' (half of the square) or 'absolute' (batch['y'] are numbers).
+  outputs: Callable[[Any, Batch], jax.Array] | None = None
+  criterion: str | None = None
   smoothness: float | None = None  # L where it is known.
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 import math
 import pathlib
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.figure
 import numpy as np
@@ -25,6 +25,15 @@ _COLOURS = [
     '#56B4E9',
     '#E69F00',
 ]
+
+
+def style(i: int) -> dict[str, Any]:
+  """Returns colour, line style and marker of the i-th curve of a figure."""
+  return {
+      'color': _COLOURS[i % len(_COLOURS)],
+      'linestyle': _STYLES[(i + i // len(_COLOURS)) % len(_STYLES)],
+      'marker': _MARKERS[i % len(_MARKERS)],
+  }
 
 
 _MOST_PROBS = 3  # Curves of Bernoulli-LoRA a panel; `plot_prob` has all.
@@ -138,11 +147,9 @@ def plot(
           values.x,
           transform(values.mean),
           label=name,
-          color=_COLOURS[i % len(_COLOURS)],
-          linestyle=_STYLES[(i + i // len(_COLOURS)) % len(_STYLES)],
-          marker=_MARKERS[i % len(_MARKERS)],
           markersize=4,
           markevery=0.1 if len(values.x) > 40 else (i % 4, 4),
+          **style(i),
       )[0]
       bad = sum('diverged' in run.summary for run in members)
       if bad:
@@ -153,7 +160,7 @@ def plot(
           transform(values.mean + values.half),
           alpha=0.15,
           linewidth=0,
-          color=_COLOURS[i % len(_COLOURS)],
+          color=style(i)['color'],
       )
     if shown != '-':
       panel.set_title(f'rank {shown}')
@@ -269,10 +276,8 @@ def plot_prob(runs: Sequence[Run]) -> matplotlib.figure.Figure | None:
         [points[p].mean() for p in x],
         error,
         label=f'{name}, rank {rank_text}',
-        color=_COLOURS[i % len(_COLOURS)],
-        linestyle=_STYLES[i % len(_STYLES)],
-        marker=_MARKERS[i % len(_MARKERS)],
         capsize=3,
+        **style(i),
     )
   names = {'test_accuracy': 'test accuracy, %', 'train_gap': 'f - f*'}
   panel.set_xlabel('p = P(left): the left factor is frozen, the right trained')

@@ -1,0 +1,1 @@
+"""Experiments that check the theory, each with its tables and figures."""

@@ -1,0 +1,1 @@
+"""Guarantees as numbers: what is proved, and whether a run keeps to it."""
