@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import matplotlib.figure
 
+from bernoulli_lora_jax.training import reporting
+
 
 class Study(NamedTuple):
   """The result of a study, ready to be shown."""
@@ -43,3 +45,19 @@ def write(
       writer.writerows(rows)
     written.append(path)
   return written
+
+
+def show(
+    study: Study,
+    directory: str | pathlib.Path,
+    prefix: str,
+    style: str = 'simple',
+) -> None:
+  """Prints tables and notes, writes the files and prints their paths."""
+  for title, rows in study.tables.items():
+    print(f'\n{title}\n{reporting.table(rows, style)}')
+  print()
+  for note in study.notes:
+    print(f'- {note}')
+  for path in write(study, directory, prefix) if directory else []:
+    print(path)

@@ -694,10 +694,10 @@ def _fewest_steps(
   """Returns (stepsize, T) of fewest steps, None where no T reaches the target."""
   limit_of, bound = METHODS[estimator]
   known = {'lmin': found.lmin, 'lmax': found.lmax, **constants}
-  bound_at = lambda steps, gamma: _call(
+  bound_at = lambda steps, gamma: call(
       bound, known | {'num_steps': steps, 'stepsize': gamma}
   )
-  limit = _call(limit_of, known | {'num_steps': 1})
+  limit = call(limit_of, known | {'num_steps': 1})
   best = None
   for j in range(161):
     gamma = limit * 2 ** (-j / 8)
@@ -780,8 +780,8 @@ def _names(f: Callable[..., Any]) -> frozenset[str]:
   return frozenset(inspect.signature(f).parameters)
 
 
-def _call(f: Callable[..., Any], values: dict[str, Any]) -> Any:
-  """Calls f with those of the values that it names."""
+def call(f: Callable[..., Any], values: dict[str, Any]) -> Any:
+  """Returns f called with those of the values that it names."""
   names = _names(f)
   return f(**{name: value for name, value in values.items() if name in names})
 

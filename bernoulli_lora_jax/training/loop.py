@@ -497,11 +497,17 @@ def _save(
   saver.save(progress.step, tree)
 
 
+def empty_progress() -> dict[str, jax.Array]:
+  """Returns the entry 'progress' of a checkpoint at step 0."""
+  return jax.tree.map(jnp.asarray, Progress(0, 0, 0.0, 0, 0, 0.0)._asdict())
+
+
 def _restore(
     saver: checkpoint.Checkpointer, state: Any, best: Any
 ) -> tuple[Any, Any, Progress]:
-  numbers = jax.tree.map(jnp.asarray, Progress(0, 0, 0.0, 0, 0, 0.0)._asdict())
-  tree = saver.restore({'method': state, 'best': best, 'progress': numbers})
+  tree = saver.restore(
+      {'method': state, 'best': best, 'progress': empty_progress()}
+  )
   found = {name: value.item() for name, value in tree['progress'].items()}
   return tree['method'], tree['best'], Progress(**found)
 

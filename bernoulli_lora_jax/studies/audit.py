@@ -1,0 +1,357 @@
+"""Audits a finished run: its constants, its assumptions, its bound.
+
+The run is replayed from its configuration, which takes as long as the run did,
+and must end in its checkpoint; the constants are estimated at points along the
+path. L, Lbar and sigma^2 seen along a path are at most the true ones, mu at least,
+so the bound printed is an estimate and no certificate. The bound is of an
+expectation, the measured curve is one run.
+"""
+
+import math
+import pathlib
+from typing import Any
+
+import jax
+import matplotlib.figure
+import numpy as np
+import tqdm
+
+from bernoulli_lora_jax import chain
+from bernoulli_lora_jax.studies import constants as constants_lib
+from bernoulli_lora_jax.studies import guarantee
+from bernoulli_lora_jax.studies import runs
+from bernoulli_lora_jax.studies import study
+from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.theory import audit as audit_lib
+from bernoulli_lora_jax.training import arguments
+from bernoulli_lora_jax.training import experiment
+from bernoulli_lora_jax.training import figures
+from bernoulli_lora_jax.training import methods
+from bernoulli_lora_jax.training import reporting
+
+_CLOSE = 1e-3  # Of the checkpoint, relative: the replay took the same path.
+_MOST_LINKS = 2000  # Of which the subspaces are drawn again.
+
+
+def measured(run: reporting.Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns steps, ||grad||^2 there, and its mean over the steps before.
+
+  It is exact where every step is evaluated, trapezoidal between others.
+  """
+  lines = [line for line in run.metrics if 'grad_norm_sq' in line]
+  if len(lines) < 2:
+    raise ValueError(
+        'Expected evaluations with grad_norm_sq (training.eval_gradient), got'
+        f' {len(lines)} in {run.path / "metrics.jsonl"}.'
+    )
+  steps = np.asarray([line['step'] for line in lines], float)
+  norms = np.asarray([line['grad_norm_sq'] for line in lines])
+  gaps = np.diff(steps)
+  middle = np.where(gaps == 1, norms[:-1], (norms[1:] + norms[:-1]) / 2)
+  areas = gaps * middle
+  means = np.concatenate([norms[:1], np.cumsum(areas) / steps[1:]])
+  return steps, norms, means
+
+
+def audit(
+    directory: str | pathlib.Path,
+    *,
+    num_points: int = 8,
+    num_products: int = 12,
+    num_batches: int = 32,
+    progress: bool = True,
+) -> study.Study:
+  """Audits a run directory.
+
+  Args:
+    directory: of a finished run with checkpoints.
+    num_points: of the path at which constants are estimated, >= 2.
+    num_products: Hessian-vector products a point, >= 1.
+    num_batches: minibatches a point, >= 2.
+    progress: whether to show progress bars.
+
+  Returns:
+    Tables of the constants, of the realised lambda, of the assumptions, and of
+    the bound beside the measured mean; a figure of both curves.
+
+  Raises:
+    ValueError: a directory without a finished run, or without checkpoints.
+  """
+  finished = runs.load(directory)
+  config = finished.config
+  jax.config.update('jax_enable_x64', config.x64)
+  task = arguments.make_task(config)
+  program = experiment.make_program(config, task)
+  method = program.method
+  num_steps = int(finished.run.summary['step'])
+  bar = lambda total, unit: tqdm.tqdm(
+      total=total, unit=unit, disable=not progress
+  )
+  with bar(num_steps, 'step') as steps:
+    path = runs.replay(finished, program, num_points, steps.update)
+  with bar(len(path.points), 'point') as points:
+    found = constants_lib.estimate(
+        finished,
+        task,
+        method,
+        path,
+        num_products=num_products,
+        num_batches=num_batches,
+        report=points.update,
+    )
+  bound = guarantee.find_bound(finished, task, method, found)
+  realised = _realised(finished, task, method, path)
+  tables = {
+      'constants': _constant_rows(task, found),
+      'assumptions': _assumption_rows(finished, task, found, bound, path),
+      'bound and run': _bound_rows(finished, bound),
+  }
+  if realised:
+    tables['lambda'] = realised
+  return study.Study(
+      tables,
+      {'bound': _figure(finished, bound)},
+      _notes(finished, bound),
+  )
+
+
+def _realised(
+    finished: runs.Finished,
+    task: task_lib.Task,
+    method: methods.Method,
+    path: runs.Path,
+) -> list[dict[str, Any]]:
+  """Returns the table of the realised lambda, of the chain's draws."""
+  config = finished.config
+  is_rounds = config.federated.num_clients and config.method.mode == 'adapter'
+  if not guarantee.is_chain(config) or is_rounds:
+    return []
+  if method.chain is not None:
+    key = path.start.chain.key
+  else:
+    key = chain.states(path.start)[0].key
+  found, ranks, probs = guarantee.drawn(finished, task, method)
+  period = arguments.period_of(config, task)
+  num_links = min(
+      math.ceil(int(finished.run.summary['step']) / period), _MOST_LINKS
+  )
+  rows = audit_lib.realised_eigenvalues(
+      key,
+      num_links,
+      found,
+      ranks=ranks,
+      probs=probs,
+      sketch=arguments.make_sketch(config),
+      shared_coin=config.method.shared_coin,
+  )
+  return [
+      {
+          'matrix': row.path,
+          'links': num_links,
+          'left, %': 100 * row.left,
+          'mean lambda': row.mean,
+          'least': row.low,
+          'largest': row.high,
+          'exact least': row.exact[0],
+          'exact largest': row.exact[1],
+      }
+      for row in rows
+  ]
+
+
+def _constant_rows(
+    task: task_lib.Task, found: constants_lib.Constants
+) -> list[dict[str, Any]]:
+  rows = [
+      (
+          'L',
+          found.smoothness,
+          'from below: Hessians and differences on the path',
+      ),
+      ('L between points', found.local_smoothness, 'from below'),
+      ('least curvature', found.least_curvature, 'below 0: not convex there'),
+      ('Lbar, examples', found.mean_smoothness, 'from below'),
+      ('Lbar, minibatches', found.batch_smoothness, 'from below'),
+      ('sigma^2', found.variance, 'from below: largest on the path'),
+      ('A', found.slope, 'fitted, E||g - grad||^2 <='),
+      ('B', found.growth, '2A(f - f_inf) + (B - 1)||grad||^2 + C'),
+      ('C', found.noise, 'at all points'),
+      ('mu', found.pl, 'from above: least PL ratio on the path'),
+      ('D0', found.initial_gap, f'f(W_0) - {found.lower_bound:.6g}'),
+  ]
+  if task.smoothness is not None:
+    rows.insert(1, ('L known', task.smoothness, 'exact'))
+  rows += [
+      (f'L of client {i}', value, 'from below')
+      for i, value in enumerate(found.client_smoothness)
+  ]
+  return [{'constant': n, 'value': float(v), 'what': w} for n, v, w in rows]
+
+
+def _assumption_rows(
+    finished: runs.Finished,
+    task: task_lib.Task,
+    found: constants_lib.Constants,
+    bound: guarantee.Bound,
+    path: runs.Path,
+) -> list[dict[str, Any]]:
+  config = finished.config
+  rows = [
+      (
+          'the replay is the run',
+          f'relative distance of the ends {path.error:.2g}',
+          path.error <= _CLOSE,
+      ),
+      (
+          'a guarantee speaks of the method',
+          bound.theorem or bound.reason,
+          bool(bound.theorem),
+      ),
+  ]
+  if bound.limit is not None:
+    gamma = guarantee.stepsize_of(finished, task)
+    rows.append(
+        (
+            'stepsize within its limit',
+            f'{gamma:.4g} <= {bound.limit:.4g} (estimate, from above)',
+            gamma <= bound.limit,
+        )
+    )
+  if config.method.estimator in ('sgd', 'page', 'mvr'):
+    noisy = config.task.dropout > 0 and 'accuracy' in ''.join(
+        finished.run.metrics[-1]
+    )
+    rows.append(
+        (
+            'minibatch gradients unbiased for f',
+            'f is taken without dropout' if noisy else 'no noise but the draw',
+            not noisy,
+        )
+    )
+    is_fresh = task.name in ('linear_regression', 'l1_regression')
+    rows.append(
+        (
+            'minibatches independent',
+            'drawn with replacement' if is_fresh else 'epochs of a shuffle',
+            is_fresh,
+        )
+    )
+  rows += [
+      (
+          'f bounded below',
+          f'by {found.lower_bound:.6g}'
+          + ('' if task.lower_bound is not None else ', the least seen'),
+          task.lower_bound is not None,
+      ),
+      (
+          'smooth: one L for the path',
+          f'L of Hessians and differences at most {found.smoothness:.4g}'
+          + (
+              ''
+              if task.smoothness is None
+              else f', known {task.smoothness:.4g}'
+          ),
+          task.smoothness is None
+          or found.smoothness <= task.smoothness * (1 + 1e-3),
+      ),
+      (
+          'PL on the path',
+          f'mu at most {found.pl:.3g}; not needed for this bound',
+          found.pl > 0,
+      ),
+      (
+          'convex on the path',
+          f'least curvature {found.least_curvature:.3g}; not needed',
+          found.least_curvature >= -1e-6 * found.smoothness,
+      ),
+  ]
+  return [
+      {'assumption': a, 'found': b, 'held': 'yes' if held else 'no'}
+      for a, b, held in rows
+  ]
+
+
+def _bound_rows(
+    finished: runs.Finished, bound: guarantee.Bound
+) -> list[dict[str, Any]]:
+  steps, norms, means = measured(finished.run)
+  chosen = np.unique(np.geomspace(1, len(steps) - 1, 8).round().astype(int))
+  rows = []
+  for i in chosen:
+    row = {
+        'steps': int(steps[i]),
+        'squared gradient norm': norms[i],
+        'mean so far': means[i],
+    }
+    if bound.curve is not None:
+      value = float(bound.curve(steps[i]))
+      name = 'reference' if bound.reason else 'bound (estimate)'
+      row |= {name: value, f'{name.split()[0]} / mean': value / means[i]}
+    rows.append(row)
+  return rows
+
+
+def _notes(finished: runs.Finished, bound: guarantee.Bound) -> list[str]:
+  if bound.reason:
+    shown = f' Shown beside it: {bound.label}.' if bound.curve else ''
+    return [f'No guarantee speaks of this run: {bound.reason}.{shown}']
+  steps, _, means = measured(finished.run)
+  assert bound.curve is not None
+  values = bound.curve(steps[1:])
+  held = np.all(means[1:] <= values)
+  return [
+      f'{bound.theorem} with estimated constants'
+      + (' lies above' if held else ' does NOT lie above')
+      + ' the measured mean at every evaluation; at the end it is'
+      f' {values[-1] / means[-1]:.3g} times as large.',
+      'L, Lbar, sigma^2 are estimates from below and mu from above: the bound'
+      ' printed is an estimate. It is of an expectation; the run is one draw.',
+  ]
+
+
+def _figure(
+    finished: runs.Finished, bound: guarantee.Bound
+) -> matplotlib.figure.Figure:
+  steps, norms, means = measured(finished.run)
+  figure = matplotlib.figure.Figure(figsize=(7.2, 4.4), layout='constrained')
+  panel = figure.subplots()
+  many = {'markersize': 4, 'markevery': 0.1}
+  panel.plot(
+      steps[1:],
+      means[1:],
+      label='run: mean over the steps so far',
+      **many,
+      **figures.style(0),
+  )
+  panel.plot(
+      steps[1:],
+      norms[1:],
+      label='run: at the step',
+      linewidth=1,
+      **many,
+      **figures.style(3),
+  )
+  if bound.curve is not None:
+    panel.plot(
+        steps[1:],
+        bound.curve(steps[1:]),
+        label=bound.label,
+        **many,
+        **figures.style(1),
+    )
+  panel.set_xscale('log')
+  panel.set_yscale('log')
+  panel.set_xlabel('steps')
+  panel.set_ylabel('squared gradient norm, trained leaves')
+  title = (
+      f'{reporting.task_name(finished.run)}: {reporting.label(finished.run)}'
+  )
+  panel.set_title(
+      title
+      if bound.curve is not None
+      else f'{title}\n(no bound: {bound.reason})',
+      fontsize=10,
+  )
+  panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
+  panel.legend(fontsize=9)
+  return figure

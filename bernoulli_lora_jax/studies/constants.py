@@ -1,0 +1,183 @@
+"""The constants of a run, estimated along its path over the trained leaves."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bernoulli_lora_jax import averaging
+from bernoulli_lora_jax.studies import runs
+from bernoulli_lora_jax.tasks import partition
+from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.theory import audit as audit_lib
+from bernoulli_lora_jax.training import arguments
+from bernoulli_lora_jax.training import loop
+from bernoulli_lora_jax.training import methods
+
+
+class Constants(NamedTuple):
+  """Estimates along a path, over the trained leaves."""
+
+  smoothness: float  # L, from below.
+  least_curvature: float  # Least eigenvalue of a Hessian: below 0, not convex.
+  local_smoothness: float  # L, from below, between points.
+  mean_smoothness: float  # Lbar of single examples, from below.
+  batch_smoothness: float  # Lbar of minibatches, from below.
+  variance: float  # sigma^2 of a minibatch's gradient, from below.
+  slope: float  # A, B and C, with E||g - grad||^2 in place of E||g||^2
+  growth: float  # (B >= 1).
+  noise: float
+  pl: float  # mu, from above.
+  initial_gap: float  # D0 = f(W_0) - f_inf.
+  lower_bound: float  # f_inf, or what is known below it.
+  best: float  # Least f at a point.
+  client_smoothness: tuple[float, ...]
+  client_error: float  # sum_l w_l ||grad f_l(W_0)||^2
+
+
+def estimate(
+    finished: runs.Finished,
+    task: task_lib.Task,
+    method: methods.Method,
+    path: runs.Path,
+    *,
+    num_products: int = 12,
+    num_batches: int = 32,
+    report: Callable[[int], Any] = lambda points: None,
+) -> Constants:
+  """Estimates the constants at the points of a path.
+
+  Args:
+    finished: the run.
+    task: what it trained.
+    method: how; names the leaves that move.
+    path: see `runs.replay`.
+    num_products: Hessian-vector products a point.
+    num_batches: minibatches a point, >= 2.
+    report: called with 1 after each point.
+  """
+  if num_batches < 2:
+    raise ValueError(f'Expected batches >= 2, got batches={num_batches}.')
+  key = jax.random.key(finished.config.seed)
+  moving = lambda params: averaging.trained_part(params, method.trained)
+  of = lambda part, params: averaging.joined(params, part)
+
+  def loss(part, params, batch, key):
+    return task.loss(of(part, params), batch, key)[0]
+
+  def whole(part, params, data):
+    return loss(part, params, data['train'], None)
+
+  def batch_grad(part, params, batch):
+    return jax.grad(loss)(part, params, batch['batch'], batch['key'])
+
+  def batches(data, size):
+    """Returns minibatches; of single examples where size is 1."""
+
+    def draw(i):
+      one_key = jax.random.fold_in(key, i)
+      noise = loop.noise_key(key, i)
+      if size == 1:
+        rows = jax.random.randint(one_key, (1,), 0, task.num_samples)
+        return {'batch': task_lib.take(data['train'], rows), 'key': noise}
+      return {'batch': plain.batch(data, one_key, jnp.int32(0)), 'key': noise}
+
+    return jax.vmap(draw)(jnp.arange(num_batches))
+
+  is_federated = 'clients' in task.data
+  plain = task
+  if is_federated:  # Its minibatch is all there is.
+    plain = task._replace(batch=task_lib.uniform_batch(task.batch_size))
+
+  @jax.jit
+  def at_point(params, data, key):
+    part = moving(params)
+    f = lambda part: whole(part, params, data)
+    value, full = jax.value_and_grad(f)(part)
+    norm, low = audit_lib.smoothness(f, part, key, num_steps=num_products)
+    grad = lambda part, batch: batch_grad(part, params, batch)
+    found = audit_lib.moments(grad, full, part, batches(data, None))
+    square = sum(jnp.vdot(g, g) for g in jax.tree.leaves(full))
+    return value, square, norm, low, found
+
+  @jax.jit
+  def between(a, b, data):
+    parts = moving(a), moving(b)
+    full = lambda part: jax.grad(whole)(part, a, data)
+    grad = lambda part, batch: batch_grad(part, a, batch)
+    one = lambda size: audit_lib.mean_smoothness(
+        grad, *parts, batches(data, size)
+    )
+    return audit_lib.local_smoothness(full, *parts), one(1), one(None)
+
+  rows, pairs = [], []
+  for i, params in enumerate(path.points):
+    rows.append(at_point(params, task.data, jax.random.fold_in(key, i)))
+    if i:
+      pairs.append(between(path.points[i - 1], params, task.data))
+    report(1)
+  values, norms = ([float(row[i]) for row in rows] for i in (0, 1))
+  variances = [float(row[4].variance) for row in rows]
+  pairs = np.asarray(pairs, float)
+  bound = task.optimum if task.optimum is not None else task.lower_bound
+  lower = min(values) if bound is None else bound
+  best = min(values) if task.optimum is None else task.optimum
+  gaps = [max(value - lower, 0.0) for value in values]
+  fitted = audit_lib.fit_second_moment(gaps, norms, variances)
+  hessian = max(float(row[2]) for row in rows)
+  clients, error = (), 0.0
+  if is_federated:
+    clients, error = _clients(finished, task, path.points, moving, num_products)
+  return Constants(
+      smoothness=max(hessian, pairs[:, 0].max()),
+      least_curvature=min(float(row[3]) for row in rows),
+      local_smoothness=pairs[:, 0].max(),
+      mean_smoothness=pairs[:, 1].max(),
+      batch_smoothness=pairs[:, 2].max(),
+      variance=max(variances),
+      slope=fitted.slope,
+      growth=1 + fitted.growth,
+      noise=fitted.noise,
+      pl=audit_lib.pl_constant([value - best for value in values], norms),
+      initial_gap=gaps[0],
+      lower_bound=lower,
+      best=min(values),
+      client_smoothness=clients,
+      client_error=error,
+  )
+
+
+def _clients(
+    finished: runs.Finished,
+    task: task_lib.Task,
+    points: list[Any],
+    moving: Callable[[Any], Any],
+    num_products: int,
+) -> tuple[tuple[float, ...], float]:
+  """Returns L_l of each client, and sum_l w_l ||grad f_l(W_0)||^2."""
+  client_loss = partition.client_loss(task.loss)
+
+  @jax.jit
+  def of_clients(params, data):
+    part = moving(params)
+
+    def of_client(client):
+      f = lambda part: client_loss(
+          averaging.joined(params, part), client, None
+      )[0]
+      norm, _ = audit_lib.smoothness(
+          f, part, jax.random.key(0), num_steps=num_products
+      )
+      square = sum(jnp.vdot(g, g) for g in jax.tree.leaves(jax.grad(f)(part)))
+      return norm, square
+
+    return jax.lax.map(of_client, data['clients'])
+
+  found = [of_clients(params, task.data) for params in points]
+  weights = np.asarray(arguments.make_cohort(finished.config, task).weights)
+  return (
+      tuple(np.max([np.asarray(norms) for norms, _ in found], 0).tolist()),
+      float(weights @ np.asarray(found[0][1])),
+  )

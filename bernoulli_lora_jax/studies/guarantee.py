@@ -1,0 +1,249 @@
+"""Which guarantee speaks of a run, and its bound with estimated constants."""
+
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import config_dict
+import numpy as np
+
+from bernoulli_lora_jax import averaging
+from bernoulli_lora_jax import federated as federated_lib
+from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax.studies import constants as constants_lib
+from bernoulli_lora_jax.studies import runs
+from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.theory import bounds
+from bernoulli_lora_jax.training import arguments
+from bernoulli_lora_jax.training import federated
+from bernoulli_lora_jax.training import methods
+
+
+class Bound(NamedTuple):
+  """The guarantee beside a run, and whether it speaks of it."""
+
+  theorem: str  # 'T1', ..., or '' for none.
+  # (steps) -> bound of the mean squared gradient norm; None for no chain.
+  curve: Callable[[np.ndarray], np.ndarray] | None
+  limit: float | None  # Largest stepsize that the theorem allows.
+  reason: str  # Why it does not speak of the run, '' if it does.
+  label: str  # Of the curve.
+
+
+def spectrum_of(
+    finished: runs.Finished, task: task_lib.Task, method: methods.Method
+) -> bounds.Spectrum:
+  """Returns lmin, lmax of a run; both 1 for full fine-tuning."""
+  c = finished.config.method
+  if c.name == 'full':
+    return bounds.Spectrum((), 1.0, 1.0)
+  found, ranks, probs = drawn(finished, task, method)
+  return bounds.spectrum(
+      [(m.m, m.n) for m in found],
+      rank=ranks,
+      prob=probs,
+      sketch=arguments.make_sketch(finished.config),
+      all_trained=not c.train_others,
+  )
+
+
+def drawn(
+    finished: runs.Finished, task: task_lib.Task, method: methods.Method
+) -> tuple[list[matrices_lib.Matrix], list[int], list[float]]:
+  """Returns what a chain draws for: matrices, ranks, probs."""
+  params = task.init(jax.random.key(0))
+  c = finished.config.method
+  if method.chain is not None:
+    adapted = method.chain.adapted(params)
+    return (
+        [one.matrix for one in adapted],
+        [one.rank for one in adapted],
+        [float(one.prob) for one in adapted if one.prob is not None],
+    )
+  found = matrices_lib.find(
+      params, arguments.make_matrices(finished.config, task)
+  )
+  prob = float(methods.chain_prob(c.name, c.prob))
+  return found, [c.rank] * len(found), [prob] * len(found)
+
+
+def is_chain(config: config_dict.ConfigDict) -> bool:
+  """Returns whether the links of a run are the chain's (A1)."""
+  return config.method.name in ('rac_left', 'rac_right', 'bernoulli')
+
+
+def why_uncovered(config: config_dict.ConfigDict, task: task_lib.Task) -> str:
+  """Returns the reason why no guarantee speaks of a run, '' if one does."""
+  c = config.method
+  if not is_chain(config) and c.name != 'full':
+    return f'{c.name} is no chain of projections'
+  if c.optimizer != 'sgd':
+    return f'{c.optimizer} in place of plain steps'
+  if c.schedule != 'constant' or c.warmup_steps or c.link_warmup:
+    return 'a stepsize that changes'
+  if c.clip_norm is not None:
+    return 'clipped gradients'
+  if c.estimator == 'fedavg':
+    return 'several local steps'
+  if config.federated.num_clients and c.mode == 'adapter':
+    return 'federated rounds of adapters'
+  if config.federated.cohort is not None and c.estimator == 'ef21':
+    return 'EF21 with cohorts'
+  if c.mode == 'adapter' and c.frame == 'raw':
+    return 'raw factors: the step is no projection'
+  if not c.resample:
+    return 'one subspace kept'
+  is_plain_gd = c.estimator == 'gd' or task.batch_size == task.num_samples
+  if arguments.period_of(config, task) > 1 and c.name != 'full':
+    if not is_plain_gd:
+      return 'links of several minibatch steps'
+    if c.mode == 'gradient':
+      return 'links of several steps: use adapter mode to have T1'
+  if config.training.plateau_patience:
+    return 'a stepsize that drops on plateaus'
+  return ''
+
+
+def find_bound(
+    finished: runs.Finished,
+    task: task_lib.Task,
+    method: methods.Method,
+    found: constants_lib.Constants,
+) -> Bound:
+  """Returns the guarantee of a run with estimated constants."""
+  config = finished.config
+  reason = why_uncovered(config, task)
+  c = config.method
+  if not is_chain(config) and c.name != 'full':
+    return Bound('', None, None, reason, '')
+  spectrum = spectrum_of(finished, task, method)
+  if reason:
+
+    def reference(steps):
+      return bounds.gd(
+          np.maximum(1, np.asarray(steps)),
+          initial_gap=found.initial_gap,
+          stepsize=1 / found.smoothness,
+          smoothness=found.smoothness,
+          lmin=spectrum.lmin,
+      )
+
+    label = 'T1 of plain GD with gamma = 1/L, not of this run'
+    return Bound('', reference, None, reason, label)
+  estimator = c.estimator
+  gamma = stepsize_of(finished, task)
+  if c.mode == 'adapter' and task.batch_size == task.num_samples:
+    estimator = 'gd'
+  theorem = {
+      'gd': 'T1',
+      'sgd': 'T2',
+      'page': 'T3',
+      'mvr': 'T4',
+      'qgd': 'T5',
+      'marina': 'T6',
+      'ef21': 'T7',
+  }[estimator]
+  constants: dict[str, Any] = {
+      'initial_gap': found.initial_gap,
+      'smoothness': found.smoothness,
+      'lmin': spectrum.lmin,
+  }
+  if estimator != 'gd':
+    constants['lmax'] = spectrum.lmax
+  if estimator == 'sgd':
+    constants |= {
+        'bounded_variance': True,
+        'slope': 0.0,
+        'growth': 1.0,
+        'noise': found.variance,
+    }
+  elif estimator == 'page':
+    b = task.batch_size
+    constants |= {
+        'mean_smoothness': found.mean_smoothness,
+        'prob': b / (b + task.num_samples)
+        if c.page_prob is None
+        else c.page_prob,
+        'batch_size': b,
+    }
+  elif estimator == 'mvr':
+    constants |= {
+        'mean_smoothness': found.batch_smoothness,
+        'momentum': c.mvr_momentum,
+        'variance': found.variance,
+        'initial_error': found.variance,
+    }
+  elif estimator in federated.ESTIMATORS:
+    constants |= _federated_constants(finished, task, method, found)
+  period = arguments.period_of(config, task) if c.name != 'full' else 1
+
+  limit_of, bound = bounds.METHODS[estimator]
+  limit = bounds.call(
+      limit_of,
+      {**constants, 'num_steps': int(finished.run.summary['step'])},
+  )
+  stepsize = min(gamma, limit)
+
+  def curve(steps):
+    # With K plain GD steps a link, T1 counts links.
+    links = np.maximum(1, np.asarray(steps) // period)
+    return bound(links, stepsize=stepsize, **constants)
+
+  label = f'{theorem}, estimated constants'
+  if gamma > limit:
+    reason = f'its stepsize {gamma:.3g} is {gamma / limit:.3g} times the limit'
+    label = f'{theorem} with gamma = {limit:.3g}, not of this run'
+  return Bound(theorem, curve, limit, reason, label)
+
+
+def _federated_constants(
+    finished: runs.Finished,
+    task: task_lib.Task,
+    method: methods.Method,
+    found: constants_lib.Constants,
+) -> dict[str, Any]:
+  """Returns the constants of T5, T6 or T7."""
+  c, f = finished.config.method, finished.config.federated
+  compressor = arguments.make_compressor(finished.config)
+  params = task.init(jax.random.key(0))
+  part = averaging.trained_part(params, method.trained)
+  shapes = [x.shape for x in jax.tree.leaves(part)]
+  if f.concatenate:
+    shapes = [(sum(math.prod(shape) for shape in shapes),)]
+  weights = arguments.make_cohort(finished.config, task).weights
+  result: dict[str, Any] = {
+      'client_smoothness': found.client_smoothness,
+      'weights': weights,
+  }
+  if c.estimator == 'ef21':
+    assert compressor.beta is not None
+    beta = min(compressor.beta(shape) for shape in shapes)
+    share = {'full': 0.0, 'compressed': 1 - beta, 'zero': 1.0}[f.start]
+    return result | {'beta': beta, 'initial_error': share * found.client_error}
+  if compressor.omega is None:
+    raise ValueError(
+        f'Expected an unbiased compressor with {c.estimator}, got'
+        f' {compressor.name}.'
+    )
+  result['omega'] = max(compressor.omega(shape) for shape in shapes)
+  if c.estimator == 'qgd':  # f_l >= the lower bound, f_inf <= the best seen.
+    gap = max(found.best - found.lower_bound, 0.0)
+    return result | {'client_gap': gap}
+  prob = f.marina_prob
+  if prob is None:
+    small, size = federated_lib.message_bits(
+        compressor, part, concatenate=f.concatenate
+    )
+    prob = min(1.0, small / size)
+  return result | {'prob': prob}
+
+
+def stepsize_of(finished: runs.Finished, task: task_lib.Task) -> float:
+  """Returns gamma of A1; in adapter mode s^2 times the learning rate."""
+  gamma = arguments.learning_rate_of(finished.config, task)
+  c = finished.config.method
+  if c.mode == 'adapter' and c.alpha is not None:
+    rank = c.rank if c.scaling == 'rank' else math.sqrt(c.rank)
+    gamma *= (c.alpha / rank) ** 2
+  return gamma

@@ -1,0 +1,122 @@
+"""A finished run: read from its directory, and trained again along its path."""
+
+from collections.abc import Callable
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import config_dict
+import numpy as np
+
+from bernoulli_lora_jax.training import base_config
+from bernoulli_lora_jax.training import checkpoint
+from bernoulli_lora_jax.training import loop
+from bernoulli_lora_jax.training import reporting
+
+
+class Finished(NamedTuple):
+  """A run directory, read and checked."""
+
+  run: reporting.Run
+  config: config_dict.ConfigDict
+
+
+class Path(NamedTuple):
+  """A replayed run."""
+
+  steps: list[int]
+  points: list[Any]  # Params at those steps.
+  start: Any  # State at step 0.
+  error: float  # ||end - checkpoint|| / ||checkpoint - start||.
+
+
+def load(directory: str | pathlib.Path) -> Finished:
+  """Reads a finished run.
+
+  Args:
+    directory: of one run, as `launch/train.py` wrote it.
+
+  Raises:
+    ValueError: no finished run, several, or one without checkpoints.
+  """
+  directory = pathlib.Path(directory)
+  for name in ('config.json', 'summary.json', 'metrics.jsonl'):
+    if not (directory / name).exists():
+      raise ValueError(
+          f'Expected a finished run with {name}, got {directory}: give the'
+          ' --workdir of one launch/train.py.'
+      )
+  saved = directory / 'checkpoints'
+  if not saved.is_dir() or not any(p.name.isdigit() for p in saved.iterdir()):
+    raise ValueError(
+        f'Expected checkpoints in {saved}, got none: runs that were trained'
+        ' together (launch/sweep.py) write none, launch/train.py does.'
+    )
+  (run,) = reporting.load_runs([directory])
+  if 'diverged' in run.summary:
+    raise ValueError(f'Expected a run that ended, got {run.summary}.')
+  config = base_config.get_config()
+  known = checkpoint.flatten(config.to_dict())
+  for field, value in checkpoint.flatten(run.config).items():
+    if field not in known:
+      raise ValueError(
+          f'Expected a field of base_config, got {field}={value!r} in'
+          f' {directory / "config.json"}.'
+      )
+    if value is not None:
+      value = tuple(value) if isinstance(value, list) else value
+      config.update_from_flattened_dict({field: value})
+  with config.unlocked():
+    config.training.progress = False
+  return Finished(run, config)
+
+
+def replay(
+    finished: Finished,
+    program: loop.Program,
+    num_points: int,
+    report: Callable[[int], Any] = lambda steps: None,
+) -> Path:
+  """Trains the run again and keeps points of its path.
+
+  Args:
+    finished: the run.
+    program: of its configuration.
+    num_points: kept, >= 2, about evenly spaced, first and last included.
+    report: called with the steps done.
+  """
+  if num_points < 2:
+    raise ValueError(f'Expected points >= 2, got points={num_points}.')
+  num_steps = int(finished.run.summary['step'])
+  every = min(program.settings.eval_every, num_steps)
+  count = math.ceil(num_steps / every)
+  kept = np.linspace(0, count, num_points).round().astype(int) * every
+  wanted = {min(int(step), num_steps) for step in kept}
+  key = jax.random.key(finished.config.seed)
+  start = program.start(key)
+  state = program.put(jax.tree.map(jnp.copy, start))
+  steps, points = [0], [program.params(state)]
+  for begin in range(0, num_steps, every):
+    num = min(every, num_steps - begin)
+    state, _ = program.prepare(state, key, begin, num)(state, key, begin)
+    report(num)
+    if begin + num in wanted:
+      steps.append(begin + num)
+      points.append(program.params(state))
+  like = {
+      'method': program.get(state),
+      'best': points[0],
+      'progress': loop.empty_progress(),
+  }
+  with checkpoint.Checkpointer(finished.run.path) as saver:
+    saved = program.params(program.put(saver.restore(like)['method']))
+  distance = lambda a, b: math.sqrt(
+      sum(
+          float(jnp.sum((x - y) ** 2))
+          for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+      )
+  )
+  moved = distance(saved, points[0]) or 1.0
+  return Path(steps, points, start, distance(points[-1], saved) / moved)
