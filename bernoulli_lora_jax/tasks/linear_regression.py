@@ -69,23 +69,33 @@ def make_problem(
   return Problem(x, y, lam, 3 * lam, constants['start'])
 
 
-def make_task(problem: Problem, *, batch_size: int) -> task_lib.Task:
+def make_task(
+    problem: Problem,
+    *,
+    batch_size: int,
+    shape: tuple[int, int] | None = None,
+) -> task_lib.Task:
   """Returns the task of minimising f over W, shape (side, side).
 
   Args:
     problem: data and constants.
     batch_size: rows a minibatch, drawn with replacement.
+    shape: (m, n) of W with m n = d; None for a square.
 
   Returns:
     A `Task` in the default float dtype.
 
   Raises:
-    ValueError: batch_size outside [1, N], or d not a square.
+    ValueError: batch_size outside [1, N], d not a square, or m n not d.
   """
   size, dim = problem.x.shape
-  side = int(round(dim**0.5))
-  if side**2 != dim:
-    raise ValueError(f'Expected task.dim to be a square, got dim={dim}.')
+  if shape is None:
+    side = int(round(dim**0.5))
+    if side**2 != dim:
+      raise ValueError(f'Expected task.dim to be a square, got dim={dim}.')
+    shape = side, side
+  if shape[0] * shape[1] != dim:
+    raise ValueError(f'Expected m n = {dim}, got shape={shape}.')
   if not 1 <= batch_size <= size:
     raise ValueError(
         f'Expected task.batch_size in [1, {size}], got batch_size={batch_size}.'
@@ -105,9 +115,7 @@ def make_task(problem: Problem, *, batch_size: int) -> task_lib.Task:
 
   return task_lib.Task(
       name='linear_regression',
-      init=lambda key: {
-          'w': jnp.asarray(problem.start.reshape(side, side), dtype)
-      },
+      init=lambda key: {'w': jnp.asarray(problem.start.reshape(shape), dtype)},
       data={
           'train': {
               'x': jnp.asarray(problem.x, dtype),
