@@ -13,7 +13,8 @@ of the model (TF32, bfloat16) unless `jax_default_matmul_precision` says
 
 Reference: Sokolov et al., Bernoulli-LoRA, arXiv 2508.03820 (H_A, H_B);
 Ailon and Chazelle, The fast Johnson-Lindenstrauss transform (SRHT);
-Fukaya et al., CholeskyQR2 (orthonormalisation).
+Fukaya et al., CholeskyQR2 (orthonormalisation); Madow, On the theory of
+systematic sampling II, 1949 (weighted_coordinate).
 """
 
 from collections.abc import Callable
@@ -22,10 +23,12 @@ from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 Sampler = Callable[[jax.Array, int, int, Any], jax.Array]
+Weights = Callable[[int], np.typing.ArrayLike] | float
 Basis = jax.Array | None  # None: the whole space, Q = I, never stored.
 
 
@@ -108,11 +111,11 @@ class Sketch:
   def mean_eigenvalues(self, dim: int, rank: int) -> tuple[float, float]:
     """Returns the least and largest eigenvalue of E[H] for frames.
 
-    (rank/dim, rank/dim) for the sketches of this file: exact for gaussian,
-    rademacher and coordinate (their laws are invariant under signed
-    permutations of the rows, completions included) and for srht when dim is a
-    power of two; for other dims srht is isotropic only in the limit of large
-    dim. Raises ValueError for rank outside [1, dim].
+    (rank/dim, rank/dim) for the sketches of this file but weighted_coordinate:
+    exact for gaussian, rademacher and coordinate (their laws are invariant
+    under signed permutations of the rows, completions included) and for srht
+    when dim is a power of two; for other dims srht is isotropic only in the
+    limit of large dim. Raises ValueError for rank outside [1, dim].
     """
     _check_rank(rank, dim)
     return self.spectrum(dim, rank)
@@ -168,6 +171,87 @@ def coordinate() -> Sketch:
   return Sketch('coordinate', _coordinate, rows=_subset)
 
 
+def weighted_coordinate(weights: Weights) -> Sketch:
+  """Returns the sketch of a subset of rows, some likelier than others.
+
+  Row i is among the `rank` chosen with probability min(1, c w_i), the c that
+  makes these sum to rank: Madow's systematic sampling of the rows in random
+  order, in integers. With equal weights it has the law of `coordinate`, to
+  the rounding of probabilities (`inclusion_probabilities`).
+
+  Args:
+    weights: dim -> (dim,) positive weights, of any scale; or their ratio
+      w_1 / w_dim > 0, geometric in between.
+
+  Returns:
+    A `Sketch`, with a name that `by_name` reads where weights is a ratio.
+
+  Raises:
+    TypeError: weights neither a function nor a number.
+    ValueError: a ratio that is not positive and finite; where dim and rank are
+      known, weights of another shape, not positive and finite, or so unequal
+      that a probability rounds to zero.
+
+  Guarantees:
+    Always `rank` distinct rows.
+    E[H] is diagonal with `inclusion_probabilities` on it, and `mean_eigenvalues`
+      are their extremes, exactly.
+
+  References:
+    Madow, On the theory of systematic sampling, II, 1949.
+  """
+  name = 'weighted_coordinate'
+  if not callable(weights):
+    if isinstance(weights, bool) or not isinstance(weights, (int, float)):
+      raise TypeError(
+          f'Expected weights to be a function or a number, got {weights!r}.'
+      )
+    if not 0 < weights < np.inf:
+      raise ValueError(
+          f'Expected weights > 0 and finite, got weights={weights}.'
+      )
+    name = f'{name}:{weights!r}'
+
+  def rows(key, dim, rank):
+    return _systematic(key, _shares(weights, dim, rank), rank)
+
+  def spectrum(dim, rank):
+    probabilities = inclusion_probabilities(weights, dim, rank)
+    return float(probabilities.min()), float(probabilities.max())
+
+  return Sketch(
+      name,
+      lambda key, dim, rank, dtype: _one_hot_columns(
+          rows(key, dim, rank), dim, dtype
+      ),
+      rows=rows,
+      spectrum=spectrum,
+  )
+
+
+def inclusion_probabilities(
+    weights: Weights, dim: int, rank: int
+) -> np.ndarray:
+  """Returns the diagonal of E[H] of `weighted_coordinate`, in float64.
+
+  min(1, c w_i) rounded up or down to a multiple of 1 / _unit(rank), which is
+  less than rank 2^-29.
+
+  Args:
+    weights: see `weighted_coordinate`.
+    dim: number of rows.
+    rank: number of chosen rows, in [1, dim].
+
+  Returns:
+    (dim,) in (0, 1], of sum rank.
+
+  Raises:
+    ValueError: see `weighted_coordinate`; rank outside [1, dim].
+  """
+  _check_rank(rank, dim)
+  return _shares(weights, dim, rank) / _unit(rank)
+
+
 def srht() -> Sketch:
   """Returns the subsampled randomised Hadamard transform.
 
@@ -183,9 +267,22 @@ def srht() -> Sketch:
 def by_name(name: str) -> Sketch:
   """Returns the sketch of this file with a name, as configs and files say it.
 
+  Args:
+    name: 'gaussian', 'rademacher', 'coordinate', 'srht' or
+      'weighted_coordinate:RATIO'.
+
   Raises:
     ValueError: another name.
   """
+  kind, _, ratio = name.partition(':')
+  if kind == 'weighted_coordinate' and ratio:
+    try:
+      return weighted_coordinate(float(ratio))
+    except ValueError as e:
+      raise ValueError(
+          'Expected sketch weighted_coordinate:RATIO with a ratio > 0, got'
+          f' {name!r}.'
+      ) from e
   known = {
       'gaussian': gaussian,
       'rademacher': rademacher,
@@ -193,7 +290,10 @@ def by_name(name: str) -> Sketch:
       'srht': srht,
   }
   if name not in known:
-    raise ValueError(f'Expected sketch in {tuple(known)}, got {name!r}.')
+    raise ValueError(
+        f"Expected sketch in {tuple(known)} or 'weighted_coordinate:RATIO', got"
+        f' {name!r}.'
+    )
   return known[name]()
 
 
@@ -286,6 +386,60 @@ def _one_hot_columns(rows, dim, dtype):
 
 def _coordinate(key, dim, rank, dtype):
   return _one_hot_columns(_subset(key, dim, rank), dim, dtype)
+
+
+def _unit(rank: int) -> int:
+  """Returns the integer that stands for probability 1: rank of them fit int32."""
+  return 1 << (30 - (rank - 1).bit_length())
+
+
+def _shares(weights: Weights, dim: int, rank: int) -> np.ndarray:
+  """Returns the inclusion probabilities in units, (dim,) int64 of exact sum."""
+  if callable(weights):
+    w = np.asarray(weights(dim), np.float64)
+  else:
+    w = np.geomspace(weights, 1, dim)
+  if w.shape != (dim,):
+    raise ValueError(f'Expected weights of shape ({dim},), got {w.shape}.')
+  if not (np.all(np.isfinite(w)) and np.all(w / np.abs(w).max() > 0)):
+    raise ValueError(f'Expected weights > 0 and finite, got weights={w}.')
+  unit = _unit(rank)
+  # The k heaviest rows are certain, for the least k that leaves the others
+  # probabilities of at most 1.
+  order = np.argsort(-w, kind='stable')
+  falling = w[order] / w.max()
+  rest = np.cumsum(falling[::-1])[::-1]  # Sum of the weights from k on.
+  k = int(np.argmax((rank - np.arange(dim)) * falling <= rest))
+  exact = np.full(dim, float(unit))
+  exact[k:] = (rank - k) * unit * falling[k:] / rest[k]
+  # Sums are rounded, so each share is its floor or its ceiling.
+  ends = np.round(np.cumsum(exact)).astype(np.int64)
+  shares = np.diff(ends, prepend=0)
+  assert ends[-1] == rank * unit
+  if shares.min() < 1:
+    raise ValueError(
+        f'Expected weights of probabilities >= {1 / unit:.1e}, got'
+        f' {exact.min() / unit:.1e} (dim={dim}, rank={rank}).'
+    )
+  result = np.empty_like(shares)
+  result[order] = shares
+  return result
+
+
+def _systematic(key, shares, rank):
+  """Returns (rank,) distinct int32 rows, row i with probability shares[i]/unit.
+
+  The shares are laid end to end in random order and hit by `rank` points, one
+  unit apart, behind a uniform start.
+  """
+  order_key, start_key = jax.random.split(key)
+  unit = _unit(rank)
+  order = jax.random.permutation(order_key, len(shares))
+  ends = jnp.cumsum(jnp.asarray(shares, jnp.int32)[order], dtype=jnp.int32)
+  start = jax.random.randint(start_key, (), 0, unit, jnp.int32)
+  points = start + unit * jnp.arange(rank, dtype=jnp.int32)
+  places = jnp.searchsorted(ends, points, side='right')
+  return order[places].astype(jnp.int32)
 
 
 def _next_power_of_two(dim: int) -> int:

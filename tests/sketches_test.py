@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bernoulli_lora_jax import chain
 from bernoulli_lora_jax import sketches
 
 SKETCHES = {
@@ -13,8 +14,10 @@ SKETCHES = {
     'rademacher': sketches.rademacher(),
     'coordinate': sketches.coordinate(),
     'srht': sketches.srht(),
+    'weighted_coordinate': sketches.weighted_coordinate(5.0),
 }
 NAMES = tuple(SKETCHES)
+ISOTROPIC = NAMES[:4]
 
 
 def draw(name, seed, num, dim, rank, dtype=jnp.float32):
@@ -272,7 +275,7 @@ class LawTest(parameterized.TestCase):
     ratio = b[:, :, 0] * b[:, :, 1]  # One of three columns, each 1/3.
     assert_mean(ratio, np.array([1, -1 / 3, -1 / 3, -1 / 3]))
 
-  @parameterized.product(name=NAMES, shape=[(8, 2), (8, 8), (4096, 16)])
+  @parameterized.product(name=ISOTROPIC, shape=[(8, 2), (8, 8), (4096, 16)])
   def test_mean_eigenvalues(self, name, shape):
     dim, rank = shape
     least, largest = SKETCHES[name].mean_eigenvalues(dim, rank)
@@ -283,6 +286,179 @@ class LawTest(parameterized.TestCase):
   def test_draws_differ_by_key(self, name):
     _, frames = draw(name, 20, 2, 64, 8)
     self.assertGreater(np.abs(frames[0] - frames[1]).max(), 0.1)
+
+
+UNSORTED = np.array([1.0, 30.0, 2.0, 9.0, 2.0])
+WEIGHTS = {
+    'ratio': (6.0, 7, 3),
+    'rising': (0.25, 6, 2),
+    'unsorted': (lambda dim: UNSORTED[:dim], 5, 2),  # One row is certain.
+    'almost_all': (lambda dim: UNSORTED[:dim], 5, 4),
+    'one': (lambda dim: UNSORTED[:dim], 5, 1),
+}
+
+
+class WeightedCoordinateTest(parameterized.TestCase):
+  """Subsets of exactly `rank` rows with given inclusion probabilities."""
+
+  @parameterized.parameters(*WEIGHTS)
+  def test_mean_projection_is_the_diagonal_of_probabilities(self, name):
+    weights, dim, rank = WEIGHTS[name]
+    sketch = sketches.weighted_coordinate(weights)
+    keys = jax.random.split(jax.random.key(30), 20_000)
+    rows = np.asarray(
+        jax.jit(lambda keys: sketch.bases(keys, dim, rank, jnp.float32))(keys)
+    )
+    self.assertEqual(rows.dtype, np.int32)
+    chosen = np.eye(dim)[rows].sum(1)
+    # Distinct and in range, always.
+    np.testing.assert_array_equal(chosen.sum(1), rank)
+    self.assertLessEqual(chosen.max(), 1)
+    expected = sketches.inclusion_probabilities(weights, dim, rank)
+    assert_mean(chosen, expected)
+    frame = jax.jit(lambda key: sketch.frame(key, dim, rank))(keys[0])
+    np.testing.assert_array_equal(np.asarray(frame), np.eye(dim)[:, rows[0]])
+    least, largest = sketch.mean_eigenvalues(dim, rank)
+    self.assertEqual((least, largest), (expected.min(), expected.max()))
+
+  @parameterized.parameters(
+      ([8, 1, 1], 2, [1, 0.5, 0.5]),
+      ([1, 100, 1, 10], 2, [1 / 12, 1, 1 / 12, 10 / 12]),
+      ([3, 1, 2], 1, [1 / 2, 1 / 6, 1 / 3]),
+      ([5, 5, 1, 1], 3, [1, 1, 0.5, 0.5]),
+      ([1, 2, 3], 3, [1, 1, 1]),
+      ([7, 7, 7, 7, 7], 2, [0.4] * 5),
+      ([2e300, 1e300], 1, [2 / 3, 1 / 3]),
+  )
+  def test_inclusion_probabilities(self, weights, rank, expected):
+    dim = len(weights)
+    found = sketches.inclusion_probabilities(
+        lambda dim: np.asarray(weights), dim, rank
+    )
+    # Multiples of less than rank 2^-29.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=rank * 2**-29)
+    self.assertEqual(found.sum(), rank)  # Dyadic: exact.
+    self.assertLessEqual(found.max(), 1)
+
+  def test_a_ratio_is_of_the_first_to_the_last_row(self):
+    found = sketches.inclusion_probabilities(16.0, 5, 1)
+    np.testing.assert_allclose(
+        found, np.array([16, 8, 4, 2, 1]) / 31, rtol=0, atol=2**-29
+    )
+
+  def test_probabilities_keep_their_sum_whatever_the_weights(self):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+      dim = int(rng.integers(1, 40))
+      rank = int(rng.integers(1, dim + 1))
+      w = np.exp(rng.normal(scale=rng.choice([0, 1, 3]), size=dim))
+      found = sketches.inclusion_probabilities(lambda dim, w=w: w, dim, rank)
+      self.assertEqual(found.sum(), rank)
+      self.assertGreater(found.min(), 0)
+      self.assertLessEqual(found.max(), 1)
+      free = found < 1 - 1e-6
+      ratios = (found / w)[free]  # min(1, c w): one c where it is not 1.
+      if free.any():
+        np.testing.assert_allclose(ratios, ratios.mean(), rtol=1e-3)
+        self.assertTrue(np.all(w[~free] * ratios.mean() > 1 - 1e-3))
+
+  def test_equal_weights_have_the_law_of_coordinate(self):
+    sketch = sketches.weighted_coordinate(1.0)
+    keys = jax.random.split(jax.random.key(31), 20_000)
+    rows = np.asarray(
+        jax.jit(lambda keys: sketch.bases(keys, 5, 2, jnp.float32))(keys)
+    )
+    chosen = np.eye(5)[rows].sum(1)
+    pairs = chosen[:, :, None] * chosen[:, None, :]
+    assert_mean(pairs, np.where(np.eye(5, dtype=bool), 2 / 5, 1 / 10))
+    np.testing.assert_allclose(
+        sketch.mean_eigenvalues(5, 2), (0.4, 0.4), rtol=1e-8
+    )
+
+  @parameterized.parameters((300, 256, 1000.0), (64, 64, 3.0), (1, 1, 2.0))
+  def test_rows_are_distinct_at_high_ranks(self, dim, rank, ratio):
+    sketch = sketches.weighted_coordinate(ratio)
+    keys = jax.random.split(jax.random.key(32), 300)
+    rows = jax.jit(lambda keys: sketch.bases(keys, dim, rank, jnp.float32))(
+        keys
+    )
+    rows = np.sort(np.asarray(rows), axis=1)
+    self.assertTrue(np.all(np.diff(rows, axis=1) > 0))
+    self.assertTrue(rows.min() >= 0 and rows.max() < dim)
+
+  def test_draws_do_not_depend_on_the_float_dtype(self):
+    sketch = sketches.weighted_coordinate(9.0)
+    keys = jax.random.split(jax.random.key(33), 50)
+    rows = np.asarray(sketch.bases(keys, 20, 4, jnp.float32))
+    with jax.enable_x64(True):
+      again = np.asarray(sketch.bases(keys, 20, 4, jnp.float64))
+    self.assertEqual(again.dtype, np.int32)
+    np.testing.assert_array_equal(rows, again)
+
+  @parameterized.parameters(1.0, 0.0, 0.3)
+  def test_mean_step_of_a_chain(self, prob):
+    m, n, rank = 5, 4, 2
+    sketch = sketches.weighted_coordinate(4.0)
+    g = np.random.default_rng(1).normal(size=(m, n)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(34), 20_000)
+    step = lambda key: chain.project(
+        jnp.asarray(g), key, rank=rank, prob=prob, sketch=sketch
+    )
+    steps = np.asarray(jax.jit(jax.vmap(step))(keys), np.float64)
+    left = sketches.inclusion_probabilities(4.0, m, rank)[:, None]
+    right = sketches.inclusion_probabilities(4.0, n, rank)[None]
+    assert_mean(steps, (prob * left + (1 - prob) * right) * g)
+
+  def test_names_of_ratios_are_read_back(self):
+    for ratio in (4, 0.125, 3.7):
+      sketch = sketches.weighted_coordinate(ratio)
+      again = sketches.by_name(sketch.name)
+      self.assertEqual(again.name.partition(':')[0], 'weighted_coordinate')
+      self.assertEqual(
+          again.mean_eigenvalues(9, 2), sketch.mean_eigenvalues(9, 2)
+      )
+
+  @parameterized.parameters(
+      (0.0, ValueError, r'Expected weights > 0 and finite, got weights=0.0'),
+      (-2.0, ValueError, r'weights=-2.0'),
+      (np.inf, ValueError, r'weights=inf'),
+      (np.nan, ValueError, r'weights=nan'),
+      ('4', TypeError, r"Expected weights to be a function or a number.*'4'"),
+      (True, TypeError, r'got True'),
+  )
+  def test_rejects_ratios(self, weights, error, message):
+    with self.assertRaisesRegex(error, message):
+      sketches.weighted_coordinate(weights)
+
+  @parameterized.parameters(
+      ([1.0, 2.0], r'Expected weights of shape \(3,\), got \(2,\)'),
+      ([[1.0, 2.0, 3.0]], r'got \(1, 3\)'),
+      ([1.0, 0.0, 2.0], r'Expected weights > 0 and finite'),
+      ([1.0, np.nan, 2.0], r'Expected weights > 0 and finite'),
+      ([1.0, np.inf, 2.0], r'Expected weights > 0 and finite'),
+      ([1.0, 1e-12, 2.0], r'Expected weights of probabilities >= .*rank=2'),
+  )
+  def test_rejects_weights(self, weights, message):
+    sketch = sketches.weighted_coordinate(lambda dim: np.asarray(weights))
+    keys = jax.random.split(jax.random.key(0), 1)
+    with self.assertRaisesRegex(ValueError, message):
+      sketch.bases(keys, 3, 2, jnp.float32)
+    with self.assertRaisesRegex(ValueError, message):
+      sketch.mean_eigenvalues(3, 2)
+
+  @parameterized.parameters(
+      'weighted_coordinate:x',
+      'weighted_coordinate:-1',
+      'weighted_coordinate',
+      'gauss',
+  )
+  def test_rejects_names(self, name):
+    with self.assertRaisesRegex(ValueError, f"Expected sketch.*'{name}'"):
+      sketches.by_name(name)
+
+  def test_rejects_ranks(self):
+    with self.assertRaisesRegex(ValueError, r'rank in \[1, dim=4\].*rank=5'):
+      sketches.inclusion_probabilities(2.0, 4, 5)
 
 
 class RejectsTest(parameterized.TestCase):

@@ -21,6 +21,7 @@ from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import sketches
 from bernoulli_lora_jax.tasks import classification
 from bernoulli_lora_jax.tasks import digits
+from bernoulli_lora_jax.tasks import l1_regression
 from bernoulli_lora_jax.tasks import linear_regression
 from bernoulli_lora_jax.tasks import mnist
 from bernoulli_lora_jax.tasks import partition
@@ -111,10 +112,15 @@ def _make_task(config: config_dict.ConfigDict) -> task_lib.Task:
         dim=c.dim, num_pretraining=c.num_pretraining, num_samples=c.num_samples
     )
     return linear_regression.make_task(problem, batch_size=c.batch_size)
+  if c.name == 'l1_regression':
+    problem = l1_regression.make_problem(
+        shape=_shape(c.dim, c.num_rows), num_samples=c.num_samples
+    )
+    return l1_regression.make_task(problem, batch_size=c.batch_size)
   if c.name not in ('digits', 'mnist'):
     raise ValueError(
-        "Expected task.name to be 'digits', 'mnist', 'linear_regression' or"
-        f" 'quadratic', got {c.name!r}."
+        "Expected task.name to be 'digits', 'mnist', 'linear_regression',"
+        f" 'l1_regression' or 'quadratic', got {c.name!r}."
     )
   if c.name == 'digits':
     images = digits.load(c.split_seed)
@@ -133,6 +139,21 @@ def _make_task(config: config_dict.ConfigDict) -> task_lib.Task:
           seed=c.split_seed,
       ),
   )
+
+
+def _shape(dim: int, num_rows: int | None) -> tuple[int, int]:
+  """Returns (num_rows, dim / num_rows), square where num_rows is None."""
+  rows = round(dim**0.5) if num_rows is None else num_rows
+  if (
+      rows < 1
+      or rows * (dim // rows) != dim
+      or (num_rows is None and rows**2 != dim)
+  ):
+    raise ValueError(
+        'Expected task.dim to be a square, or a multiple of task.num_rows, got'
+        f' dim={dim}, num_rows={num_rows}.'
+    )
+  return rows, dim // rows
 
 
 def make_schedule(

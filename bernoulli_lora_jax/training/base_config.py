@@ -14,7 +14,7 @@ def get_config() -> config_dict.ConfigDict:
   config.x64 = False  # Whether to compute in float64.
 
   config.task = config_dict.ConfigDict()
-  # 'digits', 'mnist', 'linear_regression' or 'quadratic'.
+  # 'digits', 'mnist', 'linear_regression', 'l1_regression' or 'quadratic'.
   config.task.name = 'digits'
   config.task.batch_size = 32  # Examples a minibatch.
   config.task.data_dir = ''  # mnist: folder of the files; '': see tasks/mnist.
@@ -23,9 +23,12 @@ def get_config() -> config_dict.ConfigDict:
   config.task.split_seed = 0  # digits, mnist: of train, validation and test.
   config.task.pretrain_epochs = 60  # digits, mnist: on the lower classes.
   config.task.pretrain_learning_rate = 1e-3  # digits, mnist: AdamW's.
-  config.task.dim = 256  # linear_regression: features, a square.
+  config.task.dim = 256  # linear_regression, l1_regression: features, m n.
+  # l1_regression: m of W in R^(m x n); None: W is square, as it is elsewhere.
+  config.task.num_rows = config_dict.placeholder(int)
   config.task.num_pretraining = 9000  # linear_regression: rows.
-  config.task.num_samples = 1000  # linear_regression: rows to fine-tune on.
+  # linear_regression, l1_regression: rows to fine-tune on.
+  config.task.num_samples = 1000
 
   config.method = config_dict.ConfigDict()
   # 'gradient': the whole gradient, projected (chains and full fine-tuning).
@@ -41,7 +44,9 @@ def get_config() -> config_dict.ConfigDict:
   config.method.estimator = 'sgd'
   config.method.rank = 4  # Dimension of the subspaces, clipped to each side.
   config.method.prob = 0.5  # p = P(left), for 'bernoulli'.
-  config.method.sketch = 'gaussian'  # or 'rademacher', 'coordinate', 'srht'.
+  # or 'rademacher', 'coordinate', 'srht', 'weighted_coordinate:RATIO' (of the
+  # weights of the first and the last row).
+  config.method.sketch = 'gaussian'
   # Steps a link: coin and subspace are kept. Federated adapters and fedavg: local
   # steps a round.
   config.method.period = 1
