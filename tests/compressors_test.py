@@ -147,10 +147,24 @@ def packed_bits(num_bits):
   return 8 * math.ceil(num_bits / 8)
 
 
+# Those that compressors send, whole bytes and words, and neighbours.
+WIDTHS = (1, 2, 3, 5, 7, 8, 9, 12, 16, 17, 24, 31, 32)
+
+
 class PackTest(parameterized.TestCase):
 
-  @parameterized.parameters(*range(1, 33))
+  @parameterized.parameters(*WIDTHS)
   def test_every_width_against_numpy(self, width):
+    self.check_every_width_against_numpy(width)
+
+  @parameterized.parameters(
+      *(width for width in range(1, 33) if width not in WIDTHS)
+  )
+  @pytest.mark.slow
+  def test_every_width_against_numpy_otherwise(self, width):
+    self.check_every_width_against_numpy(width)
+
+  def check_every_width_against_numpy(self, width):
     # Not a multiple of eight, more than one group.
     dim = 19
     rng = np.random.default_rng(width)
@@ -1026,10 +1040,16 @@ class TransformTest(parameterized.TestCase):
     for collective in ('all-gather', 'all-to-all', 'all-reduce'):
       self.assertNotIn(f'{collective}(', text)
 
-  @parameterized.parameters(
-      'randk', 'topk', 'natural', 'dithering', 'fresh', 'sign'
-  )
+  @parameterized.parameters('randk', 'dithering', 'fresh')
   def test_jit_is_eager(self, name):
+    self.check_jit_is_eager(name)
+
+  @parameterized.parameters('topk', 'natural', 'sign')
+  @pytest.mark.slow
+  def test_jit_is_eager_otherwise(self, name):
+    self.check_jit_is_eager(name)
+
+  def check_jit_is_eager(self, name):
     compressor, x = COMPRESSORS[name], normal((12, 9))
     key = jax.random.key(0)
     payload, restored = restore(compressor, key, x)

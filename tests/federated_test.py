@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import bernoulli_lora_jax as bl
 from bernoulli_lora_jax import compressors
@@ -1042,8 +1043,16 @@ class DevicesTest(parameterized.TestCase):
     travel = np.abs(one[0]['w'] - self.problem.params['w']).max()
     self.assertGreater(travel, 0.1)
 
-  @parameterized.parameters(*METHODS)
+  @parameterized.parameters('marina', 'ef21')
   def test_same_run(self, name):
+    self.check_same_run(name)
+
+  @parameterized.parameters(['qgd'])
+  @pytest.mark.slow
+  def test_same_run_otherwise(self, name):
+    self.check_same_run(name)
+
+  def check_same_run(self, name):
     step, params, state, data = self.transformation(name)
     alone = self.run_rounds(jax.jit(step), params, state, data)
     is_client = federated.per_client(state)

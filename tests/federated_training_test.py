@@ -145,6 +145,7 @@ class RunTest(parameterized.TestCase):
           task,
       )
 
+  @pytest.mark.slow
   def test_sweep_deals_anew_for_each_partition(self):
     config = small_config('bernoulli')
     grid = [
@@ -232,8 +233,16 @@ class RunTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'multiple of the 3 devices'):
       experiment.make_program(config)
 
-  @parameterized.parameters('qgd', 'ef21', 'lora', 'fedavg')
+  @parameterized.parameters(['ef21'])
   def test_variants_of_the_config(self, variant):
+    self.check_variants_of_the_config(variant)
+
+  @parameterized.parameters('qgd', 'lora', 'fedavg')
+  @pytest.mark.slow
+  def test_variants_of_the_config_otherwise(self, variant):
+    self.check_variants_of_the_config(variant)
+
+  def check_variants_of_the_config(self, variant):
     config = _CONFIG['get_config'](f'{variant},dirichlet,smoke')
     config.training.progress = False
     summary = experiment.train(config, self.tmp)
@@ -254,8 +263,14 @@ class TrafficTest(parameterized.TestCase):
 
   @parameterized.parameters(
       ('bernoulli', {}),
-      ('bernoulli', {'method.rank': 6}),  # Clipped on the sides of 5.
       ('lora', {}),
+  )
+  @pytest.mark.slow
+  def test_other_parties_are_the_run_in_one_process(self, variant, overrides):
+    self.assert_parties_are_the_run_in_one_process(variant, overrides)
+
+  @parameterized.parameters(
+      ('bernoulli', {'method.rank': 6}),  # Clipped on the sides of 5.
       ('fedavg', {'method.optimizer': 'sgd', 'method.learning_rate': 0.01}),
       ('ef21', {'method.period_passes': 0.1}),  # Links of two rounds.
       ('ef21', {'federated.start': 'zero', 'federated.concatenate': True}),
@@ -270,6 +285,9 @@ class TrafficTest(parameterized.TestCase):
       ),
   )
   def test_parties_are_the_run_in_one_process(self, variant, overrides):
+    self.assert_parties_are_the_run_in_one_process(variant, overrides)
+
+  def assert_parties_are_the_run_in_one_process(self, variant, overrides):
     config = experiment.apply_overrides(small_config(variant), overrides)
     parties = parties_lib.make_parties(config)
     params, metrics, _ = run(config)

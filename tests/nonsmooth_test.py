@@ -210,6 +210,7 @@ class StudyTest(parameterized.TestCase):
               (values[i, seed, t], averages[i, seed, t]), expected, atol=1e-12
           )
 
+  @pytest.mark.slow
   def test_bounds_hold_and_undamped_signs_diverge(self):
     found = nonsmooth.gaps(
         shape=(4, 3), num_samples=40, rank=1, num_steps=1200, num_seeds=8

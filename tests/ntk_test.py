@@ -624,6 +624,7 @@ class StudiesTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'are classes'):
       studies.few_shot(task._replace(data={'train': plain}), 2, 0)
 
+  @pytest.mark.slow
   def test_ranks(self):
     found = studies.ranks(
         small_digits(),
@@ -664,6 +665,7 @@ class StudiesTest(parameterized.TestCase):
     self.assertGreater(row['norm of delta, end'], 0)
     self.assertEqual(set(found.figures), {'linearisation'})
 
+  @pytest.mark.slow
   def test_generalisation(self):
     found = ntk_generalisation.generalisation(
         small_digits(),

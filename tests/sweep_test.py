@@ -86,17 +86,24 @@ class TogetherTest(parameterized.TestCase):
     )
     return summary, lines_of(directory)
 
+  def test_equals_runs_one_after_another(self):
+    # The last is of a group that is filled up.
+    self.assert_equal_to_runs_alone(small_config(), [1, 2])
+
   @parameterized.parameters(
-      dict(),
-      dict(method__mode='gradient', method__estimator='mvr'),
-      dict(method__name='cola', method__reset_optimizer=False),
+      (dict(method__mode='gradient', method__estimator='mvr'), [1]),
+      (dict(method__name='cola', method__reset_optimizer=False), [2]),
   )
-  def test_equals_runs_one_after_another(self, **overrides):
-    config = small_config(**overrides)
+  @pytest.mark.slow
+  def test_other_methods_equal_runs_alone(self, overrides, checked):
+    self.assert_equal_to_runs_alone(small_config(**overrides), checked)
+
+  def assert_equal_to_runs_alone(self, config, checked):
     runs = [(0, 0.0, 0.02), (1, 0.5, 0.02), (2, 1.0, 0.01)]
-    for run, result in zip(
-        runs, self.together(config, runs, group_size=2), strict=True
-    ):
+    results = self.together(config, runs, group_size=2)
+    self.assertLen(results, 3)
+    for i in checked:
+      run, result = runs[i], results[i]
       summary, lines = self.alone(config, run)
       assert_lines_close(result.lines, lines)
       for name in ('step', 'stopped', 'best_step'):
@@ -293,12 +300,21 @@ class SweepTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(
-      dict(training__group_size=1),
       dict(training__recipe=True),
-      dict(training__checkpoint_every=12),
-      dict(training__num_steps=25),  # No multiple of an interval.
+      dict(training__num_steps=25),
   )
   def test_other_runs_are_trained_in_turn(self, **overrides):
+    self.check_other_runs_are_trained_in_turn(**overrides)
+
+  @parameterized.parameters(
+      dict(training__group_size=1),
+      dict(training__checkpoint_every=12),
+  )
+  @pytest.mark.slow
+  def test_other_runs_are_trained_in_turn_otherwise(self, **overrides):
+    self.check_other_runs_are_trained_in_turn(**overrides)
+
+  def check_other_runs_are_trained_in_turn(self, **overrides):
     grid = [{'seed': 0}, {'seed': 1}]
     sweep.train(small_config(**overrides), grid, self.tmp, progress=False)
     for seed in (0, 1):
@@ -332,8 +348,16 @@ class AdapterRunTest(parameterized.TestCase):
     base = program.task.init(jax.random.key(0))
     return recipe, recipes.replay(base, recipe)
 
-  @parameterized.parameters('bernoulli', 'cola', 'lora')
+  @parameterized.parameters('bernoulli', 'lora')
   def test_recipe_rebuilds_the_run_also_after_a_resume(self, name):
+    self.check_recipe_rebuilds_the_run_also_after_a_resume(name)
+
+  @parameterized.parameters(['cola'])
+  @pytest.mark.slow
+  def test_recipe_rebuilds_the_run_also_after_a_resume_otherwise(self, name):
+    self.check_recipe_rebuilds_the_run_also_after_a_resume(name)
+
+  def check_recipe_rebuilds_the_run_also_after_a_resume(self, name):
     config = small_config(
         method__name=name,
         training__recipe=True,
@@ -381,6 +405,7 @@ class AdapterRunTest(parameterized.TestCase):
         lines_of(self.tmp / kind), lines_of(self.tmp / 'one'), rtol=1e-3
     )
 
+  @pytest.mark.slow
   def test_micro_batches_are_the_batch(self):
     config = small_config(task__dropout=0.0)
     experiment.train(config, self.tmp / 'whole')

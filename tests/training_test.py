@@ -47,12 +47,23 @@ def small_config(**overrides):
   return experiment.apply_overrides(config, names)
 
 
+_STATES = {}  # By config: making one takes longer than restoring it.
+
+
+def first_state(config):
+  """Returns a state of a config's method."""
+  name = str(config.to_dict())
+  if name not in _STATES:
+    program = experiment.make_program(config)
+    _STATES[name] = program.method.init(
+        jax.random.key(0), program.task.init(jax.random.key(0))
+    )
+  return _STATES[name]
+
+
 def final_params(directory, config):
   """Returns the params of the newest checkpoint as NumPy arrays."""
-  program = experiment.make_program(config)
-  state = program.method.init(
-      jax.random.key(0), program.task.init(jax.random.key(0))
-  )
+  state = first_state(config)
   with checkpoint.Checkpointer(directory) as saver:
     tree = saver.restore(
         {
@@ -199,16 +210,24 @@ class LoopTest(parameterized.TestCase):
     # A second call runs nothing.
     self.assertEqual(experiment.train(config, self.tmp), summary)
 
-  @parameterized.parameters('page', 'mvr')
+  @parameterized.parameters(['page'])
   def test_resume_is_bit_identical(self, estimator):
+    self.check_resume_is_bit_identical(estimator)
+
+  @parameterized.parameters(['mvr'])
+  @pytest.mark.slow
+  def test_resume_is_bit_identical_otherwise(self, estimator):
+    self.check_resume_is_bit_identical(estimator)
+
+  def check_resume_is_bit_identical(self, estimator):
     config = small_config(
         method__estimator=estimator,
         method__optimizer='adam',
         method__period=5,
         training__checkpoint_every=8,
     )
-    experiment.train(config, self.tmp / 'whole')
     program = experiment.make_program(config)
+    experiment.train(config, self.tmp / 'whole', program)
 
     def interrupted(state, key, start, num):
       if start >= 16:
@@ -232,7 +251,8 @@ class LoopTest(parameterized.TestCase):
     self.assertEqual(text('whole'), text('cut'))
 
   def test_unfinished_checkpoint_is_not_taken(self):
-    config = small_config(training__checkpoint_every=8)
+    # Evaluations fall on checkpoints: one length of dispatch is compiled.
+    config = small_config(training__checkpoint_every=8, training__num_evals=3)
     experiment.train(config, self.tmp)
     folder = self.tmp / 'checkpoints'
     whole = folder / '24'
@@ -320,6 +340,7 @@ class SigtermTest(parameterized.TestCase):
   def _tmp(self, tmp_path):
     self.tmp = tmp_path
 
+  @pytest.mark.slow
   def test_saves_before_it_ends(self):
     tmp = self.tmp
     command = [
@@ -355,8 +376,24 @@ class ParallelTest(parameterized.TestCase):
   def _tmp(self, tmp_path):
     self.tmp = tmp_path
 
-  @parameterized.product(kind=['jit', 'pmap'], estimator=['sgd', 'page', 'gd'])
+  @parameterized.parameters(
+      ('jit', 'page'),
+      ('pmap', 'page'),
+  )
   def test_equals_one_device(self, kind, estimator):
+    self.check_equals_one_device(kind, estimator)
+
+  @parameterized.parameters(
+      ('jit', 'sgd'),
+      ('jit', 'gd'),
+      ('pmap', 'sgd'),
+      ('pmap', 'gd'),
+  )
+  @pytest.mark.slow
+  def test_equals_one_device_otherwise(self, kind, estimator):
+    self.check_equals_one_device(kind, estimator)
+
+  def check_equals_one_device(self, kind, estimator):
     self.assertEqual(jax.device_count(), 8)
     config = small_config(method__estimator=estimator)
     experiment.train(config, self.tmp / 'one')
@@ -568,18 +605,33 @@ class LaunchTest(parameterized.TestCase):
   def _tmp(self, tmp_path):
     self.tmp = tmp_path
 
-  @parameterized.parameters('train', 'sweep', 'report')
+  def test_help_of_sweep_explains_itself(self):
+    self.check_help('sweep')
+
+  @parameterized.parameters('train', 'report')
+  @pytest.mark.slow
   def test_help_explains_itself(self, script):
+    self.check_help(script)
+
+  def check_help(self, script):
     result = _launch(f'launch/{script}.py', '--help')
     self.assertIn(f'python launch/{script}.py', result.stdout)
+
+  def test_bad_input_is_one_clear_message(self):
+    self.check_bad_input_is_one_clear_message(
+        '--config.method.rank=0', 'Expected rank >= 1, got rank=0'
+    )
 
   @parameterized.parameters(
       ('--config.method.rnak=2', 'rnak'),
       ('--config.method.rank=four', 'rank'),
-      ('--config.method.rank=0', 'Expected rank >= 1, got rank=0'),
       ('--config.task.data_dir=/nowhere', 'task.data_dir'),
   )
-  def test_bad_input_is_one_clear_message(self, flag, message):
+  @pytest.mark.slow
+  def test_bad_input_is_one_clear_message_otherwise(self, flag, message):
+    self.check_bad_input_is_one_clear_message(flag, message)
+
+  def check_bad_input_is_one_clear_message(self, flag, message):
     name = 'mnist' if 'data_dir' in flag else 'quadratic'
     workdir = self.tmp
     result = _launch(
@@ -603,6 +655,7 @@ class LaunchTest(parameterized.TestCase):
         result.stderr, r"^ValueError: Expected variants of .*'smokey'\.\n$"
     )
 
+  @pytest.mark.slow
   def test_sweep_skips_finished_runs_and_report_reads_them(self):
     workdir = self.tmp
     command = [
@@ -630,30 +683,54 @@ class SmokeTest(parameterized.TestCase):
   def _tmp(self, tmp_path):
     self.tmp = tmp_path
 
-  @parameterized.parameters(
-      *[
-          (name, variant)
-          for name, variants in {
-              'digits': 'full lora cola asymmetric_left rac_right bernoulli'
-              ' gradient,rac_left gd page mvr',
-              'quadratic': 'full asymmetric_left rac_left gradient,bernoulli',
-              'linear_regression': 'full rac_left gd sgd page mvr',
-              'mnist': 'full bernoulli cola,flipped page',
-              'equal': 'digits,parameters digits,rank digits,flops',
-          }.items()
-          for variant in variants.split()
-      ]
+  QUICK = (
+      ('digits', 'cola'),
+      ('digits', 'page'),
+      ('quadratic', 'rac_left'),
+      ('linear_regression', 'mvr'),
+      ('equal', 'digits,flops'),
   )
-  def test_variant(self, name, variant):
-    if name == 'mnist' and not os.environ.get('BERNOULLI_LORA_DATA'):
-      self.skipTest('BERNOULLI_LORA_DATA is not set: no MNIST files.')
+  VARIANTS = tuple(
+      (name, variant)
+      for name, variants in {
+          'digits': 'full lora cola asymmetric_left rac_right bernoulli'
+          ' gradient,rac_left gd page mvr',
+          'quadratic': 'full asymmetric_left rac_left gradient,bernoulli',
+          'linear_regression': 'full rac_left gd sgd page mvr',
+          'mnist': 'full bernoulli cola,flipped page',
+          'equal': 'digits,parameters digits,rank digits,flops',
+      }.items()
+      for variant in variants.split()
+  )
+
+  def load(self, name, variant):
+    """Returns the config's path, its functions and the config of a variant."""
     path = _ROOT / 'configs' / f'{name}.py'
     module = runpy.run_path(str(path))
-    config = module['get_config'](f'{variant},smoke')
+    return path, module, module['get_config'](f'{variant},smoke')
+
+  def check_variant(self, name, variant):
+    if name == 'mnist' and not os.environ.get('BERNOULLI_LORA_DATA'):
+      self.skipTest('BERNOULLI_LORA_DATA is not set: no MNIST files.')
+    _, _, config = self.load(name, variant)
     config.training.progress = False
     config.x64 = False
     summary = experiment.train(config, self.tmp)
     self.assertTrue(np.isfinite(summary['train_loss']))
+
+  @parameterized.parameters(*QUICK)
+  def test_variant(self, name, variant):
+    self.check_variant(name, variant)
+
+  @parameterized.parameters(*sorted(set(VARIANTS) - set(QUICK)))
+  @pytest.mark.slow
+  def test_other_variant(self, name, variant):
+    self.check_variant(name, variant)
+
+  @parameterized.parameters(*VARIANTS)
+  def test_sweep_and_unknown_variant(self, name, variant):
+    path, module, config = self.load(name, variant)
+    experiment.check_config(config)
     with self.assertRaisesRegex(ValueError, 'nonsense'):
       module['get_config']('nonsense')
     for overrides in sweep.load(str(path), variant):

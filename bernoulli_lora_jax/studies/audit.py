@@ -78,6 +78,9 @@ def audit(
     ValueError: a directory without a finished run, or without checkpoints.
   """
   finished = runs.load(directory)
+  measured(finished.run)  # What is missing is said before the replay.
+  if num_batches < 2:
+    raise ValueError(f'Expected batches >= 2, got batches={num_batches}.')
   config = finished.config
   jax.config.update('jax_enable_x64', config.x64)
   task = arguments.make_task(config)
@@ -228,7 +231,7 @@ def _assumption_rows(
             not noisy,
         )
     )
-    is_fresh = task.name in ('linear_regression', 'l1_regression')
+    is_fresh = guarantee.draws_afresh(task)
     rows.append(
         (
             'minibatches independent',

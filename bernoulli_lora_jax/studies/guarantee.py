@@ -88,13 +88,26 @@ def why_uncovered(config: config_dict.ConfigDict, task: task_lib.Task) -> str:
     return 'several local steps'
   if config.federated.num_clients and c.mode == 'adapter':
     return 'federated rounds of adapters'
-  if config.federated.cohort is not None and c.estimator == 'ef21':
-    return 'EF21 with cohorts'
+  if config.federated.num_clients:
+    sizes = np.asarray(task.data['clients']['mask']).sum(1)
+    is_equal = bool(np.all(sizes == sizes[0]))
+    f = config.federated
+    if f.weights == 'uniform' and not is_equal:
+      return 'it minimises another mean of the clients than f'
+    if f.cohort is not None and c.estimator == 'ef21':
+      return 'EF21 with cohorts'
+    if f.cohort not in (None, f.num_clients) and not is_equal:
+      return 'cohorts of clients of unequal weights'
+  if task.criterion == 'absolute':
+    return 'f is not smooth'
   if c.mode == 'adapter' and c.frame == 'raw':
     return 'raw factors: the step is no projection'
   if not c.resample:
     return 'one subspace kept'
-  is_plain_gd = c.estimator == 'gd' or task.batch_size == task.num_samples
+  is_plain_gd = c.estimator == 'gd' or has_whole_batches(task)
+  is_whole = is_plain_gd or c.estimator not in ('sgd', 'mvr')
+  if is_whole and config.task.dropout > 0 and task.criterion is not None:
+    return 'full gradients with dropout are noisy'
   if arguments.period_of(config, task) > 1 and c.name != 'full':
     if not is_plain_gd:
       return 'links of several minibatch steps'
@@ -103,6 +116,16 @@ def why_uncovered(config: config_dict.ConfigDict, task: task_lib.Task) -> str:
   if config.training.plateau_patience:
     return 'a stepsize that drops on plateaus'
   return ''
+
+
+def has_whole_batches(task: task_lib.Task) -> bool:
+  """Returns whether a minibatch is all examples, each of them once."""
+  return task.batch_size == task.num_samples and not draws_afresh(task)
+
+
+def draws_afresh(task: task_lib.Task) -> bool:
+  """Returns whether minibatches are drawn with replacement, independently."""
+  return task.name in ('linear_regression', 'l1_regression')
 
 
 def find_bound(
@@ -133,7 +156,7 @@ def find_bound(
     return Bound('', reference, None, reason, label)
   estimator = c.estimator
   gamma = stepsize_of(finished, task)
-  if c.mode == 'adapter' and task.batch_size == task.num_samples:
+  if c.mode == 'adapter' and has_whole_batches(task):
     estimator = 'gd'
   theorem = {
       'gd': 'T1',
@@ -226,7 +249,9 @@ def _federated_constants(
         f'Expected an unbiased compressor with {c.estimator}, got'
         f' {compressor.name}.'
     )
-  result['omega'] = max(compressor.omega(shape) for shape in shapes)
+  omega = max(compressor.omega(shape) for shape in shapes)
+  cohort = f.num_clients if f.cohort is None else f.cohort
+  result['omega'] = federated_lib.cohort_omega(omega, f.num_clients, cohort)
   if c.estimator == 'qgd':  # f_l >= the lower bound, f_inf <= the best seen.
     gap = max(found.best - found.lower_bound, 0.0)
     return result | {'client_gap': gap}

@@ -54,7 +54,10 @@ def load(directory: str | pathlib.Path) -> Finished:
         f'Expected checkpoints in {saved}, got none: runs that were trained'
         ' together (launch/sweep.py) write none, launch/train.py does.'
     )
-  (run,) = reporting.load_runs([directory])
+  found = reporting.load_runs([directory])
+  if len(found) != 1:
+    raise ValueError(f'Expected one run in {directory}, got {len(found)}.')
+  run = found[0]
   if 'diverged' in run.summary:
     raise ValueError(f'Expected a run that ended, got {run.summary}.')
   config = base_config.get_config()

@@ -148,12 +148,19 @@ def fit_second_moment(
         'Expected gaps, norms and seconds >= 0 and finite, got'
         f' gaps={list(gaps)}, norms={list(norms)}, seconds={list(seconds)}.'
     )
-  scale = np.maximum(values, 1e-300)[:, None]
-  columns = np.maximum((rows / scale).max(0), 1e-300)  # Of magnitude one.
-  scaled = rows / scale / columns
+  is_noisy = values > 0  # Elsewhere the inequality holds for every A, B, C.
+  if not np.any(is_noisy):
+    return SecondMoment(0.0, 0.0, 0.0)
+  scaled = rows[is_noisy] / values[is_noisy, None]
+  columns = np.maximum(scaled.max(0), 1e-300)  # Of magnitude one.
+  scaled = scaled / columns
   found = scipy.optimize.linprog(
-      scaled.sum(0), A_ub=-scaled, b_ub=-(values > 0).astype(float)
+      scaled.sum(0), A_ub=-scaled, b_ub=-np.ones(len(scaled))
   )
+  if found.x is None:
+    raise ValueError(
+        f'Expected second moments of comparable size, got {found.message}'
+    )
   return SecondMoment(*(found.x / columns).tolist())
 
 

@@ -65,13 +65,13 @@ def spectrum(
   Raises:
     ValueError: a rank above the matrix or a prob outside [0, 1].
   """
+  arguments = {'rank': rank, 'prob': prob, 'sketch': sketch}
+  each = stepsizes.matrix_eigenvalues(shapes, **arguments)
   ranks = [rank] * len(shapes) if isinstance(rank, int) else rank
   for (m, n), r in zip(shapes, ranks, strict=True):
     stepsizes.check(
         r <= max(m, n), f'rank <= {max(m, n)}, the longer side', rank=r
     )
-  arguments = {'rank': rank, 'prob': prob, 'sketch': sketch}
-  each = stepsizes.matrix_eigenvalues(shapes, **arguments)
   lmin, lmax = stepsizes.chain_eigenvalues(
       shapes, all_trained=all_trained, **arguments
   )
@@ -188,6 +188,7 @@ def sgd(
   steps = _steps(num_steps)
   _check_common(initial_gap, stepsize, smoothness, lmin, lmax, pl)
   stepsizes.check(noise >= 0, 'noise >= 0', noise=noise)
+  stepsizes.check(slope < math.inf, 'slope finite', slope=slope)
   limit = stepsizes.sgd(
       smoothness=smoothness,
       lmin=lmin,
@@ -201,16 +202,17 @@ def sgd(
   a = smoothness * stepsize**2 * lmax * slope
   c = smoothness * stepsize**2 * lmax * noise / 2
   if pl is not None:
-    rho = stepsize * pl * lmin - a
+    # E f+ - f* <= (1 - rho) (f - f*) + c can be unrolled for rho <= 1 alone.
+    rho = min(1.0, stepsize * pl * lmin - a)
     return (1 - rho) ** steps * initial_gap + c / rho
   with np.errstate(over='ignore'):  # Infinity bounds everything.
     grown = (1 + a) ** steps
     repeated = steps if a == 0 else np.expm1(steps * np.log1p(a)) / a
     rate = 2 / (stepsize * lmin * steps)
+    first = grown * initial_gap if initial_gap > 0 else 0.0  # Not 0 * inf.
     if least:
-      floor = smoothness * stepsize * noise * lmax / lmin
-      return rate * grown * initial_gap + floor
-    return rate * (grown * initial_gap + c * repeated)
+      return rate * first + smoothness * stepsize * noise * lmax / lmin
+    return rate * (first + (c * repeated if c > 0 else 0.0))
 
 
 def page(
@@ -618,7 +620,7 @@ def recommend(
     rank: int | Sequence[int],
     target: float,
     estimator: str = 'gd',
-    prob: float | None = None,
+    chain_prob: float | None = None,
     sketch: sketches.Sketch | None = None,
     all_trained: bool = True,
     **constants: Any,
@@ -635,11 +637,11 @@ def recommend(
     rank: dimension of the subspaces, one for all or one for each matrix.
     target: > 0; of the mean squared gradient norm, with pl of the gap.
     estimator: a name of `METHODS`.
-    prob: P(left) if it is decided; None for the best.
+    chain_prob: P(left) if it is decided; None for the best.
     sketch: law of the subspaces, default `sketches.gaussian()`.
     all_trained: see `spectrum`.
     **constants: of the estimator's bound, without num_steps, stepsize, lmin and
-      lmax.
+      lmax; `prob` is q of PAGE and MARINA.
 
   Returns:
     The `Recommendation` of fewest steps; among equals, of fewest numbers.
@@ -655,9 +657,12 @@ def recommend(
       estimator=estimator,
   )
   stepsizes.check(0 < target < math.inf, 'target > 0', target=target)
-  _check_constants(estimator, constants)
+  check_constants(METHODS[estimator][1], estimator, constants)
   best: tuple[tuple[float, ...], Recommendation] | None = None
-  probs = _probs(shapes, rank, sketch) if prob is None else [prob]
+  if chain_prob is None:
+    probs = _probs(shapes, rank, sketch)
+  else:
+    probs = [chain_prob]
   for p in probs:
     found = spectrum(
         shapes, rank=rank, prob=p, sketch=sketch, all_trained=all_trained
@@ -759,20 +764,37 @@ def _probs(
   return sorted(found)
 
 
-def _check_constants(estimator: str, constants: dict[str, Any]) -> None:
-  """Raises for a constant that the bound does not take, or lacks."""
+def largest_stepsize(estimator: str, constants: dict[str, Any]) -> float:
+  """Returns the largest stepsize of an estimator of `METHODS`, or T8's best.
+
+  Args:
+    estimator: a name of `METHODS`, or 'nonsmooth'.
+    constants: of its bound, lmin and lmax; num_steps where it depends on T.
+  """
+  if estimator == 'nonsmooth':
+    return call(stepsizes.nonsmooth, constants)
+  if estimator == 'qgd' and constants.get('pl') is None:
+    return call(stepsizes.qgd, constants)
+  # Only T5 has its horizon in the condition.
+  return call(METHODS[estimator][0], constants | {'num_steps': None})
+
+
+def check_constants(
+    bound: Callable[..., Any], name: str, constants: dict[str, Any]
+) -> None:
+  """Raises ValueError for a constant that a bound does not take, or lacks."""
   decided = {'num_steps', 'stepsize', 'lmin', 'lmax'}
-  parameters = inspect.signature(METHODS[estimator][1]).parameters
-  known = {name: p for name, p in parameters.items() if name not in decided}
-  for name in constants:
+  parameters = inspect.signature(bound).parameters
+  known = {k: p for k, p in parameters.items() if k not in decided}
+  for k in constants:
     stepsizes.check(
-        name in known,
-        f'constants of {estimator} among {tuple(known)}',
-        **{name: constants[name]},
+        k in known,
+        f'constants of {name} among {tuple(known)}',
+        **{k: constants[k]},
     )
-  for name, parameter in known.items():
-    if parameter.default is inspect.Parameter.empty and name not in constants:
-      raise ValueError(f'Expected {name} for {estimator}, got none.')
+  for k, parameter in known.items():
+    if parameter.default is inspect.Parameter.empty and k not in constants:
+      raise ValueError(f'Expected {k} for {name}, got none.')
 
 
 @functools.cache
@@ -821,6 +843,9 @@ def _check_common(
       initial_gap=initial_gap,
   )
   stepsizes.check_positive(stepsize=stepsize, smoothness=smoothness)
+  stepsizes.check(
+      smoothness < math.inf, 'smoothness finite', smoothness=smoothness
+  )
   stepsizes.check_lambdas(lmin, lmax)
   if pl is not None:
     stepsizes.check(
@@ -838,7 +863,8 @@ def _check_error(initial_error: float) -> None:
 
 def _check_stepsize(theorem: str, stepsize: float, limit: float) -> None:
   if stepsize > limit * (1 + _ROUNDING):
+    times = stepsize / limit if limit > 0 else math.inf
     raise ValueError(
         f'Expected stepsize <= {limit:.6g} ({theorem}), got'
-        f' stepsize={stepsize:.6g}, {stepsize / limit:.4g} times as much.'
+        f' stepsize={stepsize:.6g}, {times:.4g} times as much.'
     )

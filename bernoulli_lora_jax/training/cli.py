@@ -11,7 +11,7 @@ from bernoulli_lora_jax.training import loop
 
 def run(main: Callable[[list[str]], None]) -> None:
   """Runs main([program]) after parsing the flags; exits 1 on a user's error."""
-  app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+  app.run(lambda argv: guarded(main, argv), flags_parser=_parse)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -31,7 +31,8 @@ def _parse(argv: list[str]) -> list[str]:
     raise SystemExit(' '.join(str(e).split())) from e
 
 
-def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
+def guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
+  """Runs main(argv); exits 1 with one line on a user's error."""
   logging.set_verbosity(logging.WARNING)  # Orbax speaks at INFO.
   try:
     main(argv)
