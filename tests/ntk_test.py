@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from bernoulli_lora_jax import matrices
 from bernoulli_lora_jax.studies import ntk as studies

@@ -1,0 +1,222 @@
+"""Bounds and recommendations for matrices of given shapes, as tables."""
+
+from collections.abc import Sequence
+import re
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+
+from bernoulli_lora_jax import sketches
+from bernoulli_lora_jax.studies import study
+from bernoulli_lora_jax.theory import bounds
+from bernoulli_lora_jax.training import figures
+
+_THEOREMS = {
+    'gd': 'T1',
+    'sgd': 'T2',
+    'page': 'T3',
+    'mvr': 'T4',
+    'qgd': 'T5',
+    'marina': 'T6',
+    'ef21': 'T7',
+    'nonsmooth': 'T8, constant step',
+    'polyak': "T8, Polyak's step",
+}
+_FUNCTIONS = {
+    **{name: bound for name, (_, bound) in bounds.METHODS.items()},
+    'nonsmooth': bounds.nonsmooth,
+    'polyak': bounds.polyak,
+}
+ESTIMATORS = tuple(_THEOREMS)
+
+Shapes = Sequence[tuple[int, int]]
+
+
+def parse_shapes(text: str) -> list[tuple[int, int]]:
+  """Returns the shapes of '64x64,128x32*12': twelve matrices of 128 x 32.
+
+  Raises:
+    ValueError: another form.
+  """
+  shapes = []
+  for part in text.split(','):
+    found = re.fullmatch(r'\s*(\d+)x(\d+)(?:\*(\d+))?\s*', part)
+    if not found or '0' in found.groups():
+      raise ValueError(f'Expected shapes like 64x64,128x32*12, got {part!r}.')
+    m, n, count = found.groups()
+    shapes += [(int(m), int(n))] * int(count or 1)
+  return shapes
+
+
+def predict(
+    shapes: Shapes,
+    *,
+    estimator: str,
+    rank: int,
+    prob: float,
+    num_steps: Sequence[int],
+    stepsize: float | None = None,
+    sketch: str = 'gaussian',
+    all_trained: bool = True,
+    **constants: Any,
+) -> study.Study:
+  """Returns the bound of an estimator over T.
+
+  Args:
+    shapes: of the trained matrices.
+    estimator: of `ESTIMATORS`.
+    rank: r.
+    prob: P(left); the constants of PAGE and MARINA have q as `prob` in
+      `bounds`, as `q` here.
+    num_steps: T of the table.
+    stepsize: gamma; None for the largest that the theorem allows (at the largest
+      T, where it depends on it).
+    sketch: name of the law of the subspaces.
+    all_trained: False where other leaves are trained in full.
+    **constants: of the bound.
+
+  Returns:
+    Tables of lambda and of the bound; a figure of the bound against T.
+
+  Raises:
+    ValueError: a constant that is missing, unknown or outside its range; a
+      stepsize above its limit, with the limit.
+  """
+  if estimator not in _FUNCTIONS:
+    raise ValueError(
+        f'Expected estimator in {ESTIMATORS}, got estimator={estimator!r}.'
+    )
+  if not num_steps:
+    raise ValueError(f'Expected steps >= 1, got steps={num_steps}.')
+  found = bounds.spectrum(
+      shapes,
+      rank=rank,
+      prob=prob,
+      sketch=sketches.by_name(sketch),
+      all_trained=all_trained,
+  )
+  constants = _with_q(constants)
+  known = {'lmin': found.lmin, 'lmax': found.lmax, **constants}
+  bound = _FUNCTIONS[estimator]
+  bounds.check_constants(bound, estimator, constants)
+  if stepsize is None and estimator != 'polyak':
+    stepsize = bounds.largest_stepsize(
+        estimator, known | {'num_steps': max(num_steps)}
+    )
+  at = lambda steps: bounds.call(
+      bound, known | {'num_steps': steps, 'stepsize': stepsize}
+  )
+  values = at(np.asarray(num_steps))
+  grid = np.geomspace(min(num_steps), max(num_steps), 100)
+  is_gap = constants.get('pl') is not None or estimator in (
+      'nonsmooth',
+      'polyak',
+  )
+  what = 'f - f*' if is_gap else 'mean squared gradient norm'
+  figure = matplotlib.figure.Figure(figsize=(6, 4), layout='constrained')
+  panel = figure.subplots()
+  panel.plot(grid, at(grid), label=_THEOREMS[estimator], **_look())
+  panel.set_xscale('log')
+  panel.set_yscale('log')
+  panel.set_xlabel('steps T')
+  panel.set_ylabel(f'bound of {what}')
+  panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
+  panel.legend()
+  rows = [
+      {'steps': int(t), f'bound of {what}': float(value)}
+      for t, value in zip(num_steps, values, strict=True)
+  ]
+  kappa = {'lmin': found.lmin, 'lmax': found.lmax, 'kappa': found.kappa}
+  if stepsize is not None:
+    kappa['stepsize'] = stepsize
+  return study.Study(
+      {'spectrum of E[H]': [kappa], _THEOREMS[estimator]: rows},
+      {estimator: figure},
+  )
+
+
+def recommend(
+    shapes: Shapes,
+    *,
+    estimator: str,
+    rank: int,
+    target: float,
+    sketch: str = 'gaussian',
+    all_trained: bool = True,
+    **constants: Any,
+) -> study.Study:
+  """Returns p, stepsize and steps for a target, beside those of other p.
+
+  Args:
+    shapes: of the trained matrices.
+    estimator: a name of `bounds.METHODS`.
+    rank: r.
+    target: of the mean squared gradient norm, with `pl` of the gap.
+    sketch: name of the law of the subspaces.
+    all_trained: False where other leaves are trained in full.
+    **constants: of the bound, q as `q`.
+
+  Returns:
+    A table, the best p first; a figure of steps and trained numbers against p.
+
+  Raises:
+    ValueError: see `bounds.recommend`.
+  """
+  arguments: dict[str, Any] = {
+      'rank': rank,
+      'target': target,
+      'estimator': estimator,
+      'sketch': sketches.by_name(sketch),
+      'all_trained': all_trained,
+      **_with_q(constants),
+  }
+  best = bounds.recommend(shapes, **arguments)
+  probs = np.linspace(0, 1, 21)
+  others = [
+      bounds.recommend(shapes, chain_prob=float(p), **arguments) for p in probs
+  ]
+  row = lambda one, name: {
+      '': name,
+      'p': one.prob,
+      'stepsize': one.stepsize,
+      'steps': one.num_steps,
+      'lmin': one.lmin,
+      'kappa': one.lmax / one.lmin,
+      'trained a step': one.trained,
+      'lmin a number': one.lmin_per_number,
+      'numbers in all': one.num_steps * one.trained,
+  }
+  rows = [row(best, 'best')] + [row(one, '') for one in others[::5]]
+  figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout='constrained')
+  panels = figure.subplots(1, 2)
+  for panel, label, of in (
+      (panels[0], 'steps', lambda one: one.num_steps),
+      (panels[1], 'trained numbers', lambda one: one.num_steps * one.trained),
+  ):
+    panel.plot(probs, [of(one) for one in others], markersize=4, **_look())
+    panel.plot([best.prob], [of(best)], 'k*', markersize=12, label='best')
+    panel.set_xlabel('p = P(left)')
+    panel.set_ylabel(f'{label} to the target')
+    panel.set_ylim(bottom=0)
+    panel.grid(True, linewidth=0.4, alpha=0.6)
+    panel.legend()
+  is_end = best.prob in (0.0, 1.0)
+  note = (
+      'lmin is linear in p for one matrix: the best p is an end.'
+      if is_end
+      else 'Shapes differ: the best p lies where their lambdas balance.'
+  )
+  return study.Study({'recommendation': rows}, {'recommend': figure}, [note])
+
+
+def _look() -> dict[str, Any]:
+  return figures.style(0)
+
+
+def _with_q(constants: dict[str, Any]) -> dict[str, Any]:
+  """Returns the constants that are given, with q under the name of `bounds`."""
+  given = {k: v for k, v in constants.items() if v is not None}
+  if 'q' in given:
+    given['prob'] = given.pop('q')
+  return given

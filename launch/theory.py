@@ -1,0 +1,358 @@
+r"""The theory console: predict, measure, compare.
+
+  python launch/theory.py bounds --shapes=64x64 --rank=2 --smoothness=3 \
+      --initial_gap=1 --steps=100,1000,10000
+  python launch/theory.py recommend --shapes=64x128,128x32 --rank=2 \
+      --smoothness=3 --initial_gap=1 --target=1e-3
+  python launch/theory.py audit runs/gd
+  python launch/theory.py rates --size=small     # X1: the papers' regression
+  python launch/theory.py nonsmooth              # T8 on l1 regression
+  python launch/theory.py ntk --task=digits
+  python launch/theory.py gap --task=teacher
+  python launch/theory.py expressive
+
+Each prints its tables and what they say, and writes figures and CSV files to
+--figures. `python launch/theory.py SUBCOMMAND --help` lists the options.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+import sys
+from typing import Any
+
+import jax
+
+from bernoulli_lora_jax.studies import audit
+from bernoulli_lora_jax.studies import expressive
+from bernoulli_lora_jax.studies import gap
+from bernoulli_lora_jax.studies import nonsmooth
+from bernoulli_lora_jax.studies import ntk
+from bernoulli_lora_jax.studies import ntk_generalisation
+from bernoulli_lora_jax.studies import predict
+from bernoulli_lora_jax.studies import rates
+from bernoulli_lora_jax.studies import study
+from bernoulli_lora_jax.theory import bounds
+from bernoulli_lora_jax.training import arguments
+from bernoulli_lora_jax.training import base_config
+from bernoulli_lora_jax.training import cli
+
+# name: (type, help); of bounds and recommend.
+_CONSTANTS: dict[str, tuple[Any, str]] = {
+    'initial_gap': (float, 'D0 = f(W_0) - f_inf'),
+    'smoothness': (float, 'L of f'),
+    'mean_smoothness': (
+        float,
+        'Lbar: of examples (page), of minibatches (mvr)',
+    ),
+    'pl': (float, 'mu; gives the bound of the gap in place of the gradient'),
+    'noise': (float, 'C of E||g||^2 <= 2 A gap + B ||grad||^2 + C (sgd)'),
+    'growth': (float, 'B (sgd; default 1)'),
+    'slope': (float, 'A (sgd; default 0)'),
+    'variance': (float, 'sigma^2 of a minibatch gradient (mvr)'),
+    'initial_error': (float, 'V0 of the first estimate (default 0)'),
+    'q': (float, 'probability of a full gradient (page, marina)'),
+    'momentum': (float, '1 - b (mvr)'),
+    'batch_size': (int, "b' (page)"),
+    'num_samples': (int, 'N, for minibatches without replacement (page)'),
+    'omega': (float, 'of the compressor (qgd, marina)'),
+    'beta': (float, 'of the compressor (ef21)'),
+    'client_gap': (float, 'f_inf - mean f_l_inf (qgd)'),
+    'distance': (float, 'R0 (nonsmooth, polyak)'),
+    'lipschitz': (float, 'L0 (nonsmooth, polyak)'),
+}
+
+
+def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+  def parse(text: str) -> list[Any]:
+    return [kind(part) for part in text.split(',')]
+
+  parse.__name__ = f'list of {kind.__name__}'  # In argparse's messages.
+  return parse
+
+
+def _shapes(text: str) -> list[tuple[int, int]]:
+  try:
+    return predict.parse_shapes(text)
+  except ValueError as e:
+    raise argparse.ArgumentTypeError(str(e)) from e
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+      description=__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+  )
+  commands = parser.add_subparsers(
+      dest='command', metavar='SUBCOMMAND', required=True
+  )
+  add_bounds(commands)
+  add_recommend(commands)
+  add_audit(commands)
+  add_rates(commands)
+  add_nonsmooth(commands)
+  add_ntk(commands)
+  add_gap(commands)
+  add_expressive(commands)
+  return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[..., study.Study], text: str
+) -> argparse.ArgumentParser:
+  """Adds a subcommand with what all have."""
+  parser = commands.add_parser(
+      name,
+      help=text,
+      description=text[0].upper() + text[1:] + '.',
+      formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+      allow_abbrev=False,
+  )
+  parser.add_argument(
+      '--figures', default='figures', help="directory of the files; '' for none"
+  )
+  parser.add_argument(
+      '--style',
+      default='simple',
+      choices=['simple', 'github', 'tsv'],
+      help='of the tables',
+  )
+  parser.set_defaults(run=run)
+  return parser
+
+
+def _add_matrices(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+      '--shapes',
+      type=_shapes,
+      required=True,
+      help='of the trained matrices as stored, m x n: 64x64,128x32*12',
+  )
+  parser.add_argument('--rank', type=int, required=True, help='r')
+  parser.add_argument(
+      '--sketch', default='gaussian', help='law of the subspaces'
+  )
+  parser.add_argument(
+      '--others_trained',
+      action='store_true',
+      help='whether other leaves are trained in full (lambda = 1)',
+  )
+  for name, (kind, text) in _CONSTANTS.items():
+    parser.add_argument(f'--{name}', type=kind, default=None, help=text)
+  parser.add_argument(
+      '--client_smoothness',
+      type=_numbers(float),
+      default=None,
+      help='L_l of each client, with commas (qgd, marina, ef21)',
+  )
+
+
+def _constants(args: argparse.Namespace) -> dict[str, Any]:
+  names = [*_CONSTANTS, 'client_smoothness']
+  given = {name: getattr(args, name) for name in names}
+  return {name: value for name, value in given.items() if value is not None}
+
+
+def add_bounds(commands: Any) -> None:
+  def run(args):
+    return predict.predict(
+        args.shapes,
+        estimator=args.estimator,
+        rank=args.rank,
+        prob=args.prob,
+        num_steps=args.steps,
+        stepsize=args.stepsize,
+        sketch=args.sketch,
+        all_trained=not args.others_trained,
+        **_constants(args),
+    )
+
+  parser = _command(commands, 'bounds', run, 'the bound of a method over T')
+  parser.add_argument('--estimator', default='gd', choices=predict.ESTIMATORS)
+  parser.add_argument('--prob', type=float, default=0.5, help='p = P(left)')
+  parser.add_argument(
+      '--steps',
+      type=_numbers(int),
+      default=[10, 100, 1000, 10000, 100000],
+      help='T, with commas',
+  )
+  parser.add_argument(
+      '--stepsize',
+      type=float,
+      default=None,
+      help='gamma; None: the largest allowed',
+  )
+  _add_matrices(parser)
+
+
+def add_recommend(commands: Any) -> None:
+  def run(args):
+    return predict.recommend(
+        args.shapes,
+        estimator=args.estimator,
+        rank=args.rank,
+        target=args.target,
+        sketch=args.sketch,
+        all_trained=not args.others_trained,
+        **_constants(args),
+    )
+
+  parser = _command(
+      commands, 'recommend', run, 'p, stepsize and steps that reach a target'
+  )
+  parser.add_argument(
+      '--estimator', default='gd', choices=tuple(bounds.METHODS)
+  )
+  parser.add_argument(
+      '--target',
+      type=float,
+      required=True,
+      help='mean squared gradient norm; the gap with --pl',
+  )
+  _add_matrices(parser)
+
+
+def add_audit(commands: Any) -> None:
+  def run(args):
+    return audit.audit(
+        args.run_dir,
+        num_points=args.points,
+        num_products=args.products,
+        num_batches=args.batches,
+    )
+
+  parser = _command(
+      commands,
+      'audit',
+      run,
+      'constants, assumptions and bound of a finished run',
+  )
+  parser.add_argument('run_dir', help='--workdir of a launch/train.py')
+  parser.add_argument(
+      '--points', type=int, default=8, help='of the path, for the constants'
+  )
+  parser.add_argument(
+      '--products', type=int, default=12, help='Hessian products a point'
+  )
+  parser.add_argument(
+      '--batches', type=int, default=32, help='minibatches a point'
+  )
+
+
+def add_rates(commands: Any) -> None:
+  def run(args):
+    return rates.rates(
+        args.size,
+        num_passes=args.passes,
+        num_seeds=args.seeds,
+        rank=args.rank,
+        compare_numpy=args.numpy,
+    )
+
+  parser = _command(
+      commands,
+      'rates',
+      run,
+      "X1, the papers' linear regression, claim by claim",
+  )
+  parser.add_argument(
+      '--size',
+      default='small',
+      choices=tuple(rates.SIZES),
+      help='paper: d = 4096; small: d = 256',
+  )
+  parser.add_argument('--passes', type=float, default=60.0, help='data passes')
+  parser.add_argument('--seeds', type=int, default=5)
+  parser.add_argument('--rank', type=int, default=2)
+  parser.add_argument(
+      '--numpy', action='store_true', help='time a NumPy loop on the same work'
+  )
+
+
+def add_nonsmooth(commands: Any) -> None:
+  def run(args):
+    return nonsmooth.gaps(num_seeds=args.seeds, progress=True)
+
+  parser = _command(
+      commands, 'nonsmooth', run, 'T8 on l1 regression: gaps against bounds'
+  )
+  parser.add_argument('--seeds', type=int, default=16)
+
+
+def _make_task(name: str, data_dir: str) -> Any:
+  config = base_config.get_config()
+  config.task.name = name
+  config.task.data_dir = data_dir
+  return arguments.make_task(config)
+
+
+def _add_task(
+    parser: argparse.ArgumentParser, names: Sequence[str], default: str
+) -> None:
+  parser.add_argument('--task', default=default, choices=names)
+  parser.add_argument(
+      '--data_dir',
+      default='',
+      help="folder of MNIST; '': $BERNOULLI_LORA_DATA",
+  )
+
+
+def add_ntk(commands: Any) -> None:
+  studies = {
+      'ranks': ntk.ranks,
+      'linearisation': ntk.linearisation,
+      'generalisation': ntk_generalisation.generalisation,
+  }
+
+  def run(args):
+    return studies[args.study](_make_task(args.task, args.data_dir))
+
+  parser = _command(
+      commands, 'ntk', run, 'LoRA in the NTK regime, few-shot (N1-N7)'
+  )
+  parser.add_argument(
+      '--study',
+      default='ranks',
+      choices=tuple(studies),
+      help='loss against steps by rank; how far the linearisation holds; N7',
+  )
+  _add_task(parser, ('digits', 'mnist'), 'digits')
+
+
+def add_gap(commands: Any) -> None:
+  def run(args):
+    if args.task == 'teacher':
+      return gap.gap()
+    return gap.gap(_make_task(args.task, args.data_dir))
+
+  parser = _command(
+      commands, 'gap', run, 'generalisation gap over ranks and sample sizes'
+  )
+  _add_task(parser, ('teacher', 'mnist', 'digits'), 'teacher')
+
+
+def add_expressive(commands: Any) -> None:
+  def run(args):
+    return expressive.errors(width=args.width, num_seeds=args.seeds)
+
+  parser = _command(
+      commands, 'expressive', run, 'adapters by construction and by descent'
+  )
+  parser.add_argument('--width', type=int, default=16, help='D')
+  parser.add_argument('--seeds', type=int, default=5)
+
+
+def main(argv: list[str]) -> None:
+  args = _parser().parse_args(argv[1:])
+  result = args.run(args)
+  name = args.command
+  if name in ('ntk', 'gap'):
+    name += f'_{args.task}'
+  if name.startswith('ntk'):
+    name += f'_{args.study}'
+  study.show(result, args.figures, name, args.style)
+
+
+if __name__ == '__main__':
+  jax.config.update('jax_enable_x64', True)  # Studies are in float64.
+  cli.guarded(main, sys.argv)
