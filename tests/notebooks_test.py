@@ -66,3 +66,18 @@ def test_federated(tmp_path, monkeypatch):
   assert megabytes['Bernoulli-LoRA'] == min(megabytes.values())
   assert megabytes['FedAvg of weights'] == max(megabytes.values())
   assert all(float(accuracy) > 0.9 for _, _, accuracy in results)
+
+
+@pytest.mark.slow
+def test_theory(tmp_path, monkeypatch):
+  monkeypatch.delenv('XLA_FLAGS')  # As at a user's.
+  text = executed('theory.ipynb', tmp_path)
+  assert 'Expected stepsize <= 0.333333 (T1), got stepsize=1, 3 times' in text
+  assert re.search(r'^best +0.75 ', text, re.MULTILINE)
+  assert 'T1 with estimated constants lies above the measured mean' in text
+  assert 'value 0.751667, ||grad||_2/lam 6.67' in text
+  assert re.search(r'N1: value 0.270000, .*: global minimum', text)
+  certified = dict(
+      re.findall(r'^ +(\d+) +\d+ +160 .* (\d) of 3 ', text, re.MULTILINE)
+  )
+  assert certified['1'] == '0' and certified['24'] == '3', certified

@@ -408,7 +408,7 @@ def _cell(value: Any) -> str:
   if isinstance(value, float):
     return (
         f'{value:,.0f}'
-        if value == int(value) and abs(value) >= 1000
+        if value.is_integer() and abs(value) >= 1000  # Not infinity.
         else (f'{value:g}')
     )
   return f'{value:,}' if isinstance(value, int) else str(value)
