@@ -56,7 +56,7 @@ _CONSTANTS: dict[str, tuple[Any, str]] = {
     'num_samples': (int, 'N, for minibatches without replacement (page)'),
     'omega': (float, 'of the compressor (qgd, marina)'),
     'beta': (float, 'of the compressor (ef21)'),
-    'client_gap': (float, 'f_inf - mean f_l_inf (qgd)'),
+    'client_gap': (float, 'f_inf - sum_l w_l f_l_inf (qgd)'),
     'distance': (float, 'R0 (nonsmooth, polyak)'),
     'lipschitz': (float, 'L0 (nonsmooth, polyak)'),
 }
@@ -145,10 +145,34 @@ def _add_matrices(parser: argparse.ArgumentParser) -> None:
       default=None,
       help='L_l of each client, with commas (qgd, marina, ef21)',
   )
+  parser.add_argument(
+      '--weights',
+      type=_numbers(float),
+      default=None,
+      help='w_l of each client, with commas; None: equal (qgd, marina, ef21)',
+  )
+  parser.add_argument(
+      '--bounded_variance',
+      action='store_const',
+      const=True,
+      help='A, B - 1 and C bound E||g - grad||^2, which allows longer steps (sgd)',
+  )
+  parser.add_argument(
+      '--least',
+      action='store_const',
+      const=True,
+      help='bound min_t in place of the mean (sgd, qgd)',
+  )
 
 
 def _constants(args: argparse.Namespace) -> dict[str, Any]:
-  names = [*_CONSTANTS, 'client_smoothness']
+  names = [
+      *_CONSTANTS,
+      'client_smoothness',
+      'weights',
+      'bounded_variance',
+      'least',
+  ]
   given = {name: getattr(args, name) for name in names}
   return {name: value for name, value in given.items() if value is not None}
 

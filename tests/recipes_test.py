@@ -433,7 +433,7 @@ class DiskTest(TemporaryTest):
     policy = adapters.bernoulli_lora(1, 2, sketch=mine)
     recipe = make_recipe(policy, make_base(SHAPES), 1)
     self.assert_same(self.through_disk(recipe, mine), recipe)
-    with self.assertRaisesRegex(ValueError, r"sketch in \(.*\), got 'mine'"):
+    with self.assertRaisesRegex(ValueError, r"sketch in \(.*\) .*, got 'mine'"):
       recipes.load_recipe(self.directory)
 
   def test_links_of_a_longer_recipe_are_removed(self):

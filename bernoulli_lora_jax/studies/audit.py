@@ -1,7 +1,7 @@
 """Audits a finished run: its constants, its assumptions, its bound.
 
 The run is replayed from its configuration, which takes as long as the run did,
-and must end in its checkpoint; the constants are estimated at points along the
+and whether it ends in its checkpoint is reported; the constants are estimated at points along the
 path. L, Lbar and sigma^2 seen along a path are at most the true ones, mu at least,
 so the bound printed is an estimate and no certificate. The bound is of an
 expectation, the measured curve is one run.
@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import tqdm
@@ -81,8 +82,23 @@ def audit(
   measured(finished.run)  # What is missing is said before the replay.
   if num_batches < 2:
     raise ValueError(f'Expected batches >= 2, got batches={num_batches}.')
+  before = jnp.result_type(float) == jnp.float64  # Put back at the end.
+  jax.config.update('jax_enable_x64', finished.config.x64)
+  try:
+    return _audit(finished, num_points, num_products, num_batches, progress)
+  finally:
+    jax.config.update('jax_enable_x64', before)
+
+
+def _audit(
+    finished: runs.Finished,
+    num_points: int,
+    num_products: int,
+    num_batches: int,
+    progress: bool,
+) -> study.Study:
+  """Returns `audit` of a run in the run's precision."""
   config = finished.config
-  jax.config.update('jax_enable_x64', config.x64)
   task = arguments.make_task(config)
   program = experiment.make_program(config, task)
   method = program.method
@@ -114,7 +130,7 @@ def audit(
   return study.Study(
       tables,
       {'bound': _figure(finished, bound)},
-      _notes(finished, bound),
+      [*_notes(finished, bound), *_doubts(tables['assumptions'], bound)],
   )
 
 
@@ -264,7 +280,7 @@ def _assumption_rows(
       ),
       (
           'convex on the path',
-          f'least curvature {found.least_curvature:.3g}; not needed',
+          f'least curvature seen {found.least_curvature:.3g}; not needed',
           found.least_curvature >= -1e-6 * found.smoothness,
       ),
   ]
@@ -307,8 +323,25 @@ def _notes(finished: runs.Finished, bound: guarantee.Bound) -> list[str]:
       + (' lies above' if held else ' does NOT lie above')
       + ' the measured mean at every evaluation; at the end it is'
       f' {values[-1] / means[-1]:.3g} times as large.',
-      'L, Lbar, sigma^2 are estimates from below and mu from above: the bound'
-      ' printed is an estimate. It is of an expectation; the run is one draw.',
+      'L, Lbar, sigma^2, A, B, C and the L_l are seen from below, mu and, without a'
+      ' known lower bound of f, D0 by what the path shows: the bound printed is an'
+      ' estimate. It is of an expectation; the run is one draw.',
+  ]
+
+
+def _doubts(rows: list[dict[str, Any]], bound: guarantee.Bound) -> list[str]:
+  """Returns which assumptions of a guarantee did not hold, in one sentence."""
+  missed = [
+      row['assumption']
+      for row in rows
+      if row['held'] == 'no'
+      and not row['assumption'].startswith(('PL', 'convex'))
+  ]
+  if not bound.theorem or not missed:
+    return []
+  return [
+      f'Not all that {bound.theorem} assumes held, so it does not speak of this'
+      f' run strictly: no {", no ".join(repr(name) for name in missed)}.'
   ]
 
 

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import optax
-import scipy.stats
 import tqdm
 
 from bernoulli_lora_jax.studies import study
@@ -303,12 +302,8 @@ def _apply(net: expressive.Layer, x: jax.Array) -> jax.Array:
 
 def _log_mean(values: np.ndarray) -> tuple[float, float]:
   """Returns the geometric mean and the factor of its 95% interval."""
-  logs = np.log(np.maximum(values, _FLOOR))
-  half = 0.0
-  if len(logs) > 1:
-    half = logs.std(ddof=1) / math.sqrt(len(logs))
-    half *= scipy.stats.t.ppf(0.975, len(logs) - 1)
-  return math.exp(logs.mean()), math.exp(half)
+  mean, half = figures.mean_interval(np.log(np.maximum(values, _FLOOR)))
+  return math.exp(mean), math.exp(half)
 
 
 def _row(cell: dict[str, Any]) -> dict[str, Any]:

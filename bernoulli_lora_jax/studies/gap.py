@@ -94,7 +94,7 @@ def gap(
   0.5; it is trained by full gradients nearly to the optimum. One more line of
   cells, at the middle size, keeps one training sample for all draws and so
   shows the spread over frozen factors alone. The default sizes took 60 seconds,
-  with MNIST 210, on two cores that were not idle.
+  with MNIST 210, on two cores.
 
   Args:
     task: with `outputs` and a criterion, for instance MNIST.
@@ -282,10 +282,7 @@ def _curves(result: _Result, axis: str) -> matplotlib.figure.Figure:
   if axis == 'size':
     x, others, means = others, x, means.swapaxes(1, 2)
   other = 'N' if axis == 'rank' else 'r'
-  num_draws = means.shape[-1]
-  half = means.std(-1, ddof=1) / math.sqrt(num_draws)
-  half *= scipy.stats.t.ppf(0.975, num_draws - 1)
-  centre = means.mean(-1)
+  centre, half = figures.mean_interval(np.moveaxis(means, -1, 0))
   figure = matplotlib.figure.Figure(figsize=(11.5, 6.8), layout='constrained')
   panels = figure.subplots(2, 3, sharex=True, sharey=True).ravel()
   handles: dict[str, Any] = {f'{other} = {value}': None for value in others}

@@ -214,6 +214,8 @@ def find_bound(
     return bound(links, stepsize=stepsize, **constants)
 
   label = f'{theorem}, estimated constants'
+  if period > 1:
+    label += ', mean over starts of links'
   if gamma > limit:
     reason = f'its stepsize {gamma:.3g} is {gamma / limit:.3g} times the limit'
     label = f'{theorem} with gamma = {limit:.3g}, not of this run'

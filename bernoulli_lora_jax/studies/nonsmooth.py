@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import optax
-import scipy.stats
 import tqdm
 
 from bernoulli_lora_jax import chain
@@ -340,7 +339,7 @@ def is_held(averages: np.ndarray, bound: np.ndarray) -> bool:
 
 
 def _row(cell: Cell) -> dict[str, Any]:
-  gap, half = _interval(cell.averages[:, -1:])
+  gap, half = figures.mean_interval(cell.averages[:, -1:])
   row = {
       'method': cell.method,
       'sketch': cell.sketch,
@@ -358,7 +357,7 @@ def _row(cell: Cell) -> dict[str, Any]:
 
 
 def _case_row(cell: Cell) -> dict[str, Any]:
-  gap, _ = _interval(cell.averages[:, -1:])
+  gap, _ = figures.mean_interval(cell.averages[:, -1:])
   bound = cell.bound
   held = '-'
   if bound is not None:
@@ -374,13 +373,6 @@ def _case_row(cell: Cell) -> dict[str, Any]:
       'bound': '-' if bound is None else f'{bound[-1]:.3g}',
       'held at all T': held,
   }
-
-
-def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the mean over seeds and half of its 95% interval, (T,) each."""
-  half = values.std(0, ddof=1) / math.sqrt(len(values))
-  half = half * scipy.stats.t.ppf(0.975, len(values) - 1)
-  return values.mean(0), half
 
 
 def _plot(cells: Sequence[Cell]) -> matplotlib.figure.Figure:
@@ -444,7 +436,7 @@ def _plot_case(cells: Sequence[Cell]) -> matplotlib.figure.Figure:
 def _draw(panel: Any, values: np.ndarray, label: str, i: int) -> None:
   """Draws a mean over seeds and its interval on logarithmic axes."""
   where = _places(values.shape[1])
-  mean, half = _interval(values[:, where])
+  mean, half = figures.mean_interval(values[:, where])
   # An interval of positive numbers that reaches zero ends at the axis.
   low = np.maximum(mean - half, 1e-2 * mean)
   style = figures.style(i)

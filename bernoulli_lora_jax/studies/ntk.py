@@ -574,12 +574,17 @@ def _linearisation_row(rank: int, seen: _Seen) -> dict[str, Any]:
 
 
 def _linearisation_notes(rows: list[dict[str, Any]]) -> list[str]:
+  passed = lambda row: (
+      '10% was passed at ||delta||_F ='
+      f' {row["norm of delta at error 0.1"]:.3g}, step {row["step at error 0.1"]}'
+      if math.isfinite(row['step at error 0.1'])
+      else '10% was not passed'
+  )
   return [
       f'Rank {row["rank"]}: at the end ||delta||_F ='
       f' {row["norm of delta, end"]:.3g}, the linearised outputs are off by'
-      f' {100 * row["relative error, end"]:.0f}% of the change (10% was passed at'
-      f' ||delta||_F = {row["norm of delta at error 0.1"]:.3g}, step'
-      f' {row["step at error 0.1"]:g}); objective {row["loss, end"]:.4g}, the'
+      f' {100 * row["relative error, end"]:.0f}% of the change ({passed(row)});'
+      f' objective {row["loss, end"]:.4g}, the'
       f' linearised one at the same factors {row["linearised loss there"]:.4g},'
       f' along its own run {row["linearised run, end"]:.4g}.'
       for row in rows

@@ -264,7 +264,7 @@ def _generalisation_notes(rows, best, eta) -> list[str]:
   ratio = [row['bound'] / row['gap'] for row in rows if row['gap'] > 0]
   term = [row['rademacher term'] / row['gap'] for row in rows if row['gap'] > 0]
   notes = [
-      f'Best test loss seen, of the linearised network: {best:.4g}; at zero'
+      f'Best test loss of the references, linearised: {best:.4g}; below zero'
       ' excess another draw or lam does better than the reference.',
       f'The bound (eta = {eta:g}) held in {sum(r["bound"] >= r["gap"] for r in rows)}'
       f' of {len(rows)} means.',
@@ -293,6 +293,6 @@ def _generalisation_notes(rows, best, eta) -> list[str]:
       x, y = np.asarray(points).T
       slope = np.polyfit(x, y, 1)[0]
       notes.append(
-          f'At lam / lam_max = {relative:g} the gap falls like N^{slope:.2f}.'
+          f'At lam / lam_max = {relative:g} the gap goes like N^{slope:.2f}.'
       )
   return notes

@@ -96,7 +96,11 @@ def predict(
       sketch=sketches.by_name(sketch),
       all_trained=all_trained,
   )
-  constants = _with_q(constants)
+  if estimator == 'polyak' and stepsize is not None:
+    raise ValueError(
+        f"Expected no stepsize with Polyak's step, got stepsize={stepsize}."
+    )
+  constants = _with_q(constants, estimator)
   known = {'lmin': found.lmin, 'lmax': found.lmax, **constants}
   bound = _FUNCTIONS[estimator]
   bounds.check_constants(bound, estimator, constants)
@@ -158,7 +162,8 @@ def recommend(
     **constants: of the bound, q as `q`.
 
   Returns:
-    A table, the best p first; a figure of steps and trained numbers against p.
+    A table, the best p first, without those of which no T reaches the target; a
+    figure of steps and trained numbers against p.
 
   Raises:
     ValueError: see `bounds.recommend`.
@@ -169,13 +174,16 @@ def recommend(
       'estimator': estimator,
       'sketch': sketches.by_name(sketch),
       'all_trained': all_trained,
-      **_with_q(constants),
+      **_with_q(constants, estimator),
   }
   best = bounds.recommend(shapes, **arguments)
-  probs = np.linspace(0, 1, 21)
-  others = [
-      bounds.recommend(shapes, chain_prob=float(p), **arguments) for p in probs
-  ]
+  others = []
+  for p in np.linspace(0, 1, 21):
+    try:
+      others.append(bounds.recommend(shapes, chain_prob=float(p), **arguments))
+    except ValueError:
+      continue  # The target is below the floor, which kappa and so p moves.
+  probs = [one.prob for one in others]
   row = lambda one, name: {
       '': name,
       'p': one.prob,
@@ -187,7 +195,8 @@ def recommend(
       'lmin a number': one.lmin_per_number,
       'numbers in all': one.num_steps * one.trained,
   }
-  rows = [row(best, 'best')] + [row(one, '') for one in others[::5]]
+  shown = [one for one in others if (4 * one.prob).is_integer()]
+  rows = [row(best, 'best')] + [row(one, '') for one in shown]
   figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout='constrained')
   panels = figure.subplots(1, 2)
   for panel, label, of in (
@@ -201,12 +210,13 @@ def recommend(
     panel.set_ylim(bottom=0)
     panel.grid(True, linewidth=0.4, alpha=0.6)
     panel.legend()
-  is_end = best.prob in (0.0, 1.0)
-  note = (
-      'lmin is linear in p for one matrix: the best p is an end.'
-      if is_end
-      else 'Shapes differ: the best p lies where their lambdas balance.'
-  )
+  lmins = [one.lmin for one in others]
+  if np.allclose(lmins, best.lmin, rtol=1e-9):
+    note = 'lmin is the same for every p here.'
+  elif best.prob in (0.0, 1.0):
+    note = 'lmin rises towards one side: the best p is an end.'
+  else:
+    note = 'Shapes differ: the best p lies where their lambdas balance.'
   return study.Study({'recommendation': rows}, {'recommend': figure}, [note])
 
 
@@ -214,9 +224,11 @@ def _look() -> dict[str, Any]:
   return figures.style(0)
 
 
-def _with_q(constants: dict[str, Any]) -> dict[str, Any]:
+def _with_q(constants: dict[str, Any], estimator: str) -> dict[str, Any]:
   """Returns the constants that are given, with q under the name of `bounds`."""
   given = {k: v for k, v in constants.items() if v is not None}
+  if estimator in ('page', 'marina') and 'q' not in given:
+    raise ValueError(f'Expected q for {estimator}, got none.')
   if 'q' in given:
     given['prob'] = given.pop('q')
   return given

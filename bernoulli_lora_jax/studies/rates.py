@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import scipy.stats
 import tqdm
 
 from bernoulli_lora_jax.studies import numpy_chain
@@ -246,10 +245,10 @@ def rates(
 
   Args:
     size: of `SIZES`.
-    num_passes: budget of data passes.
+    num_passes: budget of data passes, > 0.
     num_seeds: >= 2, for the bands.
     factors: gamma L.
-    rank: r.
+    rank: r, in [1, sqrt(d)].
     compare_numpy: whether the same work is timed as a NumPy loop.
     progress: whether to show a progress bar.
 
@@ -257,12 +256,35 @@ def rates(
     Tables of the best factor a method and of the claims; figures `estimators`
     (||grad f||^2 against data passes, best factor a method), `variance`
     (PAGE and MVR against SGD), `rank`, `prob` and `bound`.
+
+  Raises:
+    ValueError: an argument outside its range.
   """
   if num_seeds < 2:
     raise ValueError(f'Expected seeds >= 2, got seeds={num_seeds}.')
   if not 0 < num_passes < math.inf:
     raise ValueError(f'Expected passes > 0, got passes={num_passes}.')
-  jax.config.update('jax_enable_x64', True)
+  if size not in SIZES:
+    raise ValueError(f'Expected size in {tuple(SIZES)}, got size={size!r}.')
+  side = math.isqrt(SIZES[size].dim)
+  if not 1 <= rank <= side:
+    raise ValueError(f'Expected rank in [1, {side}], got rank={rank}.')
+  with jax.enable_x64(True):
+    return _rates(
+        size, num_passes, num_seeds, factors, rank, compare_numpy, progress
+    )
+
+
+def _rates(
+    size: str,
+    num_passes: float,
+    num_seeds: int,
+    factors: Sequence[float],
+    rank: int,
+    compare_numpy: bool,
+    progress: bool,
+) -> study.Study:
+  """Returns `rates` of arguments that are valid, in the current precision."""
   problem, task, wide = make_tasks(size)
   num_evals = 60 if size != 'smoke' else 4
   curves, rows = {}, []
@@ -344,9 +366,7 @@ def _diverged(found: Curves) -> int:
 
 def _log_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Returns mean and half of the 95% interval of the logarithms, over axis 0."""
-  logs = np.log(np.maximum(values, 1e-300))
-  half = logs.std(0, ddof=1) / math.sqrt(len(logs))
-  return logs.mean(0), half * scipy.stats.t.ppf(0.975, len(logs) - 1)
+  return figures.mean_interval(np.log(np.maximum(values, 1e-300)))
 
 
 def _interval(values: np.ndarray) -> str:
@@ -464,11 +484,6 @@ def _steps_to_target(found: Curves) -> np.ndarray:
   return result
 
 
-def _mean_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  half = values.std(0, ddof=1) / math.sqrt(len(values))
-  return values.mean(0), half * scipy.stats.t.ppf(0.975, len(values) - 1)
-
-
 def _claim_rank(
     task: task_lib.Task,
     side: int,
@@ -493,13 +508,14 @@ def _claim_rank(
     if compare_numpy:
       theirs += train_numpy(problem, task, 'gd', 'bernoulli', **arguments)
     steps.append(_steps_to_target(found)[:, 0])
-    mean, half = _mean_error(steps[-1])
+    mean, half = figures.mean_interval(steps[-1])
     rows.append(
         {
             'rank': rank,
             'lmin': rank / side,
             'steps to 1e-3': f'{mean:.4g} +- {half:.2g}',
             'steps x lmin': mean * rank / side,
+            'seeds that missed it': int(np.isnan(steps[-1]).sum()),
         }
     )
   # The exponent of r for each seed, and its spread; near r = side the few steps
@@ -510,7 +526,7 @@ def _claim_rank(
   error = slopes.std(ddof=1) / math.sqrt(num_seeds)
   figure = matplotlib.figure.Figure(figsize=(6, 4), layout='constrained')
   panel = figure.subplots()
-  mean, half = _mean_error(np.stack(steps, axis=1))
+  mean, half = figures.mean_interval(np.stack(steps, axis=1))
   panel.errorbar(
       ranks, mean, half, capsize=3, label='measured', **figures.style(0)
   )
@@ -529,8 +545,8 @@ def _claim_rank(
   _finish(panel, 'rank r', 'steps to 1e-3 of the squared gradient norm')
   note = (
       f'Linear in r: for r <= {ranks[small - 1]} of {side} steps to the target fall'
-      f' as r^({slopes.mean():.3f} +- {error:.3f}) (standard error); T1 says -1,'
-      ' and above it the exact rate log(1 - lmin) is better than linear.'
+      f" as r^({slopes.mean():.3f} +- {error:.3f}) (standard error); the bound's"
+      ' is -1, and above these ranks log(1 - lmin) is better than linear.'
   )
   return rows, figure, note
 
@@ -556,7 +572,7 @@ def _claim_prob(
       prob=probs.tolist(),
   )
   steps = _steps_to_target(found)
-  mean, half = _mean_error(steps)
+  mean, half = figures.mean_interval(steps)
   numbers = probs * rank * n + (1 - probs) * rank * m
   rows = [
       {
@@ -566,9 +582,10 @@ def _claim_prob(
           'steps to 1e-3': f'{a:.4g} +- {b:.2g}',
           'steps x lmin': a * low,
           'numbers to 1e-3': a * number,
+          'seeds that missed it': int(missed),
       }
-      for p, low, number, a, b in zip(
-          probs, lmin, numbers, mean, half, strict=True
+      for p, low, number, a, b, missed in zip(
+          probs, lmin, numbers, mean, half, np.isnan(steps).sum(0), strict=True
       )
   ]
   figure = matplotlib.figure.Figure(figsize=(10, 4), layout='constrained')
@@ -617,7 +634,7 @@ def _claim_bound(
     num_passes: float,
 ) -> tuple[list[dict[str, Any]], matplotlib.figure.Figure, str]:
   """The mean of ||grad||^2 over the steps against T1, every constant known."""
-  num = int(num_passes)
+  num = max(1, int(num_passes))
   params = task.init(jax.random.key(0))
   gap = float(task.loss(params, task.data['train'], None)[0])  # f_inf >= 0.
   steps = np.arange(1, num + 1)

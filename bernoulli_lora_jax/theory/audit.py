@@ -172,8 +172,7 @@ def pl_constant(gaps: Sequence[float], norms: Sequence[float]) -> float:
     norms: ||grad||^2 of each point.
 
   Returns:
-    An upper bound of mu on the path if f_best = f_inf; infinite where no point
-    has a gap.
+    An upper bound of mu, as f_best >= f_inf; infinite where no point has a gap.
   """
   pairs = zip(gaps, norms, strict=True)
   return min(

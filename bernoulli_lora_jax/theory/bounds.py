@@ -819,7 +819,7 @@ def _rate(
   """Returns 2 Phi0 / (gamma lmin T), or (1 - gamma mu lmin)^T Phi0 under PL."""
   if pl is None:
     return 2 * phi / (stepsize * lmin * steps)
-  return (1 - stepsize * pl * lmin) ** steps * phi_pl
+  return max(0.0, 1 - stepsize * pl * lmin) ** steps * phi_pl
 
 
 def _steps(num_steps: Steps) -> np.ndarray:

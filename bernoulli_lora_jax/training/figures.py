@@ -67,6 +67,18 @@ class Curve(NamedTuple):
   half: np.ndarray  # Half of the 95% confidence interval; zero for one seed.
 
 
+def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the mean over axis 0 and half of its 95% interval, by Student's t.
+
+  The half is zero where there is one value.
+  """
+  half = 0 * values[0]
+  if len(values) > 1:
+    half = values.std(0, ddof=1) / math.sqrt(len(values))
+    half = half * scipy.stats.t.ppf(0.975, len(values) - 1)
+  return values.mean(0), half
+
+
 def curve(
     runs: Sequence[Run], metric: str, log: bool = False, axis: Axis = PASSES
 ) -> Curve | None:
@@ -102,11 +114,7 @@ def curve(
   if log:
     # What is rounding to zero has no logarithm.
     values = np.log(np.maximum(values, _FLOOR * abs(values[:, :1])))
-  half = 0 * values[0]
-  if len(values) > 1:
-    half = values.std(0, ddof=1) / math.sqrt(len(values))
-    half *= scipy.stats.t.ppf(0.975, len(values) - 1)
-  return Curve(x, values.mean(0), half)
+  return Curve(x, *mean_interval(values))
 
 
 def plot(
@@ -265,12 +273,7 @@ def plot_prob(runs: Sequence[Run]) -> matplotlib.figure.Figure | None:
   panel = figure.subplots()
   for i, ((name, rank_text), points) in enumerate(lines.items()):
     x = sorted(p for p in points if len(points[p]) > 1)
-    error = [
-        points[p].std(ddof=1)
-        / math.sqrt(len(points[p]))
-        * scipy.stats.t.ppf(0.975, len(points[p]) - 1)
-        for p in x
-    ]
+    error = [mean_interval(points[p])[1] for p in x]
     panel.errorbar(
         x,
         [points[p].mean() for p in x],
