@@ -270,6 +270,7 @@ def add_rates(commands: Any) -> None:
         num_passes=args.passes,
         num_seeds=args.seeds,
         rank=args.rank,
+        claims=args.claims,
         compare_numpy=args.numpy,
     )
 
@@ -288,6 +289,12 @@ def add_rates(commands: Any) -> None:
   parser.add_argument('--passes', type=float, default=60.0, help='data passes')
   parser.add_argument('--seeds', type=int, default=5)
   parser.add_argument('--rank', type=int, default=2)
+  parser.add_argument(
+      '--claims',
+      type=lambda text: [part for part in text.split(',') if part],
+      default=list(rates.CLAIMS),
+      help="figures of GD alone, with commas; '' for none",
+  )
   parser.add_argument(
       '--numpy', action='store_true', help='time a NumPy loop on the same work'
   )

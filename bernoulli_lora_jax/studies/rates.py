@@ -33,6 +33,7 @@ NAMES = {
     'rac_right': 'RAC-LoRA right',
     'bernoulli': 'Bernoulli-LoRA',
 }
+CLAIMS = ('rank', 'prob', 'bound')
 MOMENTUM = 0.9  # 1 - b of MVR.
 _PATIENCE = 14  # Steps times lmin after which the target counts as missed.
 _TARGET = 1e-3  # Of the squared gradient norm, relative to the start.
@@ -238,6 +239,7 @@ def rates(
     num_seeds: int = 5,
     factors: Sequence[float] = FACTORS,
     rank: int = 2,
+    claims: Sequence[str] = CLAIMS,
     compare_numpy: bool = False,
     progress: bool = True,
 ) -> study.Study:
@@ -249,6 +251,7 @@ def rates(
     num_seeds: >= 2, for the bands.
     factors: gamma L.
     rank: r, in [1, sqrt(d)].
+    claims: of `CLAIMS`; at full size they take longer than all the rest.
     compare_numpy: whether the same work is timed as a NumPy loop.
     progress: whether to show a progress bar.
 
@@ -266,12 +269,21 @@ def rates(
     raise ValueError(f'Expected passes > 0, got passes={num_passes}.')
   if size not in SIZES:
     raise ValueError(f'Expected size in {tuple(SIZES)}, got size={size!r}.')
+  if set(claims) - set(CLAIMS):
+    raise ValueError(f'Expected claims among {CLAIMS}, got claims={claims}.')
   side = math.isqrt(SIZES[size].dim)
   if not 1 <= rank <= side:
     raise ValueError(f'Expected rank in [1, {side}], got rank={rank}.')
   with jax.enable_x64(True):
     return _rates(
-        size, num_passes, num_seeds, factors, rank, compare_numpy, progress
+        size,
+        num_passes,
+        num_seeds,
+        factors,
+        rank,
+        claims,
+        compare_numpy,
+        progress,
     )
 
 
@@ -281,6 +293,7 @@ def _rates(
     num_seeds: int,
     factors: Sequence[float],
     rank: int,
+    claims: Sequence[str],
     compare_numpy: bool,
     progress: bool,
 ) -> study.Study:
@@ -329,11 +342,15 @@ def _rates(
       timing,
   ]
   side = round(len(problem.start) ** 0.5)
-  for claim, (table, figure, note) in {
-      'rank': _claim_rank(task, side, num_seeds, compare_numpy, problem),
-      'prob': _claim_prob(wide, SIZES[size].wide, rank, num_seeds),
-      'bound': _claim_bound(task, side, rank, num_seeds, num_passes),
-  }.items():
+  makers = {
+      'rank': lambda: _claim_rank(
+          task, side, num_seeds, compare_numpy, problem
+      ),
+      'prob': lambda: _claim_prob(wide, SIZES[size].wide, rank, num_seeds),
+      'bound': lambda: _claim_bound(task, side, rank, num_seeds, num_passes),
+  }
+  for claim in claims:
+    table, figure, note = makers[claim]()
     tables[claim], drawn[claim] = table, figure
     notes.append(note)
   notes.append(_variance_note(curves))
