@@ -3,6 +3,9 @@
 The public surface; see the README for what each name is for.
 """
 
+import importlib as _importlib
+import types as _types
+
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import averaging
 from bernoulli_lora_jax import compressors
@@ -41,3 +44,11 @@ from bernoulli_lora_jax.matrices import Rule
 from bernoulli_lora_jax.sketches import Sketch
 
 __version__ = '0.1.0'
+
+
+def __getattr__(name: str) -> _types.ModuleType:
+  if (
+      name == 'theory'
+  ):  # When asked for: its SciPy doubles the time of an import.
+    return _importlib.import_module(f'{__name__}.theory')
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

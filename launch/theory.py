@@ -30,6 +30,7 @@ from bernoulli_lora_jax.studies import ntk
 from bernoulli_lora_jax.studies import ntk_generalisation
 from bernoulli_lora_jax.studies import predict
 from bernoulli_lora_jax.studies import rates
+from bernoulli_lora_jax.studies import regression
 from bernoulli_lora_jax.studies import study
 from bernoulli_lora_jax.theory import bounds
 from bernoulli_lora_jax.training import arguments
@@ -271,7 +272,8 @@ def add_rates(commands: Any) -> None:
         num_seeds=args.seeds,
         rank=args.rank,
         claims=args.claims,
-        compare_numpy=args.numpy,
+        numpy_runs=args.numpy,
+        factors=args.factors,
     )
 
   parser = _command(
@@ -283,7 +285,7 @@ def add_rates(commands: Any) -> None:
   parser.add_argument(
       '--size',
       default='small',
-      choices=tuple(rates.SIZES),
+      choices=tuple(regression.SIZES),
       help='paper: d = 4096; small: d = 256',
   )
   parser.add_argument('--passes', type=float, default=60.0, help='data passes')
@@ -296,7 +298,20 @@ def add_rates(commands: Any) -> None:
       help="figures of GD alone, with commas; '' for none",
   )
   parser.add_argument(
-      '--numpy', action='store_true', help='time a NumPy loop on the same work'
+      '--factors',
+      type=_numbers(float),
+      default=list(rates.FACTORS),
+      help='stepsizes times L, with commas',
+  )
+  parser.add_argument(
+      '--numpy',
+      type=int,
+      nargs='?',
+      const=sys.maxsize,
+      default=0,
+      metavar='RUNS',
+      help='time the same work as a plain NumPy loop: all runs, or RUNS of each'
+      ' program and the others by proportion',
   )
 
 

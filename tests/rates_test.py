@@ -18,6 +18,7 @@ from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import sketches
 from bernoulli_lora_jax.studies import numpy_chain
 from bernoulli_lora_jax.studies import rates
+from bernoulli_lora_jax.studies import regression
 from bernoulli_lora_jax.studies import study
 from bernoulli_lora_jax.tasks import linear_regression
 from bernoulli_lora_jax.training import loop
@@ -53,7 +54,7 @@ def make_method(task, estimator, name, factor, rank=2):
       estimator=estimator,
       num_samples=task.num_samples,
       batch_size=task.batch_size,
-      momentum=rates.MOMENTUM,
+      momentum=regression.MOMENTUM,
   )
 
 
@@ -96,7 +97,7 @@ class ChainTest(X64TestCase):
       yield bool(jax.random.bernoulli(key, prob))
 
   @parameterized.product(
-      estimator=list(rates.ESTIMATORS), name=list(rates.NAMES)
+      estimator=list(regression.ESTIMATORS), name=list(regression.NAMES)
   )
   def test_equals_numpy(self, estimator, name):
     problem, task = self.make()
@@ -124,7 +125,7 @@ class ChainTest(X64TestCase):
         batches=self.batches(task, key),
         coins=iter(coins),
         num_steps=self.NUM_STEPS,
-        momentum=rates.MOMENTUM,
+        momentum=regression.MOMENTUM,
         each=lambda step, w: seen.append((step, w.copy())),
     )
     if estimator == 'page':  # Both branches are taken.
@@ -202,7 +203,7 @@ class TrainTest(X64TestCase):
   def test_equals_single_runs(self, estimator):
     _, task = self.make()
     factors = (0.125, 0.5)
-    found = rates.train(
+    found = regression.train(
         task, estimator, 'bernoulli', factors=factors, **self.ARGUMENTS
     )
     self.assertEqual(found.passes.shape, (2, 5))
@@ -231,7 +232,7 @@ class TrainTest(X64TestCase):
 
   def test_probs_are_zipped_with_factors(self):
     _, task = self.make()
-    found = rates.train(
+    found = regression.train(
         task,
         'gd',
         'bernoulli',
@@ -240,7 +241,9 @@ class TrainTest(X64TestCase):
         **self.ARGUMENTS,
     )
     for j, name in enumerate(('rac_right', 'rac_left')):
-      alone = rates.train(task, 'gd', name, factors=(1.0,), **self.ARGUMENTS)
+      alone = regression.train(
+          task, 'gd', name, factors=(1.0,), **self.ARGUMENTS
+      )
       np.testing.assert_allclose(
           found.norms[:, j], alone.norms[:, 0], rtol=1e-9
       )
@@ -261,7 +264,7 @@ class TrainTest(X64TestCase):
       return task.loss(params, batch, key)
 
     counted = task._replace(loss=loss)
-    found = rates.train(
+    found = regression.train(
         counted,
         'page',
         'bernoulli',
@@ -283,7 +286,7 @@ class TrainTest(X64TestCase):
   def test_rejects(self):
     _, task = self.make()
     with self.assertRaisesRegex(ValueError, 'num_evals=5 to divide .*=12'):
-      rates.train(
+      regression.train(
           task,
           'gd',
           'bernoulli',
@@ -291,7 +294,7 @@ class TrainTest(X64TestCase):
           **dict(self.ARGUMENTS, num_evals=5),
       )
     with self.assertRaisesRegex(ValueError, 'a task that knows L'):
-      rates.train(
+      regression.train(
           task._replace(smoothness=None),
           'gd',
           'bernoulli',
@@ -302,7 +305,7 @@ class TrainTest(X64TestCase):
 
 def curves(norms):
   norms = np.asarray(norms, float)
-  return rates.Curves(np.zeros(norms.shape[::2]), norms, 0.0, 0.0)
+  return regression.Curves(np.zeros(norms.shape[::2]), norms, 0.0, 0.0)
 
 
 class PartsTest(X64TestCase):
@@ -315,10 +318,10 @@ class PartsTest(X64TestCase):
         ('page', 1 / 7 + 6 / 7 / 3),
         ('mvr', 1 / 3),
     ):
-      found = rates.num_steps_of(task, estimator, 12.0, 4)
+      found = regression.num_steps_of(task, estimator, 12.0, 4)
       self.assertEqual(found % 4, 0)
       self.assertLessEqual(abs(found * cost - 12), 2 * cost)
-      self.assertEqual(rates.num_steps_of(task, estimator, 1e-9, 4), 4)
+      self.assertEqual(regression.num_steps_of(task, estimator, 1e-9, 4), 4)
 
   def test_best_is_of_the_geometric_mean(self):
     nan = math.nan
@@ -347,13 +350,13 @@ class PartsTest(X64TestCase):
     )
 
   def test_sizes(self):
-    problem, task, wide = rates.make_tasks('smoke')
+    problem, task, wide = regression.make_tasks('smoke')
     params = lambda task: task.init(jax.random.key(0))['w']
     self.assertEqual(params(task).shape, (4, 4))
     self.assertEqual(params(wide).shape, (2, 8))
     self.assertEqual(task.batch_size, 4)
     self.assertEqual(task.smoothness, problem.smoothness)
-    for size in rates.SIZES.values():
+    for size in regression.SIZES.values():
       self.assertEqual(math.prod(size.wide), size.dim)
       self.assertEqual(round(size.dim**0.5) ** 2, size.dim)
 
@@ -380,17 +383,17 @@ class StudyTest(X64TestCase):
         num_passes=8.0,
         num_seeds=2,
         factors=(0.25, 1.0),
-        compare_numpy=True,
+        numpy_runs=2,
         progress=False,
     )
     self.check_study(found, 12)
-    rows = found.tables['best factor a method']
+    rows = found.tables['best stepsize a method']
     self.assertTrue(all(row['NumPy loop, s'] > 0 for row in rows))
     self.assertIn('NumPy loop', found.notes[1])
 
   def test_one_name(self):
     names = {'bernoulli': 'Bernoulli-LoRA'}
-    with unittest.mock.patch.object(rates, 'NAMES', names):
+    with unittest.mock.patch.object(regression, 'NAMES', names):
       found = rates.rates(
           'smoke',
           num_passes=8.0,
@@ -402,15 +405,15 @@ class StudyTest(X64TestCase):
 
   def check_study(self, found, num_methods):
     self.assertEqual(
-        set(found.tables), {'best factor a method', 'rank', 'prob', 'bound'}
+        set(found.tables), {'best stepsize a method', 'rank', 'prob', 'bound'}
     )
     self.assertEqual(
         set(found.figures), {'estimators', 'variance', 'rank', 'prob', 'bound'}
     )
-    rows = found.tables['best factor a method']
+    rows = found.tables['best stepsize a method']
     self.assertLen(rows, num_methods)
     for row in rows:
-      self.assertIn(row['best factor'], ('2^-2', '2^0'))
+      self.assertIn(row['best stepsize'], ('2^-2/L', '2^0/L'))
       self.assertIn(row['diverged'], ('0 of 2', '1 of 2', '2 of 2'))
     ranks = found.tables['rank']
     self.assertEqual([row['rank'] for row in ranks], [1, 2, 4])
@@ -436,7 +439,7 @@ class StudyTest(X64TestCase):
             'rates_rank.png',
             'rates_prob.png',
             'rates_bound.png',
-            'rates_best_factor_a_method.csv',
+            'rates_best_stepsize_a_method.csv',
             'rates_rank.csv',
             'rates_prob.csv',
             'rates_bound.csv',

@@ -10,6 +10,7 @@ import numpy as np
 from bernoulli_lora_jax import sketches
 from bernoulli_lora_jax.studies import study
 from bernoulli_lora_jax.theory import bounds
+from bernoulli_lora_jax.theory import recommendation
 from bernoulli_lora_jax.training import figures
 
 _THEOREMS = {
@@ -166,7 +167,7 @@ def recommend(
     figure of steps and trained numbers against p.
 
   Raises:
-    ValueError: see `bounds.recommend`.
+    ValueError: see `recommendation.recommend`.
   """
   arguments: dict[str, Any] = {
       'rank': rank,
@@ -176,11 +177,13 @@ def recommend(
       'all_trained': all_trained,
       **_with_q(constants, estimator),
   }
-  best = bounds.recommend(shapes, **arguments)
+  best = recommendation.recommend(shapes, **arguments)
   others = []
   for p in np.linspace(0, 1, 21):
     try:
-      others.append(bounds.recommend(shapes, chain_prob=float(p), **arguments))
+      others.append(
+          recommendation.recommend(shapes, chain_prob=float(p), **arguments)
+      )
     except ValueError:
       continue  # The target is below the floor, which kappa and so p moves.
   probs = [one.prob for one in others]

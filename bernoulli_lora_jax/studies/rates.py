@@ -1,235 +1,39 @@
-"""The papers' linear regression (X1), one figure a claim.
+"""The papers' linear regression (X1), one figure a claim."""
 
-Runs of one method that differ in stepsize and seed are one compiled program:
-seeds are mapped (of GD vmapped), stepsizes vmapped with the seed's draws shared, so
-that PAGE's coin stays a branch, and a minibatch is gathered once for all stepsizes.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import functools
 import itertools
 import math
-import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import tqdm
 
-from bernoulli_lora_jax.studies import numpy_chain
+from bernoulli_lora_jax.studies import regression
 from bernoulli_lora_jax.studies import study
-from bernoulli_lora_jax.tasks import linear_regression
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.theory import bounds
 from bernoulli_lora_jax.training import figures
-from bernoulli_lora_jax.training import loop
-from bernoulli_lora_jax.training import methods
 
 FACTORS = tuple(2.0**i for i in range(-7, 3))  # gamma = factor / L
-ESTIMATORS = ('gd', 'sgd', 'page', 'mvr')
-NAMES = {
-    'rac_left': 'RAC-LoRA left',
-    'rac_right': 'RAC-LoRA right',
-    'bernoulli': 'Bernoulli-LoRA',
-}
 CLAIMS = ('rank', 'prob', 'bound')
-MOMENTUM = 0.9  # 1 - b of MVR.
 _PATIENCE = 14  # Steps times lmin after which the target counts as missed.
 _TARGET = 1e-3  # Of the squared gradient norm, relative to the start.
+_SHOWN = 'geometric mean and 95% interval over seeds'
+
+Curves = regression.Curves
+Run = Callable[..., Curves]  # (task, estimator, name, **arguments)
 
 
-class Size(NamedTuple):
-  """How large X1 is."""
+class Claim(NamedTuple):
+  """What GD at 1/L shows of one claim."""
 
-  dim: int  # d, a square.
-  num_pretraining: int
-  num_samples: int  # N
-  batch_size: int
-  wide: tuple[int, int]  # (m, n) of the rectangular variant, m n = d.
-
-
-SIZES = {
-    'paper': Size(4096, 90_000, 10_000, 100, (32, 128)),
-    'small': Size(256, 9_000, 1_000, 10, (8, 32)),
-    'smoke': Size(16, 50, 40, 4, (2, 8)),
-}
-
-
-class Curves(NamedTuple):
-  """Runs of one method over seeds and stepsizes."""
-
-  passes: np.ndarray  # (seeds, evaluations), data passes so far.
-  norms: np.ndarray  # (seeds, factors, evaluations), ||grad f||^2.
-  compile_seconds: float
-  seconds: float  # Without compilation.
-
-
-def train(
-    task: task_lib.Task,
-    estimator: str,
-    name: str,
-    *,
-    factors: Sequence[float],
-    num_seeds: int,
-    num_steps: int,
-    num_evals: int,
-    rank: int,
-    prob: float | Sequence[float] = 0.5,
-) -> Curves:
-  """Trains all seeds and stepsizes of a method in one program.
-
-  Args:
-    task: that knows its L.
-    estimator: 'gd', 'sgd', 'page' or 'mvr'.
-    name: 'rac_left', 'rac_right' or 'bernoulli'.
-    factors: gamma L of the runs.
-    num_seeds: of coins, subspaces and minibatches.
-    num_steps: T, a multiple of num_evals.
-    num_evals: evaluations after the first.
-    rank: r.
-    prob: P(left) of 'bernoulli'; a sequence is zipped with the factors.
-
-  Returns:
-    `Curves` with num_evals + 1 evaluations, the first at W_0.
-  """
-  if num_steps % num_evals:
-    raise ValueError(
-        f'Expected num_evals={num_evals} to divide num_steps={num_steps}.'
-    )
-  if task.smoothness is None:
-    raise ValueError(f'Expected a task that knows L, got {task.name}.')
-  rates = jnp.asarray(factors) / task.smoothness
-  probs = prob
-  if not isinstance(prob, (int, float)):
-    probs = jnp.asarray(prob)
-
-  def one(key, rate, p, data):
-    method = methods.gradient_method(
-        task.loss,
-        methods.make_transformation(name, rate, rank=rank, prob=p),
-        estimator=estimator,
-        num_samples=task.num_samples,
-        batch_size=task.batch_size,
-        momentum=MOMENTUM,
-    )
-    steps = loop.make_steps(task, method)
-    every = num_steps // num_evals
-
-    def measure(state):
-      grad = jax.grad(lambda p: task.loss(p, data['train'], None)[0])
-      squares = jax.tree.map(lambda g: jnp.vdot(g, g), grad(state.params))
-      return sum(jax.tree.leaves(squares)), state.data_passes
-
-    def body(state, i):
-      state, _ = steps(state, data, key, i * every, every)
-      return state, measure(state)
-
-    start = loop.make_start(task, method)(key)
-    _, rest = jax.lax.scan(body, start, jnp.arange(num_evals))
-    return jax.tree.map(
-        lambda a, b: jnp.concatenate([a[None], b]), measure(start), rest
-    )
-
-  axis = 0 if isinstance(probs, jax.Array) else None
-  of_seed = lambda key, data: jax.vmap(one, (None, 0, axis, None), (0, 0))(
-      key, rates, probs, data
-  )
-  # Seeds of GD share the reading of X; others would each gather a minibatch at
-  # once, and PAGE's coin would become a select.
-  if estimator == 'gd':
-    whole = jax.jit(jax.vmap(of_seed, (0, None)))
-  else:
-    whole = jax.jit(
-        lambda keys, data: jax.lax.map(lambda key: of_seed(key, data), keys)
-    )
-  keys = jnp.stack([jax.random.key(i) for i in range(num_seeds)])
-  begun = time.perf_counter()
-  compiled = whole.lower(keys, task.data).compile()
-  middle = time.perf_counter()
-  norms, passes = jax.block_until_ready(compiled(keys, task.data))
-  ended = time.perf_counter()
-  return Curves(
-      np.asarray(passes)[:, 0],
-      np.asarray(norms),
-      middle - begun,
-      ended - middle,
-  )
-
-
-def train_numpy(
-    problem: linear_regression.Problem,
-    task: task_lib.Task,
-    estimator: str,
-    name: str,
-    *,
-    factors: Sequence[float],
-    num_seeds: int,
-    num_steps: int,
-    num_evals: int,
-    rank: int,
-) -> float:
-  """Does the work of `train` as a plain NumPy loop; returns its seconds."""
-  x, y, b = problem.x, problem.y, task.batch_size
-  side = round(len(problem.start) ** 0.5)
-  prob = {'rac_left': 1.0, 'rac_right': 0.0}.get(name, 0.5)
-  q, every = b / (b + len(y)), num_steps // num_evals
-  begun = time.perf_counter()
-  for seed, factor in itertools.product(range(num_seeds), factors):
-    rng = np.random.default_rng(seed)
-
-    def each(step, w):
-      if step % every == 0:
-        grad = numpy_chain.gradient(w.ravel(), x, y, problem.regularisation)
-        np.vdot(grad, grad)
-
-    with np.errstate(all='ignore'):  # Long steps diverge.
-      numpy_chain.run(
-          x,
-          y,
-          problem.regularisation,
-          problem.start.reshape(side, side),
-          estimator=estimator,
-          stepsize=factor / problem.smoothness,
-          steps=numpy_chain.draws(rng, (side, side), rank, prob),
-          batches=(rng.integers(0, len(y), b) for _ in itertools.count()),
-          coins=(bool(rng.random() < q) for _ in itertools.count()),
-          num_steps=num_steps,
-          momentum=MOMENTUM,
-          each=each,
-      )
-  return time.perf_counter() - begun
-
-
-def num_steps_of(
-    task: task_lib.Task, estimator: str, num_passes: float, num_evals: int
-) -> int:
-  """Returns the steps that a budget of data passes takes, whole evaluations."""
-  part = task.batch_size / task.num_samples
-  prob = task.batch_size / (task.batch_size + task.num_samples)
-  cost = {
-      'gd': 1.0,
-      'sgd': part,
-      'page': prob + (1 - prob) * 2 * part,
-      'mvr': 2 * part,
-  }[estimator]
-  return max(1, round(num_passes / cost / num_evals)) * num_evals
-
-
-def make_tasks(
-    size: str,
-) -> tuple[linear_regression.Problem, task_lib.Task, task_lib.Task]:
-  """Returns the problem of X1 at a size, its square task and its wide one."""
-  if size not in SIZES:
-    raise ValueError(f'Expected size in {tuple(SIZES)}, got size={size!r}.')
-  s = SIZES[size]
-  problem = linear_regression.make_problem(
-      dim=s.dim, num_pretraining=s.num_pretraining, num_samples=s.num_samples
-  )
-  make = lambda shape: linear_regression.make_task(
-      problem, batch_size=s.batch_size, shape=shape
-  )
-  return problem, make(None), make(s.wide)
+  rows: list[dict[str, Any]]
+  figure: matplotlib.figure.Figure
+  note: str
+  curves: list[Curves]  # For the wall time.
 
 
 def rates(
@@ -240,7 +44,7 @@ def rates(
     factors: Sequence[float] = FACTORS,
     rank: int = 2,
     claims: Sequence[str] = CLAIMS,
-    compare_numpy: bool = False,
+    numpy_runs: int = 0,
     progress: bool = True,
 ) -> study.Study:
   """Runs X1: every estimator under both RACs and Bernoulli-LoRA.
@@ -251,27 +55,35 @@ def rates(
     num_seeds: >= 2, for the bands.
     factors: gamma L.
     rank: r, in [1, sqrt(d)].
-    claims: of `CLAIMS`; at full size they take longer than all the rest.
-    compare_numpy: whether the same work is timed as a NumPy loop.
+    claims: of `CLAIMS`.
+    numpy_runs: of each program, timed as a plain NumPy loop too, the others by
+      proportion; 0 for none.
     progress: whether to show a progress bar.
 
   Returns:
-    Tables of the best factor a method and of the claims; figures `estimators`
-    (||grad f||^2 against data passes, best factor a method), `variance`
-    (PAGE and MVR against SGD), `rank`, `prob` and `bound`.
+    Tables of the best stepsize a method and of the claims; figures `estimators`
+    (||grad f||^2 against data passes, best stepsize a method), `variance`
+    (PAGE and MVR against SGD), `rank`, `prob` and `bound`, each with its wall
+    time and that of the NumPy loop.
 
   Raises:
     ValueError: an argument outside its range.
   """
   if num_seeds < 2:
     raise ValueError(f'Expected seeds >= 2, got seeds={num_seeds}.')
+  if numpy_runs < 0:
+    raise ValueError(f'Expected numpy >= 0, got numpy={numpy_runs}.')
+  if not factors or not all(0 < factor < math.inf for factor in factors):
+    raise ValueError(f'Expected factors > 0, got factors={list(factors)}.')
   if not 0 < num_passes < math.inf:
     raise ValueError(f'Expected passes > 0, got passes={num_passes}.')
-  if size not in SIZES:
-    raise ValueError(f'Expected size in {tuple(SIZES)}, got size={size!r}.')
+  if size not in regression.SIZES:
+    raise ValueError(
+        f'Expected size in {tuple(regression.SIZES)}, got size={size!r}.'
+    )
   if set(claims) - set(CLAIMS):
     raise ValueError(f'Expected claims among {CLAIMS}, got claims={claims}.')
-  side = math.isqrt(SIZES[size].dim)
+  side = math.isqrt(regression.SIZES[size].dim)
   if not 1 <= rank <= side:
     raise ValueError(f'Expected rank in [1, {side}], got rank={rank}.')
   with jax.enable_x64(True):
@@ -282,7 +94,7 @@ def rates(
         factors,
         rank,
         claims,
-        compare_numpy,
+        numpy_runs,
         progress,
     )
 
@@ -294,65 +106,70 @@ def _rates(
     factors: Sequence[float],
     rank: int,
     claims: Sequence[str],
-    compare_numpy: bool,
+    numpy_runs: int,
     progress: bool,
 ) -> study.Study:
   """Returns `rates` of arguments that are valid, in the current precision."""
-  problem, task, wide = make_tasks(size)
+  problem, task, wide = regression.make_tasks(size)
+  run = functools.partial(regression.run, problem, numpy_runs=numpy_runs)
+  timing = lambda curves: str(regression.timing(curves, numpy_runs))
   num_evals = 60 if size != 'smoke' else 4
   curves, rows = {}, []
-  cells = list(itertools.product(ESTIMATORS, NAMES))
+  cells = list(itertools.product(regression.ESTIMATORS, regression.NAMES))
   for estimator, name in tqdm.tqdm(cells, unit='method', disable=not progress):
     arguments: dict[str, Any] = {
         'factors': factors,
         'num_seeds': num_seeds,
-        'num_steps': num_steps_of(task, estimator, num_passes, num_evals),
+        'num_steps': regression.num_steps_of(
+            task, estimator, num_passes, num_evals
+        ),
         'num_evals': num_evals,
         'rank': rank,
     }
-    found = train(task, estimator, name, **arguments)
+    found = run(task, estimator, name, **arguments)
     best = _best(found)
     curves[estimator, name] = found, best
-    row = {
+    row: dict[str, Any] = {
         'estimator': estimator.upper(),
-        'method': NAMES[name],
-        'best factor': f'2^{math.log2(factors[best]):g}',
+        'method': regression.NAMES[name],
+        'best stepsize': _stepsize(factors[best]),
         'start': float(found.norms[0, 0, 0]),
         'squared gradient norm at the end': _interval(found.norms[:, best, -1]),
         'diverged': f'{_diverged(found)} of {len(factors)}',
         'compile, s': found.compile_seconds,
         'all runs, s': found.seconds,
     }
-    if compare_numpy:
-      row['NumPy loop, s'] = train_numpy(
-          problem, task, estimator, name, **arguments
-      )
+    if numpy_runs:
+      row['NumPy loop, s'] = found.numpy_seconds
     rows.append(row)
-  timing = _timing(rows)
+  of_all = timing([found for found, _ in curves.values()])
+  of_one = timing([curves[e, 'bernoulli'][0] for e in regression.ESTIMATORS])
   drawn = {
-      'estimators': _figure_estimators(curves, factors, timing),
-      'variance': _figure_variance(curves, factors, timing),
+      'estimators': _figure_estimators(curves, factors, of_all),
+      'variance': _figure_variance(curves, factors, of_one),
   }
-  tables = {'best factor a method': rows}
+  tables = {'best stepsize a method': rows}
   notes = [
       f'd = {len(problem.start)}, N = {task.num_samples}, batch'
       f' {task.batch_size}, rank {rank}, {num_seeds} seeds; the targets are'
       ' mostly noise (effective_rank), and shifting X to mean 1 adds a rank-one'
       ' spike to the Hessian.',
-      timing,
+      f'Estimators: {of_all}.',
   ]
   side = round(len(problem.start) ** 0.5)
   makers = {
-      'rank': lambda: _claim_rank(
-          task, side, num_seeds, compare_numpy, problem
+      'rank': lambda: _claim_rank(run, task, side, num_seeds),
+      'prob': lambda: _claim_prob(
+          run, wide, regression.SIZES[size].wide, rank, num_seeds
       ),
-      'prob': lambda: _claim_prob(wide, SIZES[size].wide, rank, num_seeds),
-      'bound': lambda: _claim_bound(task, side, rank, num_seeds, num_passes),
+      'bound': lambda: _claim_bound(run, task, side, rank, num_seeds),
   }
-  for claim in claims:
-    table, figure, note = makers[claim]()
-    tables[claim], drawn[claim] = table, figure
-    notes.append(note)
+  for claim in tqdm.tqdm(claims, unit='claim', disable=not progress):
+    found = makers[claim]()
+    took = timing(found.curves)
+    _sign(found.figure, took)
+    tables[claim], drawn[claim] = found.rows, found.figure
+    notes.append(f'{found.note} Wall time: {took}.')
   notes.append(_variance_note(curves))
   ends = {factors[best] for _, best in curves.values()} & {
       min(factors),
@@ -360,8 +177,8 @@ def _rates(
   }
   if ends:
     notes.append(
-        'A best factor at the end of the grid, '
-        + ', '.join(f'2^{math.log2(end):g}' for end in sorted(ends))
+        'A best stepsize at the end of the grid, '
+        + ', '.join(_stepsize(end) for end in sorted(ends))
         + ': the true best may lie beyond.'
     )
   return study.Study(tables, drawn, notes)
@@ -391,29 +208,37 @@ def _interval(values: np.ndarray) -> str:
   return f'{np.exp(mean):.3g} x/ {np.exp(half):.3g}'
 
 
-def _timing(rows: Sequence[dict[str, Any]]) -> str:
-  ours = sum(row['all runs, s'] for row in rows)
-  compiling = sum(row['compile, s'] for row in rows)
-  text = f'library {ours:.0f} s and {compiling:.0f} s of compilation'
-  if 'NumPy loop, s' in rows[0]:
-    theirs = sum(row['NumPy loop, s'] for row in rows)
-    text += f', NumPy loop {theirs:.0f} s on the same work'
-  return text
-
-
-def _band(panel: Any, x: Any, values: np.ndarray, label: str, i: int) -> None:
-  """Draws the geometric mean over axis 0 with its 95% interval."""
+def _geometric(values: np.ndarray) -> tuple[np.ndarray, ...]:
+  """Returns the geometric mean over axis 0 and the ends of its 95% interval."""
   mean, half = _log_interval(values)
+  return np.exp(mean), np.exp(mean - half), np.exp(mean + half)
+
+
+def _arithmetic(values: np.ndarray) -> tuple[np.ndarray, ...]:
+  """Returns the mean over axis 0 and the ends of its 95% interval."""
+  mean, half = figures.mean_interval(values)
+  return mean, mean - half, mean + half
+
+
+def _band(
+    panel: Any, x: Any, ends: tuple[np.ndarray, ...], label: str, i: int
+) -> None:
+  """Draws a mean with the ends of its interval."""
+  mean, low, high = ends
   look = figures.style(i)
-  panel.plot(x, np.exp(mean), label=label, markersize=4, markevery=0.12, **look)
-  panel.fill_between(
-      x,
-      np.exp(mean - half),
-      np.exp(mean + half),
-      alpha=0.2,
-      linewidth=0,
-      color=look['color'],
-  )
+  panel.plot(x, mean, label=label, markersize=4, markevery=0.12, **look)
+  panel.fill_between(x, low, high, alpha=0.2, linewidth=0, color=look['color'])
+
+
+def _stepsize(factor: float) -> str:
+  """Returns the stepsize as a label, 2^k/L where that is what it is."""
+  power = math.log2(factor)
+  return f'2^{power:g}/L' if power.is_integer() else f'{factor:g}/L'
+
+
+def _sign(figure: matplotlib.figure.Figure, timing: str) -> None:
+  """Puts the wall times below a figure."""
+  figure.supxlabel(timing, fontsize=8, x=0.99, ha='right')
 
 
 def _guide() -> dict[str, Any]:
@@ -434,20 +259,19 @@ def _figure_estimators(
     timing: str,
 ) -> matplotlib.figure.Figure:
   figure = matplotlib.figure.Figure(figsize=(13, 4), layout='constrained')
-  panels = figure.subplots(1, len(ESTIMATORS), sharey=True)
-  for panel, estimator in zip(panels, ESTIMATORS, strict=True):
-    for i, name in enumerate(NAMES):
+  panels = figure.subplots(1, len(regression.ESTIMATORS), sharey=True)
+  for panel, estimator in zip(panels, regression.ESTIMATORS, strict=True):
+    for i, name in enumerate(regression.NAMES):
       found, best = curves[estimator, name]
-      label = f'{NAMES[name]}, 2^{math.log2(factors[best]):g}/L'
-      _band(panel, found.passes.mean(0), found.norms[:, best], label, i)
+      label = f'{regression.NAMES[name]}, {_stepsize(factors[best])}'
+      ends = _geometric(found.norms[:, best])
+      _band(panel, found.passes.mean(0), ends, label, i)
     panel.set_yscale('log')
     panel.set_title(estimator.upper())
     _finish(panel, 'data passes')
   panels[0].set_ylabel('squared gradient norm')
-  figure.suptitle(
-      f'Best stepsize a method; mean and 95% interval over seeds; {timing}',
-      fontsize=10,
-  )
+  figure.suptitle(f'Best stepsize a method; {_SHOWN}', fontsize=10)
+  _sign(figure, timing)
   return figure
 
 
@@ -458,13 +282,15 @@ def _figure_variance(
 ) -> matplotlib.figure.Figure:
   figure = matplotlib.figure.Figure(figsize=(6.4, 4.2), layout='constrained')
   panel = figure.subplots()
-  for i, estimator in enumerate(ESTIMATORS):
+  for i, estimator in enumerate(regression.ESTIMATORS):
     found, best = curves[estimator, 'bernoulli']
-    label = f'{estimator.upper()}, 2^{math.log2(factors[best]):g}/L'
-    _band(panel, found.passes.mean(0), found.norms[:, best], label, i)
+    label = f'{estimator.upper()}, {_stepsize(factors[best])}'
+    ends = _geometric(found.norms[:, best])
+    _band(panel, found.passes.mean(0), ends, label, i)
   panel.set_yscale('log')
-  panel.set_title(f'Bernoulli-LoRA; {timing}', fontsize=10)
+  panel.set_title(f'Bernoulli-LoRA; {_SHOWN}', fontsize=10)
   _finish(panel, 'data passes', 'squared gradient norm')
+  _sign(figure, timing)
   return figure
 
 
@@ -502,15 +328,11 @@ def _steps_to_target(found: Curves) -> np.ndarray:
 
 
 def _claim_rank(
-    task: task_lib.Task,
-    side: int,
-    num_seeds: int,
-    compare_numpy: bool,
-    problem: linear_regression.Problem,
-) -> tuple[list[dict[str, Any]], matplotlib.figure.Figure, str]:
+    run: Run, task: task_lib.Task, side: int, num_seeds: int
+) -> Claim:
   """Steps of GD at 1/L to the target are proportional to 1/r (T1)."""
   ranks = [2**i for i in range(int(math.log2(side)) + 1)]
-  rows, steps, total, theirs = [], [], 0.0, 0.0
+  rows, steps, done = [], [], []
   for rank in ranks:
     num = math.ceil(_PATIENCE * side / rank)
     arguments: dict[str, Any] = {
@@ -520,11 +342,8 @@ def _claim_rank(
         'num_evals': num,
         'rank': rank,
     }
-    found = train(task, 'gd', 'bernoulli', **arguments)
-    total += found.seconds + found.compile_seconds
-    if compare_numpy:
-      theirs += train_numpy(problem, task, 'gd', 'bernoulli', **arguments)
-    steps.append(_steps_to_target(found)[:, 0])
+    done.append(run(task, 'gd', 'bernoulli', **arguments))
+    steps.append(_steps_to_target(done[-1])[:, 0])
     mean, half = figures.mean_interval(steps[-1])
     rows.append(
         {
@@ -555,29 +374,30 @@ def _claim_rank(
   )
   panel.set_xscale('log', base=2)
   panel.set_yscale('log')
-  timing = f'library {total:.0f} s' + (
-      f', NumPy loop {theirs:.0f} s' if compare_numpy else ''
-  )
-  panel.set_title(f'Bernoulli-LoRA, GD, gamma = 1/L; {timing}', fontsize=10)
+  panel.set_title('Bernoulli-LoRA, GD, gamma = 1/L', fontsize=10)
   _finish(panel, 'rank r', 'steps to 1e-3 of the squared gradient norm')
   note = (
       f'Linear in r: for r <= {ranks[small - 1]} of {side} steps to the target fall'
       f" as r^({slopes.mean():.3f} +- {error:.3f}) (standard error); the bound's"
       ' is -1, and above these ranks log(1 - lmin) is better than linear.'
   )
-  return rows, figure, note
+  return Claim(rows, figure, note, done)
 
 
 def _claim_prob(
-    task: task_lib.Task, shape: tuple[int, int], rank: int, num_seeds: int
-) -> tuple[list[dict[str, Any]], matplotlib.figure.Figure, str]:
+    run: Run,
+    task: task_lib.Task,
+    shape: tuple[int, int],
+    rank: int,
+    num_seeds: int,
+) -> Claim:
   """Steps of GD at 1/L on m x n are proportional to 1/lmin(p)."""
   m, n = shape
   rank = min(rank, m)
   probs = np.linspace(0, 1, 9)
   lmin = probs * rank / m + (1 - probs) * rank / n
   num = math.ceil(_PATIENCE / lmin.min())
-  found = train(
+  found = run(
       task,
       'gd',
       'bernoulli',
@@ -628,10 +448,8 @@ def _claim_prob(
   )
   panels[1].set_ylim(bottom=0)
   _finish(panels[1], 'p = P(left)', 'trained numbers to 1e-3')
-  seconds = found.seconds + found.compile_seconds
   figure.suptitle(
-      f'W in R^({m} x {n}), rank {rank}, GD, gamma = 1/L; library {seconds:.0f} s',
-      fontsize=10,
+      f'W in R^({m} x {n}), rank {rank}, GD, gamma = 1/L', fontsize=10
   )
   low, high = (mean * lmin).min(), (mean * lmin).max()
   note = (
@@ -640,18 +458,18 @@ def _claim_prob(
       f' steps x lmin stays within [{low:.3g}, {high:.3g}]; in trained numbers'
       f' {mean[0] * numbers[0]:,.0f} against {mean[-1] * numbers[-1]:,.0f}.'
   )
-  return rows, figure, note
+  return Claim(rows, figure, note, [found])
 
 
 def _claim_bound(
+    run: Run,
     task: task_lib.Task,
     side: int,
     rank: int,
     num_seeds: int,
-    num_passes: float,
-) -> tuple[list[dict[str, Any]], matplotlib.figure.Figure, str]:
+) -> Claim:
   """The mean of ||grad||^2 over the steps against T1, every constant known."""
-  num = max(1, int(num_passes))
+  num = math.ceil(_PATIENCE * side / rank)
   params = task.init(jax.random.key(0))
   gap = float(task.loss(params, task.data['train'], None)[0])  # f_inf >= 0.
   steps = np.arange(1, num + 1)
@@ -666,9 +484,9 @@ def _claim_bound(
   )
   figure = matplotlib.figure.Figure(figsize=(6.4, 4.2), layout='constrained')
   panel = figure.subplots()
-  rows, held, seconds = [], [], 0.0
-  for i, name in enumerate(NAMES):
-    found = train(
+  rows, held, done = [], [], []
+  for i, name in enumerate(regression.NAMES):
+    found = run(
         task,
         'gd',
         name,
@@ -678,13 +496,13 @@ def _claim_bound(
         num_evals=num,
         rank=rank,
     )
-    seconds += found.seconds + found.compile_seconds
+    done.append(found)
     means = np.cumsum(found.norms[:, 0, :-1], axis=1) / steps
-    _band(panel, steps, means, NAMES[name], i)
+    _band(panel, steps, _arithmetic(means), regression.NAMES[name], i)
     held.append(bool(np.all(means.mean(0) <= bound)))
     rows.append(
         {
-            'method': NAMES[name],
+            'method': regression.NAMES[name],
             'steps': num,
             'mean of the squared norm': float(means[:, -1].mean()),
             'T1': float(bound[-1]),
@@ -697,14 +515,11 @@ def _claim_bound(
   )
   panel.set_xscale('log')
   panel.set_yscale('log')
-  panel.set_title(
-      f'GD, gamma = 1/L, D0 = f(W_0), rank {rank}; library {seconds:.0f} s',
-      fontsize=10,
-  )
+  panel.set_title(f'GD, gamma = 1/L, D0 = f(W_0), rank {rank}', fontsize=10)
   _finish(panel, 'steps T', 'mean squared gradient norm over T steps')
   note = 'T1 with known constants ' + (
       'held at every step of every method.'
       if all(held)
       else 'was VIOLATED by the mean over seeds: see the table.'
   )
-  return rows, figure, note
+  return Claim(rows, figure, note, done)

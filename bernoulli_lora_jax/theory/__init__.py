@@ -1,1 +1,12 @@
 """Guarantees as numbers: what is proved, and whether a run keeps to it."""
+
+from bernoulli_lora_jax.theory import audit
+from bernoulli_lora_jax.theory import bounds
+from bernoulli_lora_jax.theory import exponents
+from bernoulli_lora_jax.theory import expressive
+from bernoulli_lora_jax.theory import generalization
+from bernoulli_lora_jax.theory import lanczos
+from bernoulli_lora_jax.theory import lora
+from bernoulli_lora_jax.theory import ntk
+from bernoulli_lora_jax.theory import nuclear
+from bernoulli_lora_jax.theory import recommendation
