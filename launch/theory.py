@@ -26,8 +26,9 @@ from bernoulli_lora_jax.studies import audit
 from bernoulli_lora_jax.studies import expressive
 from bernoulli_lora_jax.studies import gap
 from bernoulli_lora_jax.studies import nonsmooth
-from bernoulli_lora_jax.studies import ntk
 from bernoulli_lora_jax.studies import ntk_generalisation
+from bernoulli_lora_jax.studies import ntk_linearisation
+from bernoulli_lora_jax.studies import ntk_ranks
 from bernoulli_lora_jax.studies import predict
 from bernoulli_lora_jax.studies import rates
 from bernoulli_lora_jax.studies import regression
@@ -345,8 +346,8 @@ def _add_task(
 
 def add_ntk(commands: Any) -> None:
   studies = {
-      'ranks': ntk.ranks,
-      'linearisation': ntk.linearisation,
+      'ranks': ntk_ranks.ranks,
+      'linearisation': ntk_linearisation.linearisation,
       'generalisation': ntk_generalisation.generalisation,
   }
 

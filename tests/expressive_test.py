@@ -222,6 +222,7 @@ class ProductTest(parameterized.TestCase):
       ),
       (dict(kernels=[np.full((3, 3), np.inf)]), 'finite kernels'),
       (dict(target=np.full((3, 3), np.nan)), 'finite target'),
+      (dict(rank=1.5), r'a whole rank in \[1, 3\], got rank=1.5'),
       (dict(rank=0), r'rank in \[1, 3\], got rank=0'),
       (dict(rank=4), r'rank in \[1, 3\], got rank=4'),
   )
@@ -414,7 +415,7 @@ class AdaptTest(parameterized.TestCase):
       (dict(rank=0), 'got rank=0'),
       (
           dict(target=[Layer(np.eye(3), np.zeros(3))] * 3),
-          'target_depth <= depth, got target_depth=3, depth=2',
+          'target_depth <= depth in whole numbers, got target_depth=3, depth=2',
       ),
       (dict(target=[]), 'got target_depth=0'),
       (

@@ -268,10 +268,10 @@ class RunTest(parameterized.TestCase):
           },
       )
       gaps = run()
-      self.assertEqual(grid._cache_size(), 1)
+      self.assertEqual(grid.run._cache_size(), 1)
       first = len(traces)
       fewer = run(methods={LORA: METHODS[LORA]}, ranks=(2,), sizes=(7, 9))
-      self.assertEqual(grid._cache_size(), 1)
+      self.assertEqual(grid.run._cache_size(), 1)
       self.assertLen(traces, first)
       chex.assert_trees_all_equal(fewer.train[0, 0, 1], gaps.train[2, 1, 1])
       # Cells hold what their names say, whatever the chunk.
@@ -666,15 +666,29 @@ class StudyTest(parameterized.TestCase):
     for row in cells:
       difference = row['population loss'] - row['training loss']
       # Where there is a twin, its gap is taken off.
-      is_plain = abs(row['gap'] - difference) < 1e-5
+      is_plain = abs(row['mean gap'] - difference) < 1e-5
       self.assertEqual(is_plain, row['problem'] == 'fake')
     for row in study.tables['Spread of single runs']:
       frozen = row['sd over frozen factors, one sample']
       self.assertNotAlmostEqual(row['sd'], frozen, places=5)
     for row in study.tables['Fitted exponents']:
       self.assertLess(row['size exponent low'], row['size exponent high'])
-    self.assertLen(study.notes, 8 + 8 + 2)
-    self.assertIn('Bernoulli, p=0.3', study.notes[5])
+    notes = study.notes
+    self.assertLen(notes, (6 + 4) + (6 + 2) + 2)
+    self.assertIn('Bernoulli, p=0.3', notes[5])
+    self.assertIn('for control variate', notes[6])
+    self.assertNotIn('fitted', ' '.join(notes))  # No cell is.
+    sd = [r for r in study.tables['Fitted exponents'] if 'sd' in r['of']]
+    for name, note in (('teacher', notes[8]), ('fake', notes[17])):
+      ends = [
+          (r['size exponent low'], r['size exponent high'])
+          for r in sd
+          if r['problem'] == name
+      ]
+      useful = [(low, high) for low, high in ends if high - low < 1]
+      inside = sum(low <= -0.5 <= high for low, high in useful)
+      self.assertIn('of 6 intervals of the exponent', note)
+      self.assertIn(f'{len(useful)} are narrower than 1, and {inside} of', note)
 
 
 TWO = np.zeros((2, 2, 4))
@@ -807,6 +821,13 @@ class RejectTest(parameterized.TestCase):
       ({'num_draws': 0}, 'num_draws > 0'),
       ({'chunk': 0}, 'chunk > 0'),
       ({'methods': {}}, 'at least one method'),
+      ({'ranks': (1, 5)}, r'ranks <= 4, .*ranks=\(1, 5\)'),
+      ({'sizes': (3, 10)}, r'sizes <= 9, .*sizes=\(3, 10\)'),
+      ({'ranks': (1.5, 2)}, 'ranks to rise .* in whole numbers'),
+      (
+          {'methods': {'x': generalization.Method(2.0, True, False)}},
+          r"prob in \[0, 1\], got prob=2.0 of 'x'",
+      ),
   )
   def test_measure(self, change, message):
     kwargs = {
@@ -818,5 +839,8 @@ class RejectTest(parameterized.TestCase):
     }
     with self.assertRaisesRegex(ValueError, message):
       generalization.measure(
-          lambda rows, data: None, None, jax.random.key(0), **kwargs
+          generalization.Program(lambda rows, data: None, 4, 9),
+          None,
+          jax.random.key(0),
+          **kwargs,
       )

@@ -71,7 +71,8 @@ class _Result(NamedTuple):
 
   name: str
   gaps: generalization.Gaps
-  means: np.ndarray  # As gaps.gap, the twins' gap taken off where there is one.
+  # As gaps.gap, the twins' gap, of mean zero, taken off where there is one.
+  means: np.ndarray
   frozen: np.ndarray  # (methods, ranks): spread over frozen factors alone.
   fits: Mapping[str, list[exponents.Fit]]  # 'mean' and 'sd', per method.
   expected: Mapping[str, np.ndarray]  # Method to (ranks, sizes), closed form.
@@ -263,8 +264,9 @@ def _cell_rows(result: _Result) -> list[dict[str, Any]]:
         'rank': gaps.ranks[j],
         'N': gaps.sizes[k],
         'draws': len(means),
-        'gap': float(means.mean()),
+        'mean gap': float(means.mean()),
         's.e.': float(means.std(ddof=1)) / math.sqrt(len(means)),
+        'mean of single runs': float(gaps.gap[i, j, k].mean()),
         'sd of single runs': float(gaps.gap[i, j, k].std(ddof=1)),
         'training loss': float(gaps.train[i, j, k].mean()),
         'population loss': float(gaps.population[i, j, k].mean()),
@@ -310,7 +312,7 @@ def _curves(result: _Result, axis: str) -> matplotlib.figure.Figure:
     panel.set_title(f'{method}\nslope {slope}', fontsize=10)
     panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
     if i % 3 == 0:
-      panel.set_ylabel('population - training loss')
+      panel.set_ylabel('mean gap: population - training loss')
     if i >= 3:
       panel.set_xlabel('rank r' if axis == 'rank' else 'training examples N')
   # Means that are lost in their noise do not stretch the axis.
@@ -329,7 +331,14 @@ def _curves(result: _Result, axis: str) -> matplotlib.figure.Figure:
       fontsize=9,
       title_fontsize=9,
   )
-  figure.suptitle(f'{result.name}: gap against {_SHOWN[axis]}')
+  estimate = ''
+  if np.any(gaps.twin):
+    estimate = " (mean by control variates: each run's twin's gap taken off)"
+  figure.suptitle(
+      f'{result.name}: gap against {_SHOWN[axis]}{estimate}; bars are cut above'
+      ' zero, means below zero not drawn',
+      fontsize=10,
+  )
   return figure
 
 
@@ -396,6 +405,7 @@ def _guide(
   return panel.plot(ends, line, color='0.35', linewidth=2.2, linestyle=':')[0]
 
 
+_FITTED = 0.05  # Of the population loss: a sample that is nearly fitted.
 _CAVEATS = [
     'The claims are about asymmetric LoRA and bound the largest gap over a'
     ' bounded set of parameters, with high probability over the frozen factor;'
@@ -407,8 +417,8 @@ _CAVEATS = [
     'Squared loss with a well-specified teacher has the fast rate: the gap is'
     ' tau^2 k n / N for k n trained numbers and large N, exponents 1 and -1.'
     ' The training loss of even one fixed point fluctuates by 1 / sqrt(N), so'
-    ' single runs spread by that order, also where their mean gap is smaller:'
-    ' the order 1 / sqrt(N) is seen in the spread, not in the mean.',
+    ' theory expects the order 1 / sqrt(N) of the spread of single runs, also'
+    ' where their mean gap is smaller.',
 ]
 
 
@@ -424,11 +434,25 @@ def _notes(result: _Result) -> list[str]:
         f' {_where(mean.size, -0.5)} in N. Single runs spread as'
         f' N^{_told(spread.size)}; -1/2 is {_where(spread.size, -0.5)}.'
     )
+  if np.any(gaps.twin):
+    notes.append(
+        f"{result.name}: the mean gap is taken with each run's twin, trained on"
+        ' the population loss, for control variate: the same mean as population'
+        ' minus training loss of single runs, with less noise.'
+    )
   notes.append(
       f'{result.name}: chains end with a change of rank up to'
-      f' {result.num_links} r, whatever the rank of a link, so their rank'
-      ' exponent is one of the sum of links and not comparable with the'
-      " others'."
+      f' {result.num_links} r or the shorter side, whatever the rank of a link,'
+      ' so their rank exponent is one of the sum of links and not comparable with'
+      " the others'."
+  )
+  spreads = [fit.size for fit in result.fits['sd']]
+  useful = [s for s in spreads if s.high - s.low < 1]
+  inside = sum(s.low <= -0.5 <= s.high for s in useful)
+  notes.append(
+      f'{result.name}: of {len(spreads)} intervals of the exponent of the spread'
+      f' in N, {len(useful)} are narrower than 1, and {inside} of these contain'
+      ' -1/2.'
   )
   if result.expected:
     worst = max(_misses(result, method) for method in result.expected)
@@ -436,11 +460,15 @@ def _notes(result: _Result) -> list[str]:
         f'{result.name}: the means of asymmetric LoRA lie within {worst:.1f}'
         ' standard errors of the closed form.'
     )
-  else:
+  share = gaps.train.mean(-1) / gaps.population.mean(-1)
+  fitted = share < _FITTED
+  if fitted.any():
     notes.append(
-        f'{result.name}: all cells take the same steps. Where they fit the'
-        ' sample (small N, large r) the training loss is near zero, the gap is'
-        ' the test loss, and it follows the optimiser more than the rank.'
+        f'{result.name}: in {fitted.sum()} of {fitted.size} cells the sample is'
+        f' fitted (training loss below {_FITTED:g} of the population loss; N up'
+        f' to {max(np.asarray(gaps.sizes)[np.nonzero(fitted)[2]])}): the gap'
+        ' is nearly the population loss there, and follows the optimiser more'
+        ' than the rank.'
     )
   return notes
 

@@ -17,9 +17,10 @@ import numpy as np
 import scipy.stats
 import tqdm
 
-from bernoulli_lora_jax.studies import ntk as ntk_study
+from bernoulli_lora_jax.studies import few_shot
 from bernoulli_lora_jax.studies import study as study_lib
 from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.theory import exponents
 from bernoulli_lora_jax.theory import ntk
 from bernoulli_lora_jax.theory import nuclear
 from bernoulli_lora_jax.training import figures
@@ -44,7 +45,8 @@ def generalisation(
   All losses are of the linearised network. D is the least power of two above
   ||delta||_*, at the cost of a union over the powers; the loss's range is taken
   from the largest gradient among the examples drawn, so that the bound is an
-  estimate. Excess risk is relative to the best delta seen: the solution for
+  estimate, also because the examples are balanced over the classes, not drawn
+  independently. Excess risk is relative to the best delta seen: the solution for
   `reference_size` training examples with the least test loss.
 
   Args:
@@ -67,16 +69,21 @@ def generalisation(
     ValueError: an argument outside its range, a task without a test split.
   """
   for relative_lam in relative_lams:
-    ntk_study.check_sizes(relative_lam)
-  ntk.check(num_draws >= 2, 'num_draws >= 2', num_draws=num_draws)
+    few_shot.check_sizes(relative_lam)
+  for name, value in (('num_draws', num_draws), ('num_signs', num_signs)):
+    ntk.check(value >= 2, f'{name} >= 2', **{name: value})
+  exponents.check_rising('sizes', sizes)
+  ntk.check(
+      len(relative_lams) > 0, 'one relative_lam or more', relative_lams=()
+  )
   ntk.check(
       'test' in task.data, "a task with data['test']", splits=sorted(task.data)
   )
   with jax.enable_x64(True):
     params = task.init(jax.random.key(seed))
-    matrices = ntk_study.selection(select)
+    matrices = few_shot.selection(select)
     test = ntk.linearize(task, params, task.data['test'], matrices)
-    full = ntk_study.few_shot(task, min(reference_size, task.num_samples), seed)
+    full = few_shot.few_shot(task, min(reference_size, task.num_samples), seed)
     full = ntk.linearize(task, params, full, matrices)
     top = float(nuclear.largest_lam(full))
     lams = {relative: relative * top for relative in relative_lams}
@@ -88,7 +95,7 @@ def generalisation(
     measured = []
     jobs = [(n, draw) for n in sizes for draw in range(num_draws)]
     for n, draw in tqdm.tqdm(jobs, desc='generalisation', disable=not progress):
-      few = ntk_study.few_shot(task, n, seed + 1 + draw)
+      few = few_shot.few_shot(task, n, seed + 1 + draw)
       problem = ntk.linearize(task, params, few, matrices)
       key = jax.random.fold_in(jax.random.key(seed), draw)
       average = ntk.rademacher(problem, key, num_draws=num_signs)
@@ -103,7 +110,7 @@ def generalisation(
                 'relative lam': relative,
                 'lam': lams[relative],
                 'nuclear norm': float(solution.certificate.nuclear_norm),
-                'rank': ntk_study.numerical_rank(solution.delta),
+                'rank': few_shot.numerical_rank(solution.delta),
                 'rademacher': float(average.mean),
                 'gradient': radius,
                 'start loss': _largest_loss(problem),
@@ -256,7 +263,10 @@ def _plot_generalisation(rows, title) -> matplotlib.figure.Figure:
         ncols=len(names),
         handlelength=3.5,
     )
-  figure.suptitle(f'{title}; mean over draws, bar: 95% interval')
+  figure.suptitle(
+      f'{title}; mean over draws, bar: 95% interval, cut above zero; what is not'
+      ' positive is not drawn'
+  )
   return figure
 
 

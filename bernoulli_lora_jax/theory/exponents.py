@@ -165,7 +165,12 @@ def _fit_mean(
 
 def check_rising(name: str, values: Sequence[int]) -> None:
   """Raises ValueError unless integers rise from 1 or more."""
-  if not values or values[0] < 1 or np.any(np.diff(values) <= 0):
+  found = np.asarray(values)
+  is_whole = found.ndim == 1 and np.issubdtype(found.dtype, np.integer)
+  if not (
+      is_whole and found.size and found[0] >= 1 and np.all(np.diff(found) > 0)
+  ):
     raise ValueError(
-        f'Expected {name} to rise from 1 or more, got {name}={tuple(values)}.'
+        f'Expected {name} to rise from 1 or more, in whole numbers, got'
+        f' {name}={tuple(values)}.'
     )

@@ -277,7 +277,16 @@ def adapt(
 
 
 def merge(frozen: Sequence[Layer], adapted: Adapted) -> tuple[Layer, ...]:
-  """Returns the layers K_l + left_l right_l with the new biases."""
+  """Returns the layers K_l + left_l right_l with the new biases.
+
+  Raises:
+    ValueError: another number of layers than was adapted.
+  """
+  if len(frozen) != len(adapted.adapters):
+    raise ValueError(
+        f'Expected {len(adapted.adapters)} frozen layers, as adapted, got'
+        f' {len(frozen)}.'
+    )
   return tuple(
       Layer(
           np.asarray(layer.kernel, np.float64) + pair['left'] @ pair['right'],
@@ -408,16 +417,20 @@ def _nets(
 
 
 def _check_depths(depth: int, target_depth: int) -> None:
-  if not 1 <= target_depth <= depth:
+  is_whole = all(
+      isinstance(x, (int, np.integer)) for x in (depth, target_depth)
+  )
+  if not (is_whole and 1 <= target_depth <= depth):
     raise ValueError(
-        f'Expected 1 <= target_depth <= depth, got target_depth={target_depth},'
+        'Expected 1 <= target_depth <= depth in whole numbers, got'
+        f' target_depth={target_depth},'
         f' depth={depth}.'
     )
 
 
 def _check_rank(rank: int, width: int) -> None:
-  if not 1 <= rank <= width:
-    raise ValueError(f'Expected rank in [1, {width}], got rank={rank}.')
+  if not (isinstance(rank, (int, np.integer)) and 1 <= rank <= width):
+    raise ValueError(f'Expected a whole rank in [1, {width}], got rank={rank}.')
 
 
 def _check_shape(name: str, x: np.ndarray, shape: tuple[int, ...]) -> None:

@@ -77,6 +77,14 @@ class Row(NamedTuple):
   frame_key: jax.Array  # Draws coins, frozen factors and minibatches.
 
 
+class Program(NamedTuple):
+  """Many runs, compiled, and what they may be asked for."""
+
+  run: Callable[[Row, Any], 'Losses']  # Rows and losses with a leading axis.
+  max_rank: int
+  max_size: int
+
+
 class Losses(NamedTuple):
   """The end of a run."""
 
@@ -161,6 +169,9 @@ def make_teacher(
   Raises:
     ValueError: an argument outside its range.
   """
+  for name, value in (('m', m), ('n', n)):
+    if value < 1:
+      raise ValueError(f'Expected {name} >= 1, got {name}={value}.')
   shift_rank = min(m, n) if shift_rank is None else shift_rank
   if not 1 <= shift_rank <= min(m, n):
     raise ValueError(
@@ -524,7 +535,7 @@ def _shapes(matrix: matrices_lib.Matrix, max_rank: int) -> dict[str, tuple]:
 
 def make_grid(
     problem: Problem, tx: optax.GradientTransformation, **settings: Any
-) -> Callable[[Row, Any], Losses]:
+) -> Program:
   """Returns the compiled program of many runs: (rows, data) -> `Losses`.
 
   Args:
@@ -533,8 +544,7 @@ def make_grid(
     **settings: of `make_finetune`.
 
   Returns:
-    A jitted function; rows have a leading axis, and so has what it returns. One
-    length of rows compiles once, whatever they say.
+    A `Program`. One length of rows compiles once, whatever they say.
   """
   finetune = make_finetune(problem, tx, **settings)
   find_twin = make_finetune(problem, tx, **settings, on_population=True)
@@ -550,11 +560,15 @@ def make_grid(
     twin = gap(find_twin(row, data)[0]) if problem.is_exact else jnp.zeros([])
     return Losses(train(params), population(params), twin)
 
-  return jax.jit(jax.vmap(run, (0, None)))
+  return Program(
+      jax.jit(jax.vmap(run, (0, None))),
+      settings['max_rank'],
+      settings['max_size'],
+  )
 
 
 def measure(
-    grid: Callable[[Row, Any], Losses],
+    program: Program,
     data: Any,
     key: jax.Array,
     *,
@@ -569,12 +583,12 @@ def measure(
   """Returns the gaps of all cells and draws.
 
   Args:
-    grid: as `make_grid` returns it.
+    program: as `make_grid` returns it.
     data: of the problem.
     key: typed PRNG key of the draws.
-    methods: name to method.
-    ranks: at most the grid's max_rank.
-    sizes: at most the grid's max_size.
+    methods: name to method, prob in [0, 1].
+    ranks: rising, at most the program's max_rank.
+    sizes: rising, at most the program's max_size.
     num_draws: draws of each cell, >= 1.
     chunk: rows that are computed at once, >= 1.
     resample_data: whether each draw has a sample of its own; False keeps the
@@ -585,14 +599,27 @@ def measure(
     `Gaps` with float64 arrays.
 
   Raises:
-    ValueError: no method, ranks or sizes that do not rise from 1 or more, or
-      counts < 1.
+    ValueError: no method, a prob outside [0, 1], ranks or sizes that do not rise
+      from 1 or more or exceed the program's, or counts < 1.
   """
   _check_positive(num_draws=num_draws, chunk=chunk)
   if not methods:
     raise ValueError('Expected at least one method, got none.')
-  for name, values in (('ranks', ranks), ('sizes', sizes)):
+  for name, method in methods.items():
+    if not 0 <= method.prob <= 1:
+      raise ValueError(
+          f'Expected prob in [0, 1], got prob={method.prob} of {name!r}.'
+      )
+  for name, values, most in (
+      ('ranks', ranks, program.max_rank),
+      ('sizes', sizes, program.max_size),
+  ):
     exponents.check_rising(name, values)
+    if values[-1] > most:
+      raise ValueError(
+          f'Expected {name} <= {most}, what the program was made for, got'
+          f' {name}={tuple(values)}.'
+      )
   frames, samples = jax.random.split(key)
   draws = jnp.arange(num_draws)
   fold = jax.vmap(jax.random.fold_in, (None, 0))
@@ -619,7 +646,7 @@ def measure(
   ) as bar:
     for start in range(0, len(places), chunk):
       part = jax.tree.map(lambda x, s=start: x[s : s + chunk], rows)
-      parts.append(jax.tree.map(np.asarray, grid(part, data)))
+      parts.append(jax.tree.map(np.asarray, program.run(part, data)))
       bar.update(min(chunk, num_rows - start))
   join = lambda *xs: (
       np.concatenate(xs)[:num_rows].astype(np.float64).reshape(axes)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bernoulli_lora_jax.theory import lanczos
@@ -48,13 +49,19 @@ def init_factors(
   Raises:
     ValueError: a rank outside [1, min(m, n)] or above the width.
   """
+  if isinstance(rank, Mapping):
+    ntk.check(
+        set(rank) == set(problem.zeros),
+        f'rank of each of {list(problem.zeros)}',
+        rank=dict(rank),
+    )
   factors = {}
   for i, (path, like) in enumerate(problem.zeros.items()):
     r = rank[path] if isinstance(rank, Mapping) else rank
     (m, n), columns = like.shape, r if width is None else width
     ntk.check(
-        1 <= r <= min(m, n),
-        f'rank in [1, {min(m, n)}], the shorter side of {path}',
+        isinstance(r, (int, np.integer)) and 1 <= r <= min(m, n),
+        f'a whole rank in [1, {min(m, n)}], the shorter side of {path}',
         rank=r,
     )
     ntk.check(r <= columns, 'width >= rank', width=width, rank=r)
@@ -221,7 +228,8 @@ def escape(
     num_steps: Hessian-vector products, >= 1.
 
   Returns:
-    `Escape`; the decrease is positive where the curvature is negative.
+    `Escape`; the decrease is positive where the curvature is negative by more than
+    the objective's rounding.
 
   Raises:
     ValueError: lam <= 0, factors of other shapes than the matrices.
@@ -254,8 +262,13 @@ def _escape(problem, lam, factors, found):
 
 
 def _check_factors(problem: ntk.Problem, factors: Factors) -> None:
+  ntk.check(
+      set(factors) == set(problem.zeros),
+      f'factors of {list(problem.zeros)}',
+      factors=list(factors),
+  )
   for path, like in problem.zeros.items():
-    pair = factors.get(path, {})
+    pair = factors[path]
     got = {name: jnp.shape(x) for name, x in pair.items()}
     m, n = like.shape
     rank = got.get('u', (0, 0))[-1]

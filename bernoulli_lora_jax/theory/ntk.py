@@ -159,12 +159,20 @@ def from_gradients(
       f'criterion among {sorted(LOSSES)}',
       criterion=criterion,
   )
-  gradients = _cast(dict(gradients))
+  dtype = jnp.result_type(float)
+  gradients = {path: jnp.asarray(g, dtype) for path, g in gradients.items()}
   shapes = {path: g.shape for path, g in gradients.items()}
   rows = {shape[:2] for shape in shapes.values()}
   check(
       len(rows) == 1 and all(len(shape) == 4 for shape in shapes.values()),
       'gradients of shape (N, K, m, n) with one N and K',
+      gradients=shapes,
+  )
+  check(
+      all(
+          g.size and bool(jnp.all(jnp.isfinite(g))) for g in gradients.values()
+      ),
+      'gradients that are finite, of one sample or more',
       gradients=shapes,
   )
   start = jnp.zeros(rows.pop()) if start is None else start
@@ -435,9 +443,9 @@ def _cast(tree: Any) -> Any:
 
 
 def check_lam(lam: float | jax.Array) -> None:
-  """Raises ValueError unless lam > 0, where its value is known."""
+  """Raises ValueError unless lam > 0 and finite, where its value is known."""
   if not isinstance(lam, jax.core.Tracer):
-    check(bool(lam > 0), 'lam > 0', lam=lam)
+    check(bool(0 < lam < math.inf), 'lam > 0 and finite', lam=lam)
 
 
 def check(condition: bool, expected: str, **values) -> None:

@@ -168,8 +168,9 @@ def solve(
     lam: > 0.
     tolerance: > 0; stops when the duality gap is below it. In float32 gaps below
       1e-6 of the value are rounding.
-    max_steps: >= 1; the certificate tells whether it was reached.
-    check_every: steps between two certificates, >= 1.
+    max_steps: >= 1, rounded up to whole blocks of check_every; the certificate
+      tells whether the tolerance was met.
+    check_every: steps between two certificates, >= 1; at most max_steps are taken.
     sketch_rank: None for the exact SVD; otherwise `sketched_threshold`'s rank.
     start: first change; None for zero.
     key: typed PRNG key of Lanczos and of the sketches; None for key(0).
@@ -190,6 +191,7 @@ def solve(
       'sketch_rank >= 1 or None',
       sketch_rank=sketch_rank,
   )
+  check_every = min(check_every, max_steps)
   start = problem.zeros if start is None else start
   ntk.check_delta(problem, start)
   key = jax.random.key(0) if key is None else key
@@ -281,12 +283,14 @@ def reduce_rank(
     not larger.
 
   Raises:
-    ValueError: delta of other shapes than the matrices.
+    ValueError: delta of other shapes than the matrices, a tolerance outside
+      [0, 1).
 
   References:
     Pataki, On the rank of extreme matrices in semidefinite programs, 1998.
   """
   ntk.check_delta(problem, delta)
+  ntk.check(0 <= tolerance < 1, 'tolerance in [0, 1)', tolerance=tolerance)
   left, right, basis, gram = {}, {}, {}, {}
   for path, matrix in delta.items():
     u, s, vt = np.linalg.svd(np.asarray(matrix), full_matrices=False)
