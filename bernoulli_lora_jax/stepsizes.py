@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import math
 from typing import Any
 
+import numpy as np
+
 from bernoulli_lora_jax import sketches
 
 
@@ -45,8 +47,8 @@ def matrix_eigenvalues(
       of ranks or probs.
   """
   check(len(shapes) > 0, 'at least one shape', shapes=shapes)
-  ranks = _one_each('rank', rank, len(shapes))
-  probs = _one_each('prob', prob, len(shapes))
+  ranks = one_each('rank', rank, len(shapes))
+  probs = one_each('prob', prob, len(shapes))
   sketch = sketches.gaussian() if sketch is None else sketch
   side = lambda dim, r: (
       (1.0, 1.0) if r >= dim else sketch.mean_eigenvalues(dim, r)
@@ -54,7 +56,8 @@ def matrix_eigenvalues(
   found = []
   for (m, n), r, p in zip(shapes, ranks, probs, strict=True):
     check(m >= 1 and n >= 1, 'shapes of positive lengths', shape=(m, n))
-    check(r >= 1, 'rank >= 1', rank=r)
+    is_whole = isinstance(r, (int, np.integer)) and not isinstance(r, bool)
+    check(bool(is_whole and r >= 1), 'rank >= 1, a whole number', rank=r)
     check(0 <= p <= 1, 'prob in [0, 1]', prob=p)
     left, right = side(m, r), side(n, r)
     low, high = (p * left[i] + (1 - p) * right[i] for i in (0, 1))
@@ -133,9 +136,9 @@ def sgd(
   """
   check_positive(smoothness=smoothness)
   check_lambdas(lmin, lmax)
-  check(slope >= 0, 'slope >= 0', slope=slope)
+  check_nonnegative(slope=slope)
   if bounded_variance:
-    check(growth >= 1, 'growth >= 1', growth=growth)
+    check(1 <= growth < math.inf, 'growth >= 1 and finite', growth=growth)
     bounds = [1 / (smoothness * (1 + (growth - 1) * lmax / lmin))]
   else:
     check_positive(growth=growth)
@@ -183,18 +186,14 @@ def page(
     ValueError: a constant outside its range.
   """
   check_positive(smoothness=smoothness, batch_size=batch_size)
-  check(
-      mean_smoothness >= 0,
-      'mean_smoothness >= 0',
-      mean_smoothness=mean_smoothness,
-  )
+  check_nonnegative(mean_smoothness=mean_smoothness)
   check(0 < prob <= 1, 'prob in (0, 1]', prob=prob)
   check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
   inverse_batch = 1 / batch_size
   if num_samples is not None:
     check(
-        num_samples >= batch_size,
-        'num_samples >= batch_size',
+        batch_size <= num_samples < math.inf,
+        'num_samples >= batch_size and finite',
         num_samples=num_samples,
         batch_size=batch_size,
     )
@@ -234,11 +233,7 @@ def mvr(
     ValueError: a constant outside its range.
   """
   check_positive(smoothness=smoothness)
-  check(
-      mean_smoothness >= 0,
-      'mean_smoothness >= 0',
-      mean_smoothness=mean_smoothness,
-  )
+  check_nonnegative(mean_smoothness=mean_smoothness)
   check(0 <= momentum < 1, 'momentum in [0, 1)', momentum=momentum)
   check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
   b = 1 - momentum
@@ -281,7 +276,7 @@ def qgd(
   Raises:
     ValueError: a constant outside its range.
   """
-  check(omega >= 0, 'omega >= 0', omega=omega)
+  check_nonnegative(omega=omega)
   pairs = clients(client_smoothness, weights)
   return sgd(
       smoothness=smoothness,
@@ -328,7 +323,7 @@ def marina(
     ValueError: a constant outside its range.
   """
   check_positive(smoothness=smoothness)
-  check(omega >= 0, 'omega >= 0', omega=omega)
+  check_nonnegative(omega=omega)
   check(0 < prob <= 1, 'prob in (0, 1]', prob=prob)
   check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
   total = sum(
@@ -455,7 +450,9 @@ def clients(
 ) -> list[tuple[float, float]]:
   """Returns (w_l, L_l) of each client, the weights of sum 1."""
   check(
-      len(smoothness) > 0 and all(0 < each < math.inf for each in smoothness),
+      np.ndim(smoothness) == 1
+      and len(smoothness) > 0
+      and all(0 < each < math.inf for each in smoothness),
       'client_smoothness > 0 and finite, one a client',
       client_smoothness=smoothness,
   )
@@ -473,9 +470,9 @@ def clients(
   ]
 
 
-def _one_each(name: str, value: Any, count: int) -> list[Any]:
+def one_each(name: str, value: Any, count: int) -> list[Any]:
   """Returns a value for each of `count` matrices."""
-  if not isinstance(value, Sequence):
+  if np.ndim(value) == 0:
     return [value] * count
   check(len(value) == count, f'{count} values of {name}', **{name: value})
   return list(value)
@@ -487,9 +484,17 @@ def check_lambdas(lmin: float, lmax: float) -> None:
 
 
 def check_positive(**values: float) -> None:
-  """Raises ValueError for a value that is not above zero, by its name."""
+  """Raises ValueError for a value not above zero or infinite, by its name."""
   for name, value in values.items():
     check(value > 0, f'{name} > 0', **{name: value})
+    check(value < math.inf, f'{name} finite', **{name: value})
+
+
+def check_nonnegative(**values: float) -> None:
+  """Raises ValueError for a value below zero or infinite, by its name."""
+  for name, value in values.items():
+    check(value >= 0, f'{name} >= 0', **{name: value})
+    check(value < math.inf, f'{name} finite', **{name: value})
 
 
 def check(condition: bool, expected: str, **values: Any) -> None:

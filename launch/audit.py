@@ -32,13 +32,16 @@ _STYLE = flags.DEFINE_enum(
 def main(argv: list[str]) -> None:
   if len(argv) != 2:
     raise ValueError(f'Expected one run directory, got {argv[1:]}.')
+  if _FIGURES.value:
+    study.check_directory(_FIGURES.value)
   result = audit.audit(
       argv[1],
       num_points=_POINTS.value,
       num_products=_PRODUCTS.value,
       num_batches=_BATCHES.value,
   )
-  study.show(result, _FIGURES.value, 'audit', _STYLE.value)
+  name = f'audit_{audit.name_of(argv[1])}'
+  study.show(result, _FIGURES.value, name, _STYLE.value)
 
 
 if __name__ == '__main__':

@@ -48,10 +48,10 @@ _CONSTANTS: dict[str, tuple[Any, str]] = {
     ),
     'pl': (float, 'mu; gives the bound of the gap in place of the gradient'),
     'noise': (float, 'C of E||g||^2 <= 2 A gap + B ||grad||^2 + C (sgd)'),
-    'growth': (float, 'B (sgd; default 1)'),
-    'slope': (float, 'A (sgd; default 0)'),
+    'growth': (float, 'B (sgd); None: 1'),
+    'slope': (float, 'A (sgd); None: 0'),
     'variance': (float, 'sigma^2 of a minibatch gradient (mvr)'),
-    'initial_error': (float, 'V0 of the first estimate (default 0)'),
+    'initial_error': (float, 'V0 of the first estimate; None: 0'),
     'q': (float, 'probability of a full gradient (page, marina)'),
     'momentum': (float, '1 - b (mvr)'),
     'batch_size': (int, "b' (page)"),
@@ -64,11 +64,22 @@ _CONSTANTS: dict[str, tuple[Any, str]] = {
 }
 
 
+def _whole(text: str) -> int:
+  """Returns a whole number, also where it is written as 1e4."""
+  value = float(text)
+  if not value.is_integer():
+    raise ValueError(text)
+  return int(value)
+
+
+_whole.__name__ = 'whole number'  # In argparse's messages.
+
+
 def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
   def parse(text: str) -> list[Any]:
     return [kind(part) for part in text.split(',')]
 
-  parse.__name__ = f'list of {kind.__name__}'  # In argparse's messages.
+  parse.__name__ = f'list with commas, each a {kind.__name__}'  # In messages.
   return parse
 
 
@@ -130,7 +141,7 @@ def _add_matrices(parser: argparse.ArgumentParser) -> None:
       required=True,
       help='of the trained matrices as stored, m x n: 64x64,128x32*12',
   )
-  parser.add_argument('--rank', type=int, required=True, help='r')
+  parser.add_argument('--rank', type=_whole, required=True, help='r')
   parser.add_argument(
       '--sketch', default='gaussian', help='law of the subspaces'
   )
@@ -198,7 +209,7 @@ def add_bounds(commands: Any) -> None:
   parser.add_argument('--prob', type=float, default=0.5, help='p = P(left)')
   parser.add_argument(
       '--steps',
-      type=_numbers(int),
+      type=_numbers(_whole),
       default=[10, 100, 1000, 10000, 100000],
       help='T, with commas',
   )
@@ -206,7 +217,7 @@ def add_bounds(commands: Any) -> None:
       '--stepsize',
       type=float,
       default=None,
-      help='gamma; None: the largest allowed',
+      help='gamma; None: the largest allowed for the most steps',
   )
   _add_matrices(parser)
 
@@ -255,13 +266,13 @@ def add_audit(commands: Any) -> None:
   )
   parser.add_argument('run_dir', help='--workdir of a launch/train.py')
   parser.add_argument(
-      '--points', type=int, default=8, help='of the path, for the constants'
+      '--points', type=_whole, default=8, help='of the path, for the constants'
   )
   parser.add_argument(
-      '--products', type=int, default=12, help='Hessian products a point'
+      '--products', type=_whole, default=12, help='Hessian products a point'
   )
   parser.add_argument(
-      '--batches', type=int, default=32, help='minibatches a point'
+      '--batches', type=_whole, default=32, help='minibatches a point'
   )
 
 
@@ -290,8 +301,8 @@ def add_rates(commands: Any) -> None:
       help='paper: d = 4096; small: d = 256',
   )
   parser.add_argument('--passes', type=float, default=60.0, help='data passes')
-  parser.add_argument('--seeds', type=int, default=5)
-  parser.add_argument('--rank', type=int, default=2)
+  parser.add_argument('--seeds', type=_whole, default=5)
+  parser.add_argument('--rank', type=_whole, default=2)
   parser.add_argument(
       '--claims',
       type=lambda text: [part for part in text.split(',') if part],
@@ -318,12 +329,38 @@ def add_rates(commands: Any) -> None:
 
 def add_nonsmooth(commands: Any) -> None:
   def run(args):
-    return nonsmooth.gaps(num_seeds=args.seeds, progress=True)
+    return nonsmooth.gaps(
+        shape=args.shape[0],
+        num_samples=args.num_samples,
+        rank=args.rank,
+        prob=args.prob,
+        ratio=args.ratio,
+        num_steps=args.steps,
+        num_seeds=args.seeds,
+        progress=True,
+    )
 
   parser = _command(
       commands, 'nonsmooth', run, 'T8 on l1 regression: gaps against bounds'
   )
-  parser.add_argument('--seeds', type=int, default=16)
+  parser.add_argument('--seeds', type=_whole, default=16)
+  parser.add_argument(
+      '--shape', type=_shapes, default=[(8, 6)], help='of W, m x n'
+  )
+  parser.add_argument(
+      '--num_samples', type=_whole, default=200, help='N of the regression'
+  )
+  parser.add_argument('--rank', type=_whole, default=2, help='r')
+  parser.add_argument(
+      '--prob', type=float, default=0.5, help='p = P(left) of Bernoulli-LoRA'
+  )
+  parser.add_argument(
+      '--ratio',
+      type=float,
+      default=8.0,
+      help='of the weights of the coordinate sketch, its kappa if unclipped',
+  )
+  parser.add_argument('--steps', type=_whole, default=2000, help='T')
 
 
 def _make_task(name: str, data_dir: str) -> Any:
@@ -344,6 +381,16 @@ def _add_task(
   )
 
 
+def _single(args: argparse.Namespace, flag: str) -> Any:
+  """Returns the one value of a flag that takes several, None for none."""
+  values = getattr(args, flag)
+  if values is not None and len(values) != 1:
+    raise ValueError(
+        f'Expected one --{flag} with --study={args.study}, got {values}.'
+    )
+  return values and values[0]
+
+
 def add_ntk(commands: Any) -> None:
   studies = {
       'ranks': ntk_ranks.ranks,
@@ -352,7 +399,29 @@ def add_ntk(commands: Any) -> None:
   }
 
   def run(args):
-    return studies[args.study](_make_task(args.task, args.data_dir))
+    if args.study == 'generalisation':
+      for flag in ('ranks', 'steps'):
+        value = getattr(args, flag)
+        if value is not None:
+          raise ValueError(
+              f'Expected no --{flag} with --study=generalisation, got {value}.'
+          )
+      options = {
+          'sizes': args.num_samples,
+          'relative_lams': args.lam,
+          'num_draws': args.seeds,
+      }
+    else:
+      options = {
+          'num_samples': _single(args, 'num_samples'),
+          'relative_lam': _single(args, 'lam'),
+          'ranks': args.ranks,
+          'num_seeds': args.seeds,
+          'num_steps': args.steps,
+      }
+    options['select'] = args.select
+    given = {name: x for name, x in options.items() if x is not None}
+    return studies[args.study](_make_task(args.task, args.data_dir), **given)
 
   parser = _command(
       commands, 'ntk', run, 'LoRA in the NTK regime, few-shot (N1-N7)'
@@ -364,39 +433,114 @@ def add_ntk(commands: Any) -> None:
       help='loss against steps by rank; how far the linearisation holds; N7',
   )
   _add_task(parser, ('digits', 'mnist'), 'digits')
+  parser.add_argument(
+      '--num_samples',
+      type=_numbers(_whole),
+      default=None,
+      help='N, balanced over classes; several, with commas, for generalisation.'
+      " None: the study's own, like the others",
+  )
+  parser.add_argument(
+      '--ranks', type=_numbers(_whole), default=None, help='with commas'
+  )
+  parser.add_argument(
+      '--seeds',
+      type=_whole,
+      default=None,
+      help='starts of a rank; draws of examples for generalisation',
+  )
+  parser.add_argument(
+      '--lam',
+      type=_numbers(float),
+      default=None,
+      help='weight decay over the one from which on zero is optimal, in (0, 1);'
+      ' several for generalisation',
+  )
+  parser.add_argument(
+      '--steps', type=_whole, default=None, help='of gradient descent'
+  )
+  parser.add_argument(
+      '--select',
+      default=None,
+      help="regular expression of the matrices, as 'Dense_[01]/kernel'",
+  )
 
 
 def add_gap(commands: Any) -> None:
   def run(args):
-    if args.task == 'teacher':
-      return gap.gap()
-    return gap.gap(_make_task(args.task, args.data_dir))
+    changed: dict[str, Any] = {
+        'ranks': args.ranks and tuple(args.ranks),
+        'sizes': args.sizes and tuple(args.sizes),
+        'num_draws': args.draws,
+    }
+    changed = {name: x for name, x in changed.items() if x is not None}
+    task = None
+    if args.task != 'teacher':
+      task = _make_task(args.task, args.data_dir)
+    return gap.gap(
+        task,
+        teacher=gap.TEACHER._replace(**changed),
+        on_task=gap.TASK._replace(**changed),
+        prob=args.prob,
+        seed=args.seed,
+    )
 
   parser = _command(
       commands, 'gap', run, 'generalisation gap over ranks and sample sizes'
   )
   _add_task(parser, ('teacher', 'mnist', 'digits'), 'teacher')
+  text = 'with commas; None: as in studies/gap.py'
+  parser.add_argument(
+      '--ranks', type=_numbers(_whole), default=None, help=f'r, {text}'
+  )
+  parser.add_argument(
+      '--sizes', type=_numbers(_whole), default=None, help=f'N, {text}'
+  )
+  parser.add_argument(
+      '--draws', type=_whole, default=None, help='of frozen factors and samples'
+  )
+  parser.add_argument(
+      '--prob', type=float, default=0.5, help='p = P(left) of Bernoulli-LoRA'
+  )
+  parser.add_argument('--seed', type=_whole, default=0, help='of all draws')
 
 
 def add_expressive(commands: Any) -> None:
   def run(args):
-    return expressive.errors(width=args.width, num_seeds=args.seeds)
+    return expressive.errors(
+        width=args.width,
+        lengths=args.lengths,
+        target_depth=args.target_depth,
+        num_seeds=args.seeds,
+    )
 
   parser = _command(
       commands, 'expressive', run, 'adapters by construction and by descent'
   )
-  parser.add_argument('--width', type=int, default=16, help='D')
-  parser.add_argument('--seeds', type=int, default=5)
+  parser.add_argument('--width', type=_whole, default=16, help='D')
+  parser.add_argument(
+      '--lengths',
+      type=_numbers(_whole),
+      default=[1, 2, 4],
+      help='P, frozen layers for each layer of the target, with commas',
+  )
+  parser.add_argument(
+      '--target_depth', type=_whole, default=2, help='Lbar, its layers'
+  )
+  parser.add_argument('--seeds', type=_whole, default=5)
 
 
 def main(argv: list[str]) -> None:
   args = _parser().parse_args(argv[1:])
+  if args.figures:
+    study.check_directory(args.figures)
   result = args.run(args)
   name = args.command
-  if name in ('ntk', 'gap'):
-    name += f'_{args.task}'
-  if name.startswith('ntk'):
-    name += f'_{args.study}'
+  for option in ('task', 'study'):
+    if hasattr(args, option):
+      name += f'_{getattr(args, option)}'
+  if args.command == 'audit':
+    name += f'_{audit.name_of(args.run_dir)}'
   study.show(result, args.figures, name, args.style)
 
 

@@ -338,9 +338,10 @@ FOUND = constants_lib.Constants(
     mean_smoothness=6.0,
     batch_smoothness=5.0,
     variance=2.0,
+    variance_error=0.1,
     slope=0.1,
     growth=1.2,
-    noise=0.3,
+    noise=2.0,
     pl=0.5,
     initial_gap=7.0,
     lower_bound=1.0,
@@ -358,9 +359,12 @@ def finished(config, num_steps=10):
 
 class GuaranteeTest(X64TestCase):
 
-  def find(self, config):
+  def find(self, config, is_known=True):
+    """Returns the bound with the constants FOUND; L may be known besides."""
     task = arguments.make_task(config)
     method = experiment.make_method(config, task)
+    if not is_known:
+      task = task._replace(smoothness=None)
     return guarantee.find_bound(finished(config), task, method, FOUND), task
 
   @parameterized.parameters(
@@ -374,7 +378,11 @@ class GuaranteeTest(X64TestCase):
       (dict(method__optimizer='momentum'), 'momentum in place of plain'),
       (dict(method__schedule='cosine'), 'stepsize that changes'),
       (dict(method__warmup_steps=3), 'stepsize that changes'),
-      (dict(method__link_warmup=3), 'stepsize that changes'),
+      (dict(method__link_warmup=3), ''),  # Adapters alone know it.
+      (
+          dict(method__mode='adapter', method__link_warmup=3),
+          'stepsize that changes',
+      ),
       (dict(training__plateau_patience=3), 'drops on plateaus'),
       (dict(method__clip_norm=1.0), 'clipped'),
       (dict(method__name='full', method__estimator='fedavg'), 'local steps'),
@@ -387,8 +395,12 @@ class GuaranteeTest(X64TestCase):
           'EF21 with cohorts',
       ),
       (dict(method__mode='adapter', method__frame='raw'), 'raw factors'),
-      (dict(method__resample=False), 'one subspace kept'),
-      (dict(method__period=5), 'links of several steps: use adapter'),
+      (dict(method__resample=False), ''),
+      (
+          dict(method__mode='adapter', method__resample=False),
+          'one subspace kept',
+      ),
+      (dict(method__period=5), ''),  # Plain GD in a kept subspace.
       (
           dict(method__period=5, method__estimator='sgd'),
           'several minibatch steps',
@@ -449,8 +461,9 @@ class GuaranteeTest(X64TestCase):
         method__stepsize_factor=None,
         method__learning_rate=0.01,
     )
-    task = arguments.make_task(config)
-    self.assertNotEqual(guarantee.why_uncovered(config, task), '')
+    found, _ = self.find(config)
+    self.assertIn('T8 bounds f - f* of the mean iterate', found.reason)
+    self.assertIsNone(found.curve)  # No reference of smooth losses.
 
   def test_uniform_weights_of_unequal_clients(self):
     config = linear_config(
@@ -512,8 +525,9 @@ class GuaranteeTest(X64TestCase):
         given |= CLIENTS
       if name == 'marina':
         given['federated__marina_prob'] = 0.2
-      found, _ = self.find(linear_config(**given))
+      found, _ = self.find(linear_config(**given), is_known=False)
       self.assertEqual(found.theorem, theorem)
+      self.assertFalse(found.limit_is_known)
       limit_of, bound = bounds.METHODS[name]
       limit = bounds.call(limit_of, dict(constants, num_steps=10))
       np.testing.assert_allclose(found.limit, limit, rtol=1e-12)
@@ -536,7 +550,8 @@ class GuaranteeTest(X64TestCase):
             federated__start=start,
             method__stepsize_factor=None,
             method__learning_rate=0.01,
-        )
+        ),
+        is_known=False,
     )
     expected = bounds.ef21(
         5,
@@ -567,13 +582,59 @@ class GuaranteeTest(X64TestCase):
             [1, 1, 2, 2],
             stepsize=1 / 20,
             initial_gap=7.0,
-            smoothness=4.0,
+            smoothness=20.0,
             lmin=1 / 3,
         ),
     )
+    self.assertEqual(found.period, 5)
+    self.assertIn('starts of links', found.label)
+
+  @parameterized.parameters('adapter', 'gradient')
+  def test_a_known_smoothness_is_taken(self, mode):
+    """At exactly 1/L, and by the same theorem in either mode."""
+    config = linear_config(
+        task__name='quadratic',
+        method__rank=1,
+        method__estimator='sgd',
+        method__mode=mode,
+    )
+    found, task = self.find(config)
+    self.assertEqual((found.theorem, found.reason), ('T1', ''))
+    self.assertTrue(found.limit_is_known)
+    self.assertEqual(found.limit, 1 / 20)
+    # An estimate may miss it by its rounding.
+    estimated = FOUND._replace(smoothness=20 * (1 + 1e-6))
+    method = experiment.make_method(config, task)
+    found = guarantee.find_bound(finished(config), task, method, estimated)
+    self.assertEqual(found.reason, '')
+
+  def test_fitted_moments_are_taken_where_they_are_better(self):
+    config = linear_config(
+        method__estimator='sgd',
+        method__stepsize_factor=None,
+        method__learning_rate=0.01,
+    )
+    task = arguments.make_task(config)._replace(smoothness=None)
+    method = experiment.make_method(config, task)
+    known = dict(initial_gap=7.0, stepsize=0.01, smoothness=4.0, lmin=0.5)
+    known |= dict(lmax=0.5, bounded_variance=True)
+    fitted = FOUND._replace(noise=0.01, slope=1e-3, growth=1.01)
+    expected = bounds.sgd([3, 10], slope=1e-3, growth=1.01, noise=0.01, **known)
+    found = guarantee.find_bound(finished(config), task, method, fitted)
+    np.testing.assert_allclose(found.curve(np.array([3, 10])), expected)
+    self.assertIn('A, B, C', found.label)
+    for worse in (dict(slope=1e3), dict(growth=1e3), dict(noise=1e3)):
+      found = guarantee.find_bound(
+          finished(config), task, method, fitted._replace(**worse)
+      )
+      np.testing.assert_allclose(
+          found.curve(np.array([10])), bounds.sgd([10], noise=2.0, **known)
+      )
+      self.assertNotIn('A, B, C', found.label)
 
   def test_reference_of_what_is_uncovered(self):
-    found, _ = self.find(linear_config(method__optimizer='adam'))
+    config = linear_config(method__optimizer='adam')
+    found, _ = self.find(config, is_known=False)
     self.assertEqual((found.theorem, found.limit), ('', None))
     self.assertIn('adam', found.reason)
     self.assertIn('not of this run', found.label)
@@ -642,18 +703,30 @@ class MeasuredTest(parameterized.TestCase):
         {'step': i, 'grad_norm_sq': n, 'loss': 0.0} for i, n in enumerate(norms)
     ]
     lines.insert(2, {'step': 2, 'loss': 1.0})  # No evaluation.
-    steps, found, means = study_audit.measured(self.run_of(lines))
-    np.testing.assert_array_equal(steps, [0, 1, 2, 3])
-    np.testing.assert_array_equal(found, norms)
+    found = study_audit.measured(self.run_of(lines))
+    np.testing.assert_array_equal(found.steps, [0, 1, 2, 3])
+    np.testing.assert_array_equal(found.norms, norms)
     # Over t = 0 .. T - 1.
-    np.testing.assert_allclose(means, [4, 4, 3, 4])
+    np.testing.assert_allclose(found.means, [4, 4, 3, 4])
+    self.assertTrue(found.is_exact)
 
   def test_between_evaluations(self):
     lines = [
         {'step': s, 'grad_norm_sq': n} for s, n in ((0, 8.0), (4, 4.0), (5, 1))
     ]
-    _, _, means = study_audit.measured(self.run_of(lines))
-    np.testing.assert_allclose(means, [8, 6, (4 * 6 + 4) / 5])
+    found = study_audit.measured(self.run_of(lines))
+    np.testing.assert_allclose(found.means, [8, 6, (4 * 6 + 4) / 5])
+    self.assertFalse(found.is_exact)
+
+  def test_starts_of_links(self):
+    """W_0, W_4 and W_8 of links of four steps, whatever lies between."""
+    lines = [{'step': s, 'grad_norm_sq': 10.0 - s} for s in range(0, 10, 2)]
+    found = study_audit.measured(self.run_of(lines), period=4)
+    np.testing.assert_array_equal(found.steps, [0, 4, 8])
+    np.testing.assert_allclose(found.means, [10, 10, (10 + 6) / 2])
+    self.assertTrue(found.is_exact)
+    with self.assertRaisesRegex(ValueError, 'training.num_evals=1'):
+      study_audit.measured(self.run_of(lines), period=7)
 
   def test_rejects(self):
     with self.assertRaisesRegex(ValueError, 'eval_gradient.*got 1 in'):
@@ -745,10 +818,10 @@ class AuditTest(X64TestCase):
     self.assertEqual(held['smooth: one L for the path'], 'yes')
     self.assertNotIn('minibatches independent', held)
     (row,) = found.tables['lambda']
-    self.assertEqual((row['exact least'], row['exact largest']), (0.5, 0.5))
+    self.assertEqual((row['least, E[H]'], row['largest, E[H]']), (0.5, 0.5))
     self.assertEqual(row['links'], 10)
     # Square, rank 2: 1/2 on either side.
-    np.testing.assert_allclose(row['mean lambda'], 0.5, rtol=1e-5)
+    np.testing.assert_allclose(row['mean eigenvalue'], 0.5, rtol=1e-5)
     lines = [
         json.loads(line)
         for line in (folder / 'metrics.jsonl').read_text().splitlines()
@@ -972,6 +1045,39 @@ class RunsTest(X64TestCase):
     with self.assertRaisesRegex(ValueError, 'Expected'):
       runs.load(self.folder)
 
+  def test_a_directory_of_runs(self):
+    outer = self.tmp / 'sweep'
+    shutil.copytree(self.folder, outer / 'seed=0')
+    with self.assertRaisesRegex(ValueError, 'with 1 runs in it: .*seed=0'):
+      runs.load(outer)
+
+  @parameterized.parameters(
+      ('config.json', '{"a": ', 'Expected JSON in .*config.json, got'),
+      ('metrics.jsonl', '{}\nx', 'Expected JSON in .*metrics.jsonl, line 2'),
+      ('summary.json', '[]', 'Expected a summary with step, got'),
+      ('summary.json', '{}', 'Expected a summary with step, got'),
+  )
+  def test_files_that_are_spoilt(self, name, text, message):
+    (self.folder / name).write_text(text)
+    with self.assertRaisesRegex(ValueError, message):
+      runs.load(self.folder)
+
+  def test_a_field_of_another_type(self):
+    path = self.folder / 'config.json'
+    record = json.loads(path.read_text())
+    record['method']['rank'] = 'four'
+    path.write_text(json.dumps(record))
+    with self.assertRaisesRegex(ValueError, 'another method.rank in .*run'):
+      runs.load(self.folder)
+
+  @parameterized.parameters(
+      ('points', 1, 2), ('products', 0, 1), ('batches', 1, 2)
+  )
+  def test_sizes_are_refused_by_name(self, name, value, least):
+    message = f'Expected {name} >= {least}, got {name}={value}'
+    with self.assertRaisesRegex(ValueError, message):
+      study_audit.audit(self.folder, **{f'num_{name}': value})
+
   def test_launch_rejects(self):
     module = runpy.run_path(str(_ROOT / 'launch' / 'audit.py'), run_name='x')
     with self.assertRaisesRegex(ValueError, 'one run directory, got'):
@@ -995,11 +1101,11 @@ class RunsTest(X64TestCase):
     self.assertEqual(
         {path.name for path in (self.tmp / 'out').iterdir()},
         {
-            'audit_bound.png',
-            'audit_constants.csv',
-            'audit_assumptions.csv',
-            'audit_bound_and_run.csv',
-            'audit_lambda.csv',
+            'audit_run_bound.png',
+            'audit_run_constants.csv',
+            'audit_run_assumptions.csv',
+            'audit_run_bound_and_run.csv',
+            'audit_run_lambda.csv',
         },
     )
     command[2] = str(self.tmp / 'nothing')

@@ -262,7 +262,7 @@ class RelationsTest(parameterized.TestCase):
           mvr - sgd, (2 - 2 * gamma) * 2.0 * 2.0, rtol=1e-10
       )
 
-  @parameterized.product(mu=[None, MU], least=[False, True])
+  @parameterized.parameters((None, False), (None, True), (MU, False))
   def test_qgd_is_sgd_with_its_constants(self, mu, least):
     gamma = 0.005
     sgd = bounds.sgd(
@@ -350,8 +350,8 @@ class RejectsTest(parameterized.TestCase):
     for part in (1 + 1e-6, 1.5):
       with self.assertRaisesRegex(
           ValueError,
-          rf'stepsize <= {limit:.6g} \({theorem}\), got'
-          rf' stepsize={part * limit:.6g}, {part:.4g} times as much',
+          rf'stepsize <= {limit:.10g} \({theorem}\), got'
+          rf' stepsize={part * limit:.10g}, {part:.7g}\d* times as much',
       ):
         bound(40, stepsize=part * limit, pl=mu, **constants)
 
@@ -381,6 +381,9 @@ class RejectsTest(parameterized.TestCase):
           ('num_steps', []),
           ('num_steps', math.nan),
           ('num_steps', math.inf),
+          ('num_steps', 1.5),
+          ('smoothness', math.inf),
+          ('stepsize', math.inf),
           ('pl', 0.0),
           ('pl', -1.0),
           ('pl', 2.1),
@@ -393,6 +396,39 @@ class RejectsTest(parameterized.TestCase):
     given[bad[0]] = bad[1]
     with self.assertRaisesRegex(ValueError, f'Expected .*got .*{bad[0]}='):
       bound(**given)
+
+  @parameterized.parameters(
+      (bounds.page, dict(PAGE, mean_smoothness=math.inf, prob=1.0)),
+      (bounds.page, dict(PAGE, num_samples=math.inf)),
+      (bounds.page, dict(PAGE, batch_size=math.inf)),
+      (bounds.page, dict(PAGE, batch_size=1.5)),
+      (bounds.page, dict(PAGE, initial_error=math.inf)),
+      (bounds.mvr, dict(MVR, mean_smoothness=math.inf, momentum=0.0)),
+      (bounds.mvr, dict(MVR, variance=math.inf)),
+      (bounds.marina, dict(MARINA, omega=math.inf, prob=1.0)),
+      (bounds.sgd, dict(SGD, slope=math.inf)),
+      (bounds.sgd, dict(SGD, noise=math.inf)),
+      (bounds.qgd, dict(QGD, client_smoothness=2.0)),
+      (bounds.sgd, dict(SGD, least=True, pl=MU)),
+  )
+  def test_infinite_and_odd(self, bound, constants):
+    """No stepsize is allowed by a limit that is NaN."""
+    with self.assertRaisesRegex(ValueError, 'Expected .*got '):
+      bound(40, stepsize=1e6, **constants)
+
+  def test_growth_below_rounding_counts(self):
+    """(1 + a)^T with a = 1e-18: e^1 after 1e18 steps."""
+    found = bounds.sgd(
+        10**18,
+        stepsize=1e-9,
+        noise=0.0,
+        slope=1.0,
+        initial_gap=1.0,
+        smoothness=1.0,
+        lmin=1.0,
+        lmax=1.0,
+    )
+    np.testing.assert_allclose(found, 2 * math.e / 1e9, rtol=1e-9)
 
   @parameterized.parameters(
       ('T2', 'lmax', 0.2),
@@ -714,7 +750,9 @@ class SpectrumTest(parameterized.TestCase):
 
   @parameterized.parameters(
       (dict(rank=9), r'rank <= 8, the longer side, got rank=9'),
-      (dict(rank=0), 'rank >= 1, got rank=0'),
+      (dict(rank=0), 'rank >= 1, a whole number, got rank=0'),
+      (dict(rank=2.5), 'rank >= 1, a whole number, got rank=2.5'),
+      (dict(rank=True), 'rank >= 1, a whole number, got rank=True'),
       (dict(prob=1.1), r'prob in \[0, 1\], got prob=1.1'),
       (dict(prob=math.nan), r'prob in \[0, 1\], got prob=nan'),
       (dict(prob=[0.5, 0.5]), '1 values of prob'),

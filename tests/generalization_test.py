@@ -646,11 +646,12 @@ class StudyTest(parameterized.TestCase):
     study = gap.gap(
         fake_task(), teacher=small, on_task=task, prob=0.3, progress=False
     )
-    cells = study.tables['Gap of all cells']
+    cells = study.appendix['Gap of all cells']
     self.assertLen(cells, 6 * 2 * 2 + 6 * 2 * 3)
-    self.assertLen(study.tables['Fitted exponents'], 2 * 6 * 2)
-    self.assertLen(study.tables['Spread of single runs'], 2 * 6 * 2)
+    self.assertLen(study.appendix['Fitted exponents'], 2 * 6 * 2)
+    self.assertLen(study.appendix['Spread of single runs'], 2 * 6 * 2)
     self.assertLen({row['method'] for row in cells}, 6)
+    self.assertLen(study.tables['Exponents of the gap'], 2 * 6)
     self.assertSameElements(
         study.figures,
         ['rank_teacher', 'size_teacher', 'rank_fake', 'size_fake', 'spread'],
@@ -668,17 +669,17 @@ class StudyTest(parameterized.TestCase):
       # Where there is a twin, its gap is taken off.
       is_plain = abs(row['mean gap'] - difference) < 1e-5
       self.assertEqual(is_plain, row['problem'] == 'fake')
-    for row in study.tables['Spread of single runs']:
+    for row in study.appendix['Spread of single runs']:
       frozen = row['sd over frozen factors, one sample']
       self.assertNotAlmostEqual(row['sd'], frozen, places=5)
-    for row in study.tables['Fitted exponents']:
+    for row in study.appendix['Fitted exponents']:
       self.assertLess(row['size exponent low'], row['size exponent high'])
     notes = study.notes
     self.assertLen(notes, (6 + 4) + (6 + 2) + 2)
     self.assertIn('Bernoulli, p=0.3', notes[5])
     self.assertIn('for control variate', notes[6])
     self.assertNotIn('fitted', ' '.join(notes))  # No cell is.
-    sd = [r for r in study.tables['Fitted exponents'] if 'sd' in r['of']]
+    sd = [r for r in study.appendix['Fitted exponents'] if 'sd' in r['of']]
     for name, note in (('teacher', notes[8]), ('fake', notes[17])):
       ends = [
           (r['size exponent low'], r['size exponent high'])

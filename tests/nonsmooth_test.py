@@ -233,7 +233,9 @@ class StudyTest(parameterized.TestCase):
         atol=1e-4,
     )
     kappas = {r['kappa'] for r in rows if r['sketch'] != 'gaussian'}
-    self.assertEqual(kappas, {'8.00'})  # Rank 1: nothing is clipped.
+    np.testing.assert_allclose(
+        list(kappas), 8, rtol=1e-6
+    )  # Rank 1: no clipping.
     # Both rules of an isotropic sketch have R0 L0 / sqrt(lmin T), 1200 / 4.
     with jax.enable_x64(True):
       problem = l1_regression.make_problem(shape=(4, 3), num_samples=40)
@@ -242,7 +244,7 @@ class StudyTest(parameterized.TestCase):
         expected = problem.distance * problem.lipschitz / np.sqrt(300)
         np.testing.assert_allclose(float(row['bound']), expected, atol=1e-4)
     case = {
-        (r['sketch'], r['step'].rpartition(' ')[0]): r
+        (r['sketch'], r['step']): r
         for r in found.tables['Polyak without damping']
     }
     ends = {name: float(r['f(W_T-1) - f*']) for name, r in case.items()}
@@ -258,7 +260,7 @@ class StudyTest(parameterized.TestCase):
       self.assertEqual(row['held at all T'], '-' if is_open else 'yes')
     self.assertEqual(set(found.figures), {'gaps', 'undamped'})
     self.assertLen(found.figures['gaps'].axes, 6)
-    self.assertStartsWith(found.notes[0], 'T8 held at all T in 18 of 18 cells')
+    self.assertStartsWith(found.notes[0], 'T8 held at all T in 14 of 14 cells')
 
   def test_held_means_within_two_standard_errors(self):
     values = np.array([[1.0, 2.0], [1.0, 4.0], [1.0, 3.0], [1.0, 3.0]])

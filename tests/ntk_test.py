@@ -700,7 +700,7 @@ class StudiesTest(parameterized.TestCase):
     self.enterContext(jax.enable_x64(True))
     problem = known()
     few = few_shot.Few(problem, 0.1, nuclear.solve(problem, 0.1), 2)
-    runs = ntk_ranks._run_ranks(few, (1, 2), 8, None, 300, 100, 0, False)
+    runs = ntk_ranks._run_ranks(few, (1, 2), 8, None, 300, 100, 0, lambda: None)
     ends = np.sort(runs[0].polished)
     np.testing.assert_allclose(
         ends[[0, -1]], [0.351667 - 0.27, 0.751667 - 0.27], atol=1e-6
@@ -784,7 +784,8 @@ class StudiesTest(parameterized.TestCase):
         tolerance=1e-3,
         progress=False,
     )
-    rows = found.tables['generalisation']
+    rows = found.appendix['generalisation in full']
+    self.assertLen(found.tables['generalisation'], 2)
     self.assertLen(rows, 2)
     for row in rows:
       self.assertGreater(row['bound'], row['rademacher term'])

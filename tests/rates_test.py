@@ -349,6 +349,67 @@ class PartsTest(X64TestCase):
         half, 4.302653 * math.log(10) / math.sqrt(3), rtol=1e-6
     )
 
+  def test_rank_note(self):
+    ranks = [1, 2, 4, 8, 16]
+    steps = 64.0 / np.asarray(ranks)[:, None] * np.array([1.0, 1.1, 0.9])
+    text = rates._rank_note(ranks, steps, 16)
+    self.assertIn('for ranks 1 to 4 of 16', text)  # A quarter of the side.
+    self.assertIn('r^(-1.000 +- 0.000)', text)
+    self.assertNotIn('missed', text)
+    steps[1, 0] = math.nan
+    text = rates._rank_note(ranks, steps, 16)
+    self.assertIn('missed the target at ranks [2]. Linear', text)
+    self.assertIn('r^(-1.000', text)
+    steps[2, 1] = math.nan
+    self.assertIn('fewer than two', rates._rank_note(ranks, steps, 16))
+
+  def test_timing(self):
+    one = regression.Curves(np.zeros((2, 1)), np.zeros((2, 3, 1)), 1.0, 2.0, 30)
+    other = regression.Curves(
+        np.zeros((2, 1)), np.zeros((2, 1, 1)), 1.0, 3.0, 5
+    )
+    found = regression.timing([one, other], 2)
+    self.assertEqual(found[:3], (5.0, 2.0, 35))
+    self.assertEqual(found.part, 4 / 8)
+    self.assertIn('NumPy loop 35 s (from 50% of the runs)', str(found))
+    plain = one._replace(numpy_seconds=None)
+    self.assertNotIn('NumPy', str(regression.timing([plain], 0)))
+
+  def test_numpy_loop_of_some_runs(self):
+    """Of 12 runs the first, the last and some between, or all."""
+    problem, task = self.make(shape=(3, 8))
+    seen = []
+
+    def run(x, y, lam, start, *, stepsize, steps, **kwargs):
+      seen.append((stepsize * problem.smoothness, start.shape, next(steps)[0]))
+
+    arguments = dict(
+        factors=(0.25, 1.0),
+        num_seeds=6,
+        num_steps=4,
+        num_evals=2,
+        rank=2,
+        prob=[0.0, 1.0],
+    )
+    with unittest.mock.patch.object(regression.numpy_chain, 'run', run):
+      for num_runs, count in ((1, 1), (5, 5), (100, 12)):
+        seen.clear()
+        seconds = regression.train_numpy(
+            problem, task, 'gd', 'bernoulli', num_runs=num_runs, **arguments
+        )
+        self.assertLen(seen, count)
+        self.assertGreater(seconds, 0)
+      self.assertEqual({shape for _, shape, _ in seen}, {(3, 8)})
+      # The probs are zipped with the factors: p = 1 falls left.
+      self.assertEqual(
+          {(round(factor, 9), left) for factor, _, left in seen},
+          {(0.25, False), (1.0, True)},
+      )
+      with self.assertRaisesRegex(ValueError, 'num_runs >= 1'):
+        regression.train_numpy(
+            problem, task, 'gd', 'bernoulli', num_runs=0, **arguments
+        )
+
   def test_sizes(self):
     problem, task, wide = regression.make_tasks('smoke')
     params = lambda task: task.init(jax.random.key(0))['w']
@@ -364,6 +425,9 @@ class PartsTest(X64TestCase):
       (dict(size='tiny'), "size in .*got size='tiny'"),
       (dict(size='smoke', num_seeds=1), 'seeds >= 2, got seeds=1'),
       (dict(size='smoke', num_passes=0.0), 'passes > 0, got passes=0.0'),
+      (dict(size='smoke', numpy_runs=-1), 'numpy >= 0, got numpy=-1'),
+      (dict(size='smoke', factors=(0.0,)), r'factors > 0, got factors=\[0.0\]'),
+      (dict(size='smoke', claims=('x',)), r"claims among .*claims=\('x',\)"),
   )
   def test_rejects(self, arguments, message):
     with self.assertRaisesRegex(ValueError, message):
@@ -414,7 +478,9 @@ class StudyTest(X64TestCase):
     self.assertLen(rows, num_methods)
     for row in rows:
       self.assertIn(row['best stepsize'], ('2^-2/L', '2^0/L'))
-      self.assertIn(row['diverged'], ('0 of 2', '1 of 2', '2 of 2'))
+      self.assertIn(
+          row['stepsizes that diverged'], ('0 of 2', '1 of 2', '2 of 2')
+      )
     ranks = found.tables['rank']
     self.assertEqual([row['rank'] for row in ranks], [1, 2, 4])
     self.assertEqual([row['lmin'] for row in ranks], [0.25, 0.5, 1.0])

@@ -111,7 +111,11 @@ class RecommendTest(parameterized.TestCase):
       (dict(stepsize=1.0), 'constants of gd among .*got stepsize=1.0'),
       (dict(lmin=1.0), 'constants of gd among .*got lmin=1.0'),
       (dict(estimator='sgd'), 'Expected noise for sgd, got none'),
-      (dict(estimator='qgd', omega=1.0), 'client_smoothness for qgd, got none'),
+      (
+          dict(estimator='qgd', omega=1.0),
+          'client_smoothness, client_gap for qgd, got none',
+      ),
+      (dict(target=1e-17), 'gd reaches within 5e.15 steps, got target=1e-17'),
       (dict(smoothness=-1.0), 'smoothness > 0, got smoothness=-1.0'),
       (dict(initial_gap=-1.0), 'got initial_gap=-1.0'),
       (dict(pl=5.0), r'pl in \(0, smoothness=2.0\], got pl=5.0'),

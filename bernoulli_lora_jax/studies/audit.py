@@ -9,10 +9,11 @@ expectation, the measured curve is one run.
 
 import math
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from matplotlib import ticker
 import matplotlib.figure
 import numpy as np
 import tqdm
@@ -34,10 +35,33 @@ _CLOSE = 1e-3  # Of the checkpoint, relative: the replay took the same path.
 _MOST_LINKS = 2000  # Of which the subspaces are drawn again.
 
 
-def measured(run: reporting.Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns steps, ||grad||^2 there, and its mean over the steps before.
+class Measured(NamedTuple):
+  """What a run has logged of its gradient; arrays of one length."""
 
-  It is exact where every step is evaluated, trapezoidal between others.
+  steps: np.ndarray
+  norms: np.ndarray  # ||grad f||^2 there.
+  means: np.ndarray  # Mean over the steps (starts of links) before.
+  is_exact: bool  # Whether every one of them was logged.
+
+
+def name_of(directory: str | pathlib.Path) -> str:
+  """Returns the last part of a run's path, for the names of files."""
+  return pathlib.Path(directory).resolve().name
+
+
+def measured(run: reporting.Run, period: int = 1) -> Measured:
+  """Returns ||grad||^2 where it was logged, and its mean over the steps before.
+
+  Args:
+    run: with evaluations of the gradient.
+    period: K > 1 for the mean over starts of links, W_0, W_K, ..., of which T1
+      speaks; evaluations elsewhere are left out.
+
+  Returns:
+    `Measured`; the mean is trapezoidal between steps that are not logged.
+
+  Raises:
+    ValueError: fewer than two evaluations to take it from.
   """
   lines = [line for line in run.metrics if 'grad_norm_sq' in line]
   if len(lines) < 2:
@@ -45,13 +69,20 @@ def measured(run: reporting.Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         'Expected evaluations with grad_norm_sq (training.eval_gradient), got'
         f' {len(lines)} in {run.path / "metrics.jsonl"}.'
     )
-  steps = np.asarray([line['step'] for line in lines], float)
-  norms = np.asarray([line['grad_norm_sq'] for line in lines])
-  gaps = np.diff(steps)
+  kept = [line for line in lines if line['step'] % period == 0]
+  if len(kept) < 2:
+    raise ValueError(
+        f'Expected evaluations at starts of links of {period} steps, got steps'
+        f' {[line["step"] for line in lines[:5]]}, ...: train it with'
+        f' training.num_evals={int(lines[-1]["step"]) // period}.'
+    )
+  steps = np.asarray([line['step'] for line in kept], float)
+  norms = np.asarray([line['grad_norm_sq'] for line in kept], float)
+  gaps = np.diff(steps) / period
   middle = np.where(gaps == 1, norms[:-1], (norms[1:] + norms[:-1]) / 2)
-  areas = gaps * middle
-  means = np.concatenate([norms[:1], np.cumsum(areas) / steps[1:]])
-  return steps, norms, means
+  means = np.cumsum(gaps * middle) / (steps[1:] / period)
+  means = np.concatenate([norms[:1], means])
+  return Measured(steps, norms, means, bool(np.all(gaps == 1)))
 
 
 def audit(
@@ -78,10 +109,15 @@ def audit(
   Raises:
     ValueError: a directory without a finished run, or without checkpoints.
   """
+  for name, value, least in (
+      ('points', num_points, 2),
+      ('products', num_products, 1),
+      ('batches', num_batches, 2),
+  ):
+    if value < least:
+      raise ValueError(f'Expected {name} >= {least}, got {name}={value}.')
   finished = runs.load(directory)
   measured(finished.run)  # What is missing is said before the replay.
-  if num_batches < 2:
-    raise ValueError(f'Expected batches >= 2, got batches={num_batches}.')
   before = jnp.result_type(float) == jnp.float64  # Put back at the end.
   jax.config.update('jax_enable_x64', finished.config.x64)
   try:
@@ -168,11 +204,11 @@ def _realised(
           'matrix': row.path,
           'links': num_links,
           'left, %': 100 * row.left,
-          'mean lambda': row.mean,
-          'least': row.low,
-          'largest': row.high,
-          'exact least': row.exact[0],
-          'exact largest': row.exact[1],
+          'mean eigenvalue': row.mean,
+          'least, drawn': max(row.low, 0.0),  # Below zero by rounding.
+          'least, E[H]': row.exact[0],
+          'largest, drawn': row.high,
+          'largest, E[H]': row.exact[1],
       }
       for row in rows
   ]
@@ -181,6 +217,11 @@ def _realised(
 def _constant_rows(
     task: task_lib.Task, found: constants_lib.Constants
 ) -> list[dict[str, Any]]:
+  form = 'E||g - grad||^2 <= 2A(f - f_inf) + (B - 1)||grad||^2 + C'
+  sampled = 'largest on the path, from minibatches drawn anew'
+  mu = 'from above: least PL ratio on the path'
+  if found.pl > found.smoothness:
+    mu += '; above L, so too short a path to tell'
   rows = [
       (
           'L',
@@ -189,17 +230,21 @@ def _constant_rows(
       ),
       ('L between points', found.local_smoothness, 'from below'),
       ('least curvature', found.least_curvature, 'below 0: not convex there'),
-      ('Lbar, examples', found.mean_smoothness, 'from below'),
-      ('Lbar, minibatches', found.batch_smoothness, 'from below'),
-      ('sigma^2', found.variance, 'from below: largest on the path'),
-      ('A', found.slope, 'fitted, E||g - grad||^2 <='),
-      ('B', found.growth, '2A(f - f_inf) + (B - 1)||grad||^2 + C'),
-      ('C', found.noise, 'at all points'),
-      ('mu', found.pl, 'from above: least PL ratio on the path'),
+      ('Lbar, examples', found.mean_smoothness, f'{sampled}; at least L'),
+      ('Lbar, minibatches', found.batch_smoothness, f'{sampled}; at least L'),
+      (
+          'sigma^2',
+          found.variance,
+          f'{sampled}, +- {found.variance_error:.2g} (standard error)',
+      ),
+      ('A', found.slope, f'fitted: {form}'),
+      ('B', found.growth, 'the same fit'),
+      ('C', found.noise, 'the same fit'),
+      ('mu', found.pl, mu),
       ('D0', found.initial_gap, f'f(W_0) - {found.lower_bound:.6g}'),
   ]
   if task.smoothness is not None:
-    rows.insert(1, ('L known', task.smoothness, 'exact'))
+    rows.insert(1, ('L known', task.smoothness, 'exact; the bound takes it'))
   rows += [
       (f'L of client {i}', value, 'from below')
       for i, value in enumerate(found.client_smoothness)
@@ -214,6 +259,7 @@ def _assumption_rows(
     bound: guarantee.Bound,
     path: runs.Path,
 ) -> list[dict[str, Any]]:
+  """Returns what the guarantee assumes, and what its rates would need besides."""
   config = finished.config
   rows = [
       (
@@ -232,11 +278,13 @@ def _assumption_rows(
     rows.append(
         (
             'stepsize within its limit',
-            f'{gamma:.4g} <= {bound.limit:.4g} (estimate, from above)',
-            gamma <= bound.limit,
+            f'{gamma:.6g}, limit {bound.limit:.6g}'
+            + ('' if bound.limit_is_known else ' (estimate, from above)'),
+            gamma <= bound.limit * (1 + guarantee.ROUNDING),
         )
     )
-  if config.method.estimator in ('sgd', 'page', 'mvr'):
+  is_sampled = not guarantee.is_plain_gd(config, task)
+  if config.method.estimator in ('sgd', 'page', 'mvr') and is_sampled:
     noisy = config.task.dropout > 0 and 'accuracy' in ''.join(
         finished.run.metrics[-1]
     )
@@ -255,6 +303,13 @@ def _assumption_rows(
             is_fresh,
         )
     )
+  seen = f'L of Hessians and differences at most {found.smoothness:.4g}'
+  is_smooth = True
+  if task.criterion == 'absolute':
+    seen, is_smooth = 'the loss has kinks', False
+  elif task.smoothness is not None:
+    seen += f', known {task.smoothness:.4g}'
+    is_smooth = found.smoothness <= task.smoothness * (1 + 1e-3)
   rows += [
       (
           'f bounded below',
@@ -262,45 +317,41 @@ def _assumption_rows(
           + ('' if task.lower_bound is not None else ', the least seen'),
           task.lower_bound is not None,
       ),
-      (
-          'smooth: one L for the path',
-          f'L of Hessians and differences at most {found.smoothness:.4g}'
-          + (
-              ''
-              if task.smoothness is None
-              else f', known {task.smoothness:.4g}'
-          ),
-          task.smoothness is None
-          or found.smoothness <= task.smoothness * (1 + 1e-3),
-      ),
-      (
-          'PL on the path',
-          f'mu at most {found.pl:.3g}; not needed for this bound',
-          found.pl > 0,
-      ),
-      (
-          'convex on the path',
-          f'least curvature seen {found.least_curvature:.3g}; not needed',
-          found.least_curvature >= -1e-6 * found.smoothness,
-      ),
+      ('smooth: one L for the path', seen, is_smooth),
   ]
-  return [
+  told = [
       {'assumption': a, 'found': b, 'held': 'yes' if held else 'no'}
       for a, b, held in rows
   ]
+  is_convex = found.least_curvature >= -1e-6 * found.smoothness
+  curvature = f'least curvature seen {found.least_curvature:.3g}'
+  told += [
+      {
+          'assumption': 'PL on the path (not needed)',
+          'found': f'mu at most {found.pl:.3g}',
+          'held': '-',
+      },
+      {
+          'assumption': 'convex on the path (not needed)',
+          'found': curvature
+          + (': so far it is' if is_convex else ': it is not'),
+          'held': '-',
+      },
+  ]
+  return told
 
 
 def _bound_rows(
     finished: runs.Finished, bound: guarantee.Bound
 ) -> list[dict[str, Any]]:
-  steps, norms, means = measured(finished.run)
+  steps, norms, means, _ = measured(finished.run, bound.period)
   chosen = np.unique(np.geomspace(1, len(steps) - 1, 8).round().astype(int))
   rows = []
   for i in chosen:
     row = {
         'steps': int(steps[i]),
         'squared gradient norm': norms[i],
-        'mean so far': means[i],
+        _mean_name(bound): means[i],
     }
     if bound.curve is not None:
       value = float(bound.curve(steps[i]))
@@ -310,34 +361,45 @@ def _bound_rows(
   return rows
 
 
+def _mean_name(bound: guarantee.Bound) -> str:
+  """Returns what the mean is over."""
+  if bound.period == 1:
+    return 'mean so far'
+  return f'mean over starts of links ({bound.period} steps each)'
+
+
 def _notes(finished: runs.Finished, bound: guarantee.Bound) -> list[str]:
+  seen = measured(finished.run, bound.period)
+  notes = []
   if bound.reason:
     shown = f' Shown beside it: {bound.label}.' if bound.curve else ''
-    return [f'No guarantee speaks of this run: {bound.reason}.{shown}']
-  steps, _, means = measured(finished.run)
-  assert bound.curve is not None
-  values = bound.curve(steps[1:])
-  held = np.all(means[1:] <= values)
-  return [
-      f'{bound.theorem} with estimated constants'
-      + (' lies above' if held else ' does NOT lie above')
-      + ' the measured mean at every evaluation; at the end it is'
-      f' {values[-1] / means[-1]:.3g} times as large.',
-      'L, Lbar, sigma^2, A, B, C and the L_l are seen from below, mu and, without a'
-      ' known lower bound of f, D0 by what the path shows: the bound printed is an'
-      ' estimate. It is of an expectation; the run is one draw.',
-  ]
+    notes.append(f'No guarantee speaks of this run: {bound.reason}.{shown}')
+  else:
+    assert bound.curve is not None
+    values = bound.curve(seen.steps[1:])
+    held = np.all(seen.means[1:] <= values)
+    notes += [
+        f'{bound.theorem} with estimated constants'
+        + (' lies above' if held else ' does NOT lie above')
+        + f' the measured {_mean_name(bound)} at every evaluation; at the end'
+        f' it is {values[-1] / seen.means[-1]:.3g} times as large.',
+        'L and the L_l are seen from below, Lbar, sigma^2, A, B and C from'
+        ' samples on the path, mu from above and, without a known lower bound of'
+        ' f, D0 from below: the bound printed is an estimate. It is of an'
+        ' expectation; the run is one draw.',
+    ]
+  if not seen.is_exact:
+    notes.append(
+        'Between evaluations the mean is trapezoidal; training.num_evals'
+        f'={int(seen.steps[-1]) // bound.period} logs every one.'
+    )
+  return notes
 
 
 def _doubts(rows: list[dict[str, Any]], bound: guarantee.Bound) -> list[str]:
   """Returns which assumptions of a guarantee did not hold, in one sentence."""
-  missed = [
-      row['assumption']
-      for row in rows
-      if row['held'] == 'no'
-      and not row['assumption'].startswith(('PL', 'convex'))
-  ]
-  if not bound.theorem or not missed:
+  missed = [row['assumption'] for row in rows if row['held'] == 'no']
+  if not bound.theorem or bound.reason or not missed:
     return []
   return [
       f'Not all that {bound.theorem} assumes held, so it does not speak of this'
@@ -348,14 +410,16 @@ def _doubts(rows: list[dict[str, Any]], bound: guarantee.Bound) -> list[str]:
 def _figure(
     finished: runs.Finished, bound: guarantee.Bound
 ) -> matplotlib.figure.Figure:
-  steps, norms, means = measured(finished.run)
+  steps, norms, means, _ = measured(finished.run, bound.period)
   figure = matplotlib.figure.Figure(figsize=(7.2, 4.4), layout='constrained')
   panel = figure.subplots()
-  many = {'markersize': 4, 'markevery': 0.1}
+  last = len(steps) - 2  # The last point is the one that is compared.
+  places = np.geomspace(1, last + 1, 9).round().astype(int) - 1
+  many = {'markersize': 4, 'markevery': sorted({*places.tolist(), last})}
   panel.plot(
       steps[1:],
       means[1:],
-      label='run: mean over the steps so far',
+      label=f'run: {_mean_name(bound)}',
       **many,
       **figures.style(0),
   )
@@ -377,6 +441,7 @@ def _figure(
     )
   panel.set_xscale('log')
   panel.set_yscale('log')
+  panel.xaxis.set_minor_formatter(ticker.NullFormatter())
   panel.set_xlabel('steps')
   panel.set_ylabel('squared gradient norm, trained leaves')
   title = (

@@ -23,9 +23,10 @@ class Constants(NamedTuple):
   smoothness: float  # L, from below.
   least_curvature: float  # Least eigenvalue of a Hessian: below 0, not convex.
   local_smoothness: float  # L, from below, between points.
-  mean_smoothness: float  # Lbar of single examples, from below.
-  batch_smoothness: float  # Lbar of minibatches, from below.
-  variance: float  # sigma^2 of a minibatch's gradient, from below.
+  mean_smoothness: float  # Lbar of single examples, sampled; at least L.
+  batch_smoothness: float  # Lbar of minibatches, sampled; at least L.
+  variance: float  # sigma^2 of a minibatch's gradient, the largest of means.
+  variance_error: float  # Its standard error.
   slope: float  # A, B and C, with E||g - grad||^2 in place of E||g||^2
   growth: float  # (B >= 1).
   noise: float
@@ -73,7 +74,7 @@ def estimate(
   def batch_grad(part, params, batch):
     return jax.grad(loss)(part, params, batch['batch'], batch['key'])
 
-  def batches(data, size):
+  def batches(data, size, key):
     """Returns minibatches; of single examples where size is 1."""
 
     def draw(i):
@@ -98,25 +99,26 @@ def estimate(
     value, full = jax.value_and_grad(f)(part)
     norm, low = audit_lib.smoothness(f, part, key, num_steps=num_products)
     grad = lambda part, batch: batch_grad(part, params, batch)
-    found = audit_lib.moments(grad, full, part, batches(data, None))
+    found = audit_lib.moments(grad, full, part, batches(data, None, key))
     square = sum(jnp.vdot(g, g) for g in jax.tree.leaves(full))
     return value, square, norm, low, found
 
   @jax.jit
-  def between(a, b, data):
+  def between(a, b, data, key):
     parts = moving(a), moving(b)
     full = lambda part: jax.grad(whole)(part, a, data)
     grad = lambda part, batch: batch_grad(part, a, batch)
     one = lambda size: audit_lib.mean_smoothness(
-        grad, *parts, batches(data, size)
+        grad, *parts, batches(data, size, key)
     )
     return audit_lib.local_smoothness(full, *parts), one(1), one(None)
 
   rows, pairs = [], []
   for i, params in enumerate(path.points):
-    rows.append(at_point(params, task.data, jax.random.fold_in(key, i)))
+    point_key = jax.random.fold_in(key, i)
+    rows.append(at_point(params, task.data, point_key))
     if i:
-      pairs.append(between(path.points[i - 1], params, task.data))
+      pairs.append(between(path.points[i - 1], params, task.data, point_key))
     report(1)
   values, norms = ([float(row[i]) for row in rows] for i in (0, 1))
   variances = [float(row[4].variance) for row in rows]
@@ -127,20 +129,27 @@ def estimate(
   gaps = [max(value - lower, 0.0) for value in values]
   fitted = audit_lib.fit_second_moment(gaps, norms, variances)
   hessian = max(float(row[2]) for row in rows)
+  smoothness = max(hessian, pairs[:, 0].max())
+  # Gaps below rounding have no PL ratio.
+  floor = 1e3 * float(jnp.finfo(rows[0][0].dtype).eps) * max(map(abs, values))
   clients, error = (), 0.0
   if is_federated:
     clients, error = _clients(finished, task, path.points, moving, num_products)
   return Constants(
-      smoothness=max(hessian, pairs[:, 0].max()),
+      smoothness=smoothness,
       least_curvature=min(float(row[3]) for row in rows),
       local_smoothness=pairs[:, 0].max(),
-      mean_smoothness=pairs[:, 1].max(),
-      batch_smoothness=pairs[:, 2].max(),
+      # By Jensen L is at most either.
+      mean_smoothness=max(smoothness, pairs[:, 1].max()),
+      batch_smoothness=max(smoothness, pairs[:, 2].max()),
       variance=max(variances),
+      variance_error=float(rows[int(np.argmax(variances))][4].error),
       slope=fitted.slope,
       growth=1 + fitted.growth,
       noise=fitted.noise,
-      pl=audit_lib.pl_constant([value - best for value in values], norms),
+      pl=audit_lib.pl_constant(
+          [value - best for value in values], norms, floor=floor
+      ),
       initial_gap=gaps[0],
       lower_bound=lower,
       best=min(values),

@@ -65,7 +65,7 @@ def errors(
   Returns:
     `Study`: errors of the product relative to ||E||_F, of the net as the root
     of the mean square relative to the target's deviation; means are geometric,
-    with 95% intervals by Student's t.
+    in the figures with the range over seeds.
 
   Raises:
     ValueError: a number outside its range.
@@ -300,14 +300,13 @@ def _apply(net: expressive.Layer, x: jax.Array) -> jax.Array:
   return x
 
 
-def _log_mean(values: np.ndarray) -> tuple[float, float]:
-  """Returns the geometric mean and the factor of its 95% interval."""
-  mean, half = figures.mean_interval(np.log(np.maximum(values, _FLOOR)))
-  return math.exp(mean), math.exp(half)
+def _log_mean(values: np.ndarray) -> float:
+  """Returns the geometric mean."""
+  return math.exp(np.mean(np.log(np.maximum(values, _FLOOR))))
 
 
 def _row(cell: dict[str, Any]) -> dict[str, Any]:
-  mean = lambda name: float(f'{_log_mean(cell[name])[0]:.3g}')
+  mean = lambda name: float(f'{_log_mean(cell[name]):.3g}')
   return {
       'frozen': cell['frozen'],
       'layers a part': cell['length'],
@@ -351,11 +350,12 @@ def _plot(
       x = [cell['rank'] for cell in chosen]
       for name in names:
         i = _CURVES.index(name.removeprefix('net '))
-        means, factors = np.array([_log_mean(cell[name]) for cell in chosen]).T
+        values = np.stack([np.maximum(cell[name], _FLOOR) for cell in chosen])
+        means = np.array([_log_mean(cell[name]) for cell in chosen])
         lines[name] = panel.errorbar(
             x,
             means,
-            [means - means / factors, means * factors - means],
+            np.maximum([means - values.min(1), values.max(1) - means], 0),
             capsize=3,
             markersize=11 - 3 * i,  # Curves that coincide stay visible.
             markerfacecolor='none' if i < 2 else figures.style(i)['color'],
@@ -374,7 +374,7 @@ def _plot(
       [name.removeprefix('net ') for name in lines],
       loc='outside lower center',
       ncols=len(names),
-      title='geometric mean, 95% interval over seeds; grey line: threshold'
+      title='geometric mean, bar: all seeds; grey line: threshold'
       f'; below {_FLOOR:g} drawn at {_FLOOR:g}',
       title_fontsize=9,
       fontsize=9,
@@ -425,7 +425,7 @@ def _notes(cells: Sequence[dict[str, Any]]) -> list[str]:
         f' construction in {better} of {len(ratio)} cases, worse in'
         f' {len(ratio) - better}; its error is {mean:.2g} times as large in the'
         ' geometric mean (on the samples it learnt from,'
-        f' {_log_mean(gather(chosen, "net descent, learnt"))[0]:.2g} of the'
+        f' {_log_mean(gather(chosen, "net descent, learnt")):.2g} of the'
         ' deviation).'
     )
   return notes

@@ -108,8 +108,9 @@ def gap(
     progress: whether to show bars.
 
   Returns:
-    `Study`: fitted exponents, spread of single runs, all cells; figures against
-    the rank and against the sample size for each problem, one of the spread.
+    `Study`: the exponents; figures against the rank and against the sample size
+    for each problem, one of the spread; in its appendix the fits in full, the
+    spread of single runs and all cells.
 
   Raises:
     ValueError: what `generalization` refuses, among it a teacher's size <= 17.
@@ -150,14 +151,17 @@ def gap(
   drawings['spread'] = _spread(results)
   return study.Study(
       tables={
+          'Exponents of the gap': [r for x in results for r in _told_rows(x)],
+      },
+      figures=drawings,
+      notes=[n for result in results for n in _notes(result)] + _CAVEATS,
+      appendix={
           'Fitted exponents': [r for x in results for r in _exponent_rows(x)],
           'Spread of single runs': [
               r for x in results for r in _spread_rows(x)
           ],
           'Gap of all cells': [r for x in results for r in _cell_rows(x)],
       },
-      figures=drawings,
-      notes=[n for result in results for n in _notes(result)] + _CAVEATS,
   )
 
 
@@ -206,6 +210,25 @@ def _measure(
   return _Result(
       problem.name, gaps, means, frozen, fits, expected, grid.num_links
   )
+
+
+def _told_rows(result: _Result) -> list[dict[str, Any]]:
+  """Returns the exponents with their 95% intervals, to be read."""
+  rows = []
+  for i, method in enumerate(result.gaps.methods):
+    mean, spread = result.fits['mean'][i], result.fits['sd'][i]
+    rows.append(
+        {
+            'problem': result.name,
+            'method': method,
+            'mean gap ~ r^': _told(mean.rank),
+            'mean gap ~ N^': _told(mean.size),
+            'spread ~ N^': _told(spread.size),
+            'gap at the middle of the grid': f'{mean.centre.value:.3g} +-'
+            f' {(mean.centre.high - mean.centre.low) / 2:.1g}',
+        }
+    )
+  return rows
 
 
 def _exponent_rows(result: _Result) -> list[dict[str, Any]]:

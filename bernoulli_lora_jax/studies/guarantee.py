@@ -11,6 +11,7 @@ import numpy as np
 from bernoulli_lora_jax import averaging
 from bernoulli_lora_jax import federated as federated_lib
 from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax import stepsizes
 from bernoulli_lora_jax.studies import constants as constants_lib
 from bernoulli_lora_jax.studies import runs
 from bernoulli_lora_jax.tasks import task as task_lib
@@ -18,6 +19,8 @@ from bernoulli_lora_jax.theory import bounds
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import federated
 from bernoulli_lora_jax.training import methods
+
+ROUNDING = 1e-5  # By which a float32 stepsize, or L, may miss a limit.
 
 
 class Bound(NamedTuple):
@@ -29,6 +32,8 @@ class Bound(NamedTuple):
   limit: float | None  # Largest stepsize that the theorem allows.
   reason: str  # Why it does not speak of the run, '' if it does.
   label: str  # Of the curve.
+  period: int = 1  # It speaks of the mean over every so many steps.
+  limit_is_known: bool = False  # From constants that are known, not estimated.
 
 
 def spectrum_of(
@@ -80,7 +85,10 @@ def why_uncovered(config: config_dict.ConfigDict, task: task_lib.Task) -> str:
     return f'{c.name} is no chain of projections'
   if c.optimizer != 'sgd':
     return f'{c.optimizer} in place of plain steps'
-  if c.schedule != 'constant' or c.warmup_steps or c.link_warmup:
+  is_adapter = c.mode == 'adapter'
+  if c.schedule != 'constant' or c.warmup_steps:
+    return 'a stepsize that changes'
+  if is_adapter and c.link_warmup:
     return 'a stepsize that changes'
   if c.clip_norm is not None:
     return 'clipped gradients'
@@ -99,23 +107,31 @@ def why_uncovered(config: config_dict.ConfigDict, task: task_lib.Task) -> str:
     if f.cohort not in (None, f.num_clients) and not is_equal:
       return 'cohorts of clients of unequal weights'
   if task.criterion == 'absolute':
-    return 'f is not smooth'
-  if c.mode == 'adapter' and c.frame == 'raw':
+    return (
+        'f is not smooth, and T8 bounds f - f* of the mean iterate: see'
+        ' launch/theory.py nonsmooth'
+    )
+  if is_adapter and c.frame == 'raw':
     return 'raw factors: the step is no projection'
-  if not c.resample:
+  if is_adapter and not c.resample:
     return 'one subspace kept'
-  is_plain_gd = c.estimator == 'gd' or has_whole_batches(task)
-  is_whole = is_plain_gd or c.estimator not in ('sgd', 'mvr')
+  is_gd = is_plain_gd(config, task)
+  is_whole = is_gd or c.estimator not in ('sgd', 'mvr')
   if is_whole and config.task.dropout > 0 and task.criterion is not None:
     return 'full gradients with dropout are noisy'
   if arguments.period_of(config, task) > 1 and c.name != 'full':
-    if not is_plain_gd:
+    if not is_gd:
       return 'links of several minibatch steps'
-    if c.mode == 'gradient':
-      return 'links of several steps: use adapter mode to have T1'
   if config.training.plateau_patience:
     return 'a stepsize that drops on plateaus'
   return ''
+
+
+def is_plain_gd(config: config_dict.ConfigDict, task: task_lib.Task) -> bool:
+  """Returns whether the gradient of a step is that of f."""
+  c = config.method
+  is_single = c.mode == 'adapter' or c.estimator in ('sgd', 'mvr')
+  return c.estimator == 'gd' or (is_single and has_whole_batches(task))
 
 
 def has_whole_batches(task: task_lib.Task) -> bool:
@@ -141,14 +157,19 @@ def find_bound(
   if not is_chain(config) and c.name != 'full':
     return Bound('', None, None, reason, '')
   spectrum = spectrum_of(finished, task, method)
+  smoothness = found.smoothness
+  if task.smoothness is not None:  # What is known need not be estimated.
+    smoothness = task.smoothness
+  if task.criterion == 'absolute':
+    return Bound('', None, None, reason, '')
   if reason:
 
     def reference(steps):
       return bounds.gd(
           np.maximum(1, np.asarray(steps)),
           initial_gap=found.initial_gap,
-          stepsize=1 / found.smoothness,
-          smoothness=found.smoothness,
+          stepsize=1 / smoothness,
+          smoothness=smoothness,
           lmin=spectrum.lmin,
       )
 
@@ -156,7 +177,7 @@ def find_bound(
     return Bound('', reference, None, reason, label)
   estimator = c.estimator
   gamma = stepsize_of(finished, task)
-  if c.mode == 'adapter' and has_whole_batches(task):
+  if is_plain_gd(config, task):
     estimator = 'gd'
   theorem = {
       'gd': 'T1',
@@ -169,18 +190,13 @@ def find_bound(
   }[estimator]
   constants: dict[str, Any] = {
       'initial_gap': found.initial_gap,
-      'smoothness': found.smoothness,
+      'smoothness': smoothness,
       'lmin': spectrum.lmin,
   }
   if estimator != 'gd':
     constants['lmax'] = spectrum.lmax
   if estimator == 'sgd':
-    constants |= {
-        'bounded_variance': True,
-        'slope': 0.0,
-        'growth': 1.0,
-        'noise': found.variance,
-    }
+    constants |= {'bounded_variance': True, 'noise': found.variance}
   elif estimator == 'page':
     b = task.batch_size
     constants |= {
@@ -202,11 +218,12 @@ def find_bound(
   period = arguments.period_of(config, task) if c.name != 'full' else 1
 
   limit_of, bound = bounds.METHODS[estimator]
-  limit = bounds.call(
-      limit_of,
-      {**constants, 'num_steps': int(finished.run.summary['step'])},
-  )
+  num_steps = int(finished.run.summary['step'])
+  limit = bounds.call(limit_of, {**constants, 'num_steps': num_steps})
+  is_within = gamma <= limit * (1 + ROUNDING)
   stepsize = min(gamma, limit)
+  if estimator == 'sgd' and is_within:
+    constants = _better_noise(constants, found, stepsize, num_steps)
 
   def curve(steps):
     # With K plain GD steps a link, T1 counts links.
@@ -214,12 +231,33 @@ def find_bound(
     return bound(links, stepsize=stepsize, **constants)
 
   label = f'{theorem}, estimated constants'
+  if estimator == 'sgd' and 'slope' in constants:
+    label += ' (A, B, C)'
   if period > 1:
     label += ', mean over starts of links'
-  if gamma > limit:
-    reason = f'its stepsize {gamma:.3g} is {gamma / limit:.3g} times the limit'
+  if not is_within:
+    reason = f'its stepsize {gamma:.6g} is {gamma / limit:.6g} times the limit'
     label = f'{theorem} with gamma = {limit:.3g}, not of this run'
-  return Bound(theorem, curve, limit, reason, label)
+  is_known = estimator == 'gd' and task.smoothness is not None
+  return Bound(theorem, curve, limit, reason, label, period, is_known)
+
+
+def _better_noise(
+    constants: dict[str, Any],
+    found: constants_lib.Constants,
+    stepsize: float,
+    num_steps: int,
+) -> dict[str, Any]:
+  """Returns T2's constants with A, B, C where these give the smaller bound."""
+  fitted = constants | {
+      'slope': found.slope,
+      'growth': found.growth,
+      'noise': found.noise,
+  }
+  if stepsize > bounds.call(stepsizes.sgd, fitted | {'num_steps': num_steps}):
+    return constants
+  of = lambda given: float(bounds.sgd(num_steps, stepsize=stepsize, **given))
+  return fitted if of(fitted) < of(constants) else constants
 
 
 def _federated_constants(

@@ -63,7 +63,8 @@ def generalisation(
     progress: whether to show a bar.
 
   Returns:
-    Table 'generalisation', figure 'generalisation', notes.
+    Table 'generalisation', means over draws with half of their 95% intervals
+    ('+-'), figure 'generalisation', notes, all numbers in the appendix.
 
   Raises:
     ValueError: an argument outside its range, a task without a test split.
@@ -127,9 +128,10 @@ def generalisation(
     _add_bound(one, best, num_outputs, lipschitz, largest, start_loss, eta)
   rows = _generalisation_rows(measured)
   return study_lib.Study(
-      tables={'generalisation': rows},
+      tables={'generalisation': [_told_row(row) for row in rows]},
       figures={'generalisation': _plot_generalisation(rows, task.name)},
       notes=_generalisation_notes(rows, best, eta),
+      appendix={'generalisation in full': rows},
   )
 
 
@@ -215,20 +217,32 @@ def _generalisation_rows(measured) -> list[dict[str, Any]]:
   return rows
 
 
+def _told_row(row: dict[str, Any]) -> dict[str, Any]:
+  """Returns what is read of a row: means with half of their 95% intervals."""
+  told = {
+      'lam / lam_max': row['relative lam'],
+      'N': row['N'],
+      'rank': row['rank'],
+  }
+  for name in ('nuclear norm', 'gap', 'rademacher term', 'bound', 'excess'):
+    told[name] = f'{row[name]:.3g} +- {row[f"{name} +-"]:.1g}'
+  return told
+
+
 def _plot_generalisation(rows, title) -> matplotlib.figure.Figure:
   figure = matplotlib.figure.Figure(figsize=(14, 5), layout='constrained')
   panels = figure.subplots(1, 3)
   lams = list(dict.fromkeys(row['relative lam'] for row in rows))
   shown = (
       (('bound', 'rademacher term', 'gap'), 'risk - empirical risk'),
-      (('excess', 'lam * nuclear norm'), 'test loss - best one seen'),
+      (('excess', 'lam * nuclear norm'), 'excess risk, and lam ||delta||_*'),
       (('nuclear norm',), '||delta||_*'),
   )
   labels = {
       'bound': 'bound of N7',
       'rademacher term': 'its Rademacher term',
       'gap': 'measured',
-      'excess': 'measured',
+      'excess': 'test loss - best one seen',
       'lam * nuclear norm': 'lam ||delta||_*',
       'nuclear norm': 'solution',
   }

@@ -31,6 +31,7 @@ from bernoulli_lora_jax.training import figures
 _FLOOR = 1e-14  # Of gaps in figures: what is below is rounding.
 _GAPS = (1e-3, 1e-6)  # Relative gaps whose first steps are reported.
 _CLOSE = 1e-8  # Relative duality gap of a run that has reached the optimum.
+_MOST_CURVES = 7  # Of a figure.
 _STATIONARY = 1e-6  # Gradient norm, and curvature over lam, that count as zero.
 
 
@@ -82,8 +83,11 @@ def ranks(
       polish_steps=polish_steps,
   )
   exponents.check_rising('ranks', ranks)
-  with jax.enable_x64(True):
+  with jax.enable_x64(True), tqdm.tqdm(
+      total=1 + len(ranks), desc='N1, then ranks', disable=not progress
+  ) as bar:
     few = few_shot.few_problem(task, num_samples, select, relative_lam, seed)
+    bar.update()
     runs = _run_ranks(
         few,
         ranks,
@@ -92,7 +96,7 @@ def ranks(
         num_steps,
         polish_steps,
         seed,
-        progress,
+        bar.update,
     )
     rows = [_rank_row(few, run) for run in runs]
   title = f'{task.name}, N = {num_samples}, K = {few.problem.start.shape[1]}'
@@ -119,7 +123,7 @@ class _Run(NamedTuple):
 
 
 def _run_ranks(
-    few, ranks, num_seeds, optimizer, num_steps, polish_steps, seed, progress
+    few, ranks, num_seeds, optimizer, num_steps, polish_steps, seed, report
 ) -> list[_Run]:
   # Factors of all ranks are padded with columns that stay zero: one program.
   problem, lam, width = few.problem, few.lam, max(ranks)
@@ -149,7 +153,7 @@ def _run_ranks(
     return jax.vmap(one)(factors)
 
   runs = []
-  for r in tqdm.tqdm(ranks, desc='ranks', disable=not progress):
+  for r in ranks:
     values, end, certificate, slope = train(problem, lam, starts[r])
     reached = certificate.gap <= _CLOSE * best
     own = jax.tree.map(lambda x, r=r: x[..., :r], end.factors)
@@ -168,6 +172,7 @@ def _run_ranks(
             slope=np.asarray(slope),
         )
     )
+    report()
   return runs
 
 
@@ -323,6 +328,9 @@ def _speed_notes(few: few_shot.Few, certified: Sequence[_Run]) -> list[str]:
 def _plot_loss(runs: Sequence[_Run], title: str) -> matplotlib.figure.Figure:
   figure = matplotlib.figure.Figure(figsize=(8.6, 4.8), layout='constrained')
   panel = figure.subplots()
+  if len(runs) > _MOST_CURVES:  # More cannot be told apart.
+    places = np.linspace(0, len(runs) - 1, _MOST_CURVES).round().astype(int)
+    runs = [runs[i] for i in places]
   for i, run in enumerate(runs):
     steps = np.arange(run.gaps.shape[1]) + 1
     gaps = np.maximum(run.gaps, _FLOOR)
@@ -349,7 +357,7 @@ def _plot_loss(runs: Sequence[_Run], title: str) -> matplotlib.figure.Figure:
       xscale='log',
       yscale='log',
       xlabel='step + 1 (a full gradient each)',
-      ylabel='LoRA objective - optimum of the full problem',
+      ylabel=f'LoRA objective - optimum of the full problem (>= {_FLOOR:g})',
       title=title,
   )
   panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
@@ -368,7 +376,7 @@ def _plot_thresholds(
     rows: list[dict[str, Any]],
     title: str,
 ) -> matplotlib.figure.Figure:
-  figure = matplotlib.figure.Figure(figsize=(10, 4.2), layout='constrained')
+  figure = matplotlib.figure.Figure(figsize=(10, 4.8), layout='constrained')
   left, right = figure.subplots(1, 2)
   places = [run.rank for run in runs]
   for i, (name, values) in enumerate(
@@ -379,7 +387,7 @@ def _plot_thresholds(
       ]
   ):
     _bars(left, places, np.maximum(np.stack(values), _FLOOR), name, i)
-  left.set(yscale='log', ylabel='objective - optimum')
+  left.set(yscale='log', ylabel='objective - optimum, or duality gap')
   for i, gap in enumerate(_GAPS):
     steps = np.stack([_first_steps(few, run, gap) for run in runs])
     known = np.isfinite(steps).all(1)
@@ -407,7 +415,14 @@ def _plot_thresholds(
     panel.set_xticks(places, [str(place) for place in places], fontsize=8)
     panel.minorticks_off()
     panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
-  left.legend(fontsize=8, title='median, bar: all starts', title_fontsize=8)
+  figure.legend(
+      *left.get_legend_handles_labels(),
+      loc='outside lower center',
+      ncols=3,
+      fontsize=8,
+      title='median, bar: all starts',
+      title_fontsize=8,
+  )
   if right.get_legend_handles_labels()[0]:
     right.legend(fontsize=8)
   figure.suptitle(title)

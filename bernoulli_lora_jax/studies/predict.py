@@ -1,5 +1,6 @@
 """Bounds and recommendations for matrices of given shapes, as tables."""
 
+import collections
 from collections.abc import Sequence
 import re
 from typing import Any
@@ -30,6 +31,7 @@ _FUNCTIONS = {
     'polyak': bounds.polyak,
 }
 ESTIMATORS = tuple(_THEOREMS)
+_PROBS = np.linspace(0, 1, 21)  # Shown beside the best.
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -88,8 +90,9 @@ def predict(
     raise ValueError(
         f'Expected estimator in {ESTIMATORS}, got estimator={estimator!r}.'
     )
-  if not num_steps:
-    raise ValueError(f'Expected steps >= 1, got steps={num_steps}.')
+  if not num_steps or min(num_steps) < 1:
+    raise ValueError(f'Expected steps >= 1, got steps={list(num_steps)}.')
+  num_steps = sorted(set(num_steps))
   found = bounds.spectrum(
       shapes,
       rank=rank,
@@ -113,7 +116,8 @@ def predict(
       bound, known | {'num_steps': steps, 'stepsize': stepsize}
   )
   values = at(np.asarray(num_steps))
-  grid = np.geomspace(min(num_steps), max(num_steps), 100)
+  first = num_steps[0] if len(num_steps) > 1 else max(1, num_steps[0] / 100)
+  grid = np.unique(np.geomspace(first, num_steps[-1], 200).round())
   is_gap = constants.get('pl') is not None or estimator in (
       'nonsmooth',
       'polyak',
@@ -121,23 +125,40 @@ def predict(
   what = 'f - f*' if is_gap else 'mean squared gradient norm'
   figure = matplotlib.figure.Figure(figsize=(6, 4), layout='constrained')
   panel = figure.subplots()
-  panel.plot(grid, at(grid), label=_THEOREMS[estimator], **_look())
+  look = _look()
+  panel.plot(grid, at(grid), **look | {'marker': ''})
+  panel.plot(num_steps, values, **look | {'linestyle': ''})
   panel.set_xscale('log')
-  panel.set_yscale('log')
+  if np.any(values > 0):
+    panel.set_yscale('log')
+  step = '' if stepsize is None else f', gamma = {stepsize:.4g}'
+  title = f'{_THEOREMS[estimator]} ({estimator}), {_told(shapes)}'
+  panel.set_title(f'{title}\nrank {rank}, p = {prob:g}{step}', fontsize=10)
   panel.set_xlabel('steps T')
   panel.set_ylabel(f'bound of {what}')
   panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
-  panel.legend()
   rows = [
       {'steps': int(t), f'bound of {what}': float(value)}
       for t, value in zip(num_steps, values, strict=True)
   ]
   kappa = {'lmin': found.lmin, 'lmax': found.lmax, 'kappa': found.kappa}
+  notes = [
+      f'{_THEOREMS[estimator]} bounds E[{what}]'
+      + (' of the mean iterate' if estimator in ('nonsmooth', 'polyak') else '')
+      + f' by {values[-1]:.4g} after {num_steps[-1]:,} steps.'
+  ]
   if stepsize is not None:
     kappa['stepsize'] = stepsize
+  clipped = [(m, n) for m, n in shapes if rank > min(m, n)]
+  if clipped:
+    notes.append(
+        f'Rank {rank} is clipped to the shorter side of {len(clipped)} of'
+        f' {len(shapes)} matrices, whose sketch is the whole space there.'
+    )
   return study.Study(
       {'spectrum of E[H]': [kappa], _THEOREMS[estimator]: rows},
-      {estimator: figure},
+      {f'{estimator}': figure},
+      notes,
   )
 
 
@@ -179,7 +200,7 @@ def recommend(
   }
   best = recommendation.recommend(shapes, **arguments)
   others = []
-  for p in np.linspace(0, 1, 21):
+  for p in _PROBS:
     try:
       others.append(
           recommendation.recommend(shapes, chain_prob=float(p), **arguments)
@@ -194,9 +215,9 @@ def recommend(
       'steps': one.num_steps,
       'lmin': one.lmin,
       'kappa': one.lmax / one.lmin,
-      'trained a step': one.trained,
+      'trained numbers a step': one.trained,
       'lmin a number': one.lmin_per_number,
-      'numbers in all': one.num_steps * one.trained,
+      'trained numbers in all': one.num_steps * one.trained,
   }
   shown = [one for one in others if (4 * one.prob).is_integer()]
   rows = [row(best, 'best')] + [row(one, '') for one in shown]
@@ -215,12 +236,37 @@ def recommend(
     panel.legend()
   lmins = [one.lmin for one in others]
   if np.allclose(lmins, best.lmin, rtol=1e-9):
-    note = 'lmin is the same for every p here.'
+    note = 'lmin is the same for every p here: any p is best.'
+  elif best.lmin < max(lmins) * (1 - 1e-9):
+    note = (
+        f'lmin is largest at another p, {max(lmins):.4g}: longer steps, from a'
+        ' smaller lmax or kappa, outweigh it.'
+    )
   elif best.prob in (0.0, 1.0):
     note = 'lmin rises towards one side: the best p is an end.'
   else:
     note = 'Shapes differ: the best p lies where their lambdas balance.'
-  return study.Study({'recommendation': rows}, {'recommend': figure}, [note])
+  notes = [
+      note,
+      f'{best.num_steps:,} steps of {best.trained:g} trained numbers reach the'
+      f' target {target:g} with gamma = {best.stepsize:.4g}.',
+  ]
+  if len(others) < len(_PROBS):
+    notes.append(
+        f'{len(_PROBS) - len(others)} of {len(_PROBS)} values of p are left out:'
+        ' no T of theirs reaches the target.'
+    )
+  return study.Study({'recommendation': rows}, {estimator: figure}, notes)
+
+
+def _told(shapes: Shapes) -> str:
+  """Returns shapes as `parse_shapes` reads them, the first few."""
+  counts = collections.Counter(shapes)
+  parts = [
+      f'{m}x{n}' + (f'*{count}' if count > 1 else '')
+      for (m, n), count in counts.items()
+  ]
+  return ', '.join(parts[:4]) + (', ...' if len(parts) > 4 else '')
 
 
 def _look() -> dict[str, Any]:
@@ -230,8 +276,14 @@ def _look() -> dict[str, Any]:
 def _with_q(constants: dict[str, Any], estimator: str) -> dict[str, Any]:
   """Returns the constants that are given, with q under the name of `bounds`."""
   given = {k: v for k, v in constants.items() if v is not None}
-  if estimator in ('page', 'marina') and 'q' not in given:
+  takes_q = estimator in ('page', 'marina')
+  if takes_q and 'q' not in given:
     raise ValueError(f'Expected q for {estimator}, got none.')
   if 'q' in given:
-    given['prob'] = given.pop('q')
+    q = given.pop('q')
+    if not takes_q:
+      raise ValueError(f'Expected q with page and marina alone, got q={q}.')
+    if not 0 < q <= 1:
+      raise ValueError(f'Expected q in (0, 1], got q={q}.')
+    given['prob'] = q
   return given

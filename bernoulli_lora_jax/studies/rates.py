@@ -128,14 +128,16 @@ def _rates(
     }
     found = run(task, estimator, name, **arguments)
     best = _best(found)
+    mean, half = _log_interval(found.norms[:, best, -1])
     curves[estimator, name] = found, best
     row: dict[str, Any] = {
         'estimator': estimator.upper(),
         'method': regression.NAMES[name],
         'best stepsize': _stepsize(factors[best]),
         'start': float(found.norms[0, 0, 0]),
-        'squared gradient norm at the end': _interval(found.norms[:, best, -1]),
-        'diverged': f'{_diverged(found)} of {len(factors)}',
+        'end': math.exp(mean),
+        'x/ 95%': math.exp(half),
+        'stepsizes that diverged': f'{_diverged(found)} of {len(factors)}',
         'compile, s': found.compile_seconds,
         'all runs, s': found.seconds,
     }
@@ -154,7 +156,9 @@ def _rates(
       f' {task.batch_size}, rank {rank}, {num_seeds} seeds; the targets are'
       ' mostly noise (effective_rank), and shifting X to mean 1 adds a rank-one'
       ' spike to the Hessian.',
-      f'Estimators: {of_all}.',
+      'The best stepsize is the one whose seeds end lowest, and its interval is of'
+      ' the same seeds. Start and end are squared gradient norms, the end a geometric mean over'
+      f' seeds and the factor of its 95% interval. Wall time: {of_all}.',
   ]
   side = round(len(problem.start) ** 0.5)
   makers = {
@@ -201,11 +205,6 @@ def _diverged(found: Curves) -> int:
 def _log_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Returns mean and half of the 95% interval of the logarithms, over axis 0."""
   return figures.mean_interval(np.log(np.maximum(values, 1e-300)))
-
-
-def _interval(values: np.ndarray) -> str:
-  mean, half = _log_interval(values)
-  return f'{np.exp(mean):.3g} x/ {np.exp(half):.3g}'
 
 
 def _geometric(values: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -259,7 +258,7 @@ def _figure_estimators(
     timing: str,
 ) -> matplotlib.figure.Figure:
   figure = matplotlib.figure.Figure(figsize=(13, 4), layout='constrained')
-  panels = figure.subplots(1, len(regression.ESTIMATORS), sharey=True)
+  panels = figure.subplots(1, len(regression.ESTIMATORS))
   for panel, estimator in zip(panels, regression.ESTIMATORS, strict=True):
     for i, name in enumerate(regression.NAMES):
       found, best = curves[estimator, name]
@@ -349,17 +348,12 @@ def _claim_rank(
         {
             'rank': rank,
             'lmin': rank / side,
-            'steps to 1e-3': f'{mean:.4g} +- {half:.2g}',
+            'steps to 1e-3': float(mean),
+            '+- 95%': float(half),
             'steps x lmin': mean * rank / side,
             'seeds that missed it': int(np.isnan(steps[-1]).sum()),
         }
     )
-  # The exponent of r for each seed, and its spread; near r = side the few steps
-  # fall faster, as log(1 - lmin) is no longer -lmin.
-  small = max(2, sum(rank <= side / 4 for rank in ranks))
-  logs = np.log(np.stack(steps))  # (ranks, seeds)
-  slopes = np.polyfit(np.log(ranks[:small]), logs[:small], 1)[0]
-  error = slopes.std(ddof=1) / math.sqrt(num_seeds)
   figure = matplotlib.figure.Figure(figsize=(6, 4), layout='constrained')
   panel = figure.subplots()
   mean, half = figures.mean_interval(np.stack(steps, axis=1))
@@ -373,15 +367,38 @@ def _claim_rank(
       **_guide(),
   )
   panel.set_xscale('log', base=2)
+  panel.set_xticks(ranks, [str(rank) for rank in ranks])
   panel.set_yscale('log')
   panel.set_title('Bernoulli-LoRA, GD, gamma = 1/L', fontsize=10)
   _finish(panel, 'rank r', 'steps to 1e-3 of the squared gradient norm')
-  note = (
-      f'Linear in r: for r <= {ranks[small - 1]} of {side} steps to the target fall'
-      f" as r^({slopes.mean():.3f} +- {error:.3f}) (standard error); the bound's"
-      ' is -1, and above these ranks log(1 - lmin) is better than linear.'
-  )
+  note = _rank_note(ranks, np.stack(steps), side)
   return Claim(rows, figure, note, done)
+
+
+def _rank_note(ranks: Sequence[int], steps: np.ndarray, side: int) -> str:
+  """Returns what (ranks, seeds) steps to the target say of 1/r.
+
+  The exponent is fitted for each seed to ranks up to a quarter of the side: near
+  it the few steps fall faster, as log(1 - lmin) is no longer -lmin.
+  """
+  used = [
+      i
+      for i, rank in enumerate(ranks)
+      if rank <= max(side / 4, 2) and not np.isnan(steps[i]).any()
+  ]
+  missed = np.asarray(ranks)[np.isnan(steps).any(1)].tolist()
+  text = f'Some seeds missed the target at ranks {missed}. ' if missed else ''
+  if len(used) < 2:
+    return f'{text}Steps against r: fewer than two ranks to fit.'
+  chosen = np.asarray(ranks)[used]
+  slopes = np.polyfit(np.log(chosen), np.log(steps[used]), 1)[0]
+  mean, error = slopes.mean(), slopes.std(ddof=1) / math.sqrt(len(slopes))
+  away = abs(mean + 1) / error if error > 0 else math.inf
+  return (
+      f'{text}Linear in r: for ranks {chosen[0]} to {chosen[-1]} of {side} steps to'
+      f' the target fall as r^({mean:.3f} +- {error:.3f}) (standard error); the'
+      f" bound's exponent is -1, {away:.1f} standard errors away."
+  )
 
 
 def _claim_prob(
@@ -416,7 +433,8 @@ def _claim_prob(
           'p': p,
           'lmin': low,
           'trained a step': number,
-          'steps to 1e-3': f'{a:.4g} +- {b:.2g}',
+          'steps to 1e-3': float(a),
+          '+- 95%': float(b),
           'steps x lmin': a * low,
           'numbers to 1e-3': a * number,
           'seeds that missed it': int(missed),
@@ -430,14 +448,15 @@ def _claim_prob(
   panels[0].errorbar(
       probs, mean, half, capsize=3, label='measured', **figures.style(0)
   )
-  scale = np.mean(mean * lmin)
+  scale = np.nanmean(mean * lmin)
   panels[0].plot(
       probs,
       scale / lmin,
-      label='proportional to 1/lmin(p)',
+      label='proportional to 1/lmin(p), fitted',
       **_guide(),
   )
-  _finish(panels[0], 'p = P(left)', 'steps to 1e-3')
+  panels[0].set_ylim(bottom=0)
+  _finish(panels[0], 'p = P(left)', f'steps to {_TARGET:g} of the squared norm')
   panels[1].errorbar(
       probs,
       mean * numbers,
@@ -447,17 +466,27 @@ def _claim_prob(
       **figures.style(0),
   )
   panels[1].set_ylim(bottom=0)
-  _finish(panels[1], 'p = P(left)', 'trained numbers to 1e-3')
+  _finish(panels[1], 'p = P(left)', f'trained numbers to {_TARGET:g}')
   figure.suptitle(
       f'W in R^({m} x {n}), rank {rank}, GD, gamma = 1/L', fontsize=10
   )
-  low, high = (mean * lmin).min(), (mean * lmin).max()
-  note = (
-      f'p when m != n ({m} x {n}): steps fall from {mean[0]:.0f} at p = 0 to'
-      f' {mean[-1]:.0f} at p = 1, as lmin rises {lmin[-1] / lmin[0]:.3g} times;'
-      f' steps x lmin stays within [{low:.3g}, {high:.3g}]; in trained numbers'
-      f' {mean[0] * numbers[0]:,.0f} against {mean[-1] * numbers[-1]:,.0f}.'
-  )
+  complete = ~np.isnan(steps).any(0)
+  note = f'p when m != n ({m} x {n}): '
+  if not complete.all():
+    note += (
+        f'some seeds missed the target at p in {probs[~complete].tolist()}; '
+    )
+  if complete.any():
+    first, last = np.flatnonzero(complete)[[0, -1]]
+    scaled = (mean * lmin)[complete]
+    note += (
+        f'steps go from {mean[first]:.0f} at p = {probs[first]:g} to'
+        f' {mean[last]:.0f} at p = {probs[last]:g}, lmin from {lmin[first]:.3g} to'
+        f' {lmin[last]:.3g}; steps x lmin stays within [{scaled.min():.3g},'
+        f' {scaled.max():.3g}]; in trained numbers'
+        f' {mean[first] * numbers[first]:,.0f} against'
+        f' {mean[last] * numbers[last]:,.0f}.'
+    )
   return Claim(rows, figure, note, [found])
 
 

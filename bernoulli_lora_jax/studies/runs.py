@@ -43,11 +43,18 @@ def load(directory: str | pathlib.Path) -> Finished:
   """
   directory = pathlib.Path(directory)
   for name in ('config.json', 'summary.json', 'metrics.jsonl'):
-    if not (directory / name).exists():
+    if (directory / name).is_file():
+      continue
+    nested = sorted(directory.glob('*/summary.json'))
+    if nested:
       raise ValueError(
-          f'Expected a finished run with {name}, got {directory}: give the'
-          ' --workdir of one launch/train.py.'
+          f'Expected one run, got {directory} with {len(nested)} runs in it:'
+          f' give one of them, as {nested[0].parent}.'
       )
+    raise ValueError(
+        f'Expected a finished run with {name}, got {directory}: give the'
+        ' --workdir of one launch/train.py.'
+    )
   saved = directory / 'checkpoints'
   if not saved.is_dir() or not any(p.name.isdigit() for p in saved.iterdir()):
     raise ValueError(
@@ -58,6 +65,11 @@ def load(directory: str | pathlib.Path) -> Finished:
   if len(found) != 1:
     raise ValueError(f'Expected one run in {directory}, got {len(found)}.')
   run = found[0]
+  if not isinstance(run.summary, dict) or 'step' not in run.summary:
+    raise ValueError(
+        f'Expected a summary with step, got {run.summary} in'
+        f' {directory / "summary.json"}.'
+    )
   if 'diverged' in run.summary:
     raise ValueError(f'Expected a run that ended, got {run.summary}.')
   config = base_config.get_config()
@@ -68,9 +80,13 @@ def load(directory: str | pathlib.Path) -> Finished:
           f'Expected a field of base_config, got {field}={value!r} in'
           f' {directory / "config.json"}.'
       )
-    if value is not None:
-      value = tuple(value) if isinstance(value, list) else value
+    value = tuple(value) if isinstance(value, list) else value
+    try:
       config.update_from_flattened_dict({field: value})
+    except TypeError as e:
+      raise ValueError(
+          f'Expected another {field} in {directory}, got {e}'
+      ) from e
   with config.unlocked():
     config.training.progress = False
   return Finished(run, config)

@@ -2,26 +2,49 @@
 
 from collections.abc import Mapping, Sequence
 import csv
+import io
 import pathlib
+import tempfile
 from typing import Any, NamedTuple
 
 import matplotlib.figure
 
+from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import reporting
+
+Table = Sequence[Mapping[str, Any]]
 
 
 class Study(NamedTuple):
   """The result of a study, ready to be shown."""
 
-  tables: Mapping[str, Sequence[Mapping[str, Any]]]  # {title: rows}
+  tables: Mapping[str, Table]  # {title: rows}
   figures: Mapping[str, matplotlib.figure.Figure]  # {file stem: figure}
   notes: Sequence[str] = ()  # What the numbers say, a sentence each.
+  appendix: Mapping[str, Table] = {}  # Tables that are written, not printed.
+
+
+def check_directory(directory: str | pathlib.Path) -> None:
+  """Makes a directory, before the work whose results it is to hold.
+
+  Raises:
+    ValueError: it cannot be made, or not written to.
+  """
+  try:
+    pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+      pass
+  except OSError as e:
+    raise ValueError(
+        'Expected --figures to be a directory that can be written, got'
+        f' {str(directory)!r}: {e.strerror}.'
+    ) from e
 
 
 def write(
     study: Study, directory: str | pathlib.Path, prefix: str
 ) -> list[pathlib.Path]:
-  """Writes PREFIX_NAME.png and PREFIX_TITLE.csv; returns the paths.
+  """Writes PREFIX_NAME.png and PREFIX_TITLE.csv, whole files; returns the paths.
 
   Args:
     study: the result.
@@ -32,18 +55,19 @@ def write(
   directory.mkdir(parents=True, exist_ok=True)
   written = []
   for name, figure in study.figures.items():
-    path = directory / f'{prefix}_{name}.png'
-    figure.savefig(path, dpi=130)
-    written.append(path)
-  for title, rows in study.tables.items():
-    stem = '_'.join(''.join(c if c.isalnum() else ' ' for c in title).split())
-    path = directory / f'{prefix}_{stem.lower()}.csv'
+    image = io.BytesIO()
+    figure.savefig(image, dpi=130, format='png')
+    written.append(directory / f'{prefix}_{name}.png')
+    checkpoint.write_whole(written[-1], image.getvalue())
+  for title, rows in {**study.tables, **study.appendix}.items():
+    text = io.StringIO()
     fields = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, 'w', newline='') as f:
-      writer = csv.DictWriter(f, fields)
-      writer.writeheader()
-      writer.writerows(rows)
-    written.append(path)
+    writer = csv.DictWriter(text, fields)
+    writer.writeheader()
+    writer.writerows(rows)
+    stem = '_'.join(''.join(c if c.isalnum() else ' ' for c in title).split())
+    written.append(directory / f'{prefix}_{stem.lower()}.csv')
+    checkpoint.write_whole(written[-1], text.getvalue().encode())
   return written
 
 

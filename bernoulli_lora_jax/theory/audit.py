@@ -164,19 +164,23 @@ def fit_second_moment(
   return SecondMoment(*(found.x / columns).tolist())
 
 
-def pl_constant(gaps: Sequence[float], norms: Sequence[float]) -> float:
+def pl_constant(
+    gaps: Sequence[float], norms: Sequence[float], *, floor: float = 0.0
+) -> float:
   """Returns the least ||grad||^2 / (2 (f - f_best)) along a path.
 
   Args:
-    gaps: f - f_best of each point; points without a gap are left out.
+    gaps: f - f_best of each point.
     norms: ||grad||^2 of each point.
+    floor: points of gaps no larger are left out; the rounding of f, >= 0.
 
   Returns:
-    An upper bound of mu, as f_best >= f_inf; infinite where no point has a gap.
+    An upper bound of mu, as f_best >= f_inf; infinite where no point is
+    left.
   """
   pairs = zip(gaps, norms, strict=True)
   return min(
-      (norm / (2 * gap) for gap, norm in pairs if gap > 0), default=np.inf
+      (norm / (2 * gap) for gap, norm in pairs if gap > floor), default=np.inf
   )
 
 

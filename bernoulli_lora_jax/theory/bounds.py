@@ -69,7 +69,7 @@ def spectrum(
   """
   arguments = {'rank': rank, 'prob': prob, 'sketch': sketch}
   each = stepsizes.matrix_eigenvalues(shapes, **arguments)
-  ranks = [rank] * len(shapes) if isinstance(rank, int) else rank
+  ranks = stepsizes.one_each('rank', rank, len(shapes))
   for (m, n), r in zip(shapes, ranks, strict=True):
     stepsizes.check(
         r <= max(m, n), f'rank <= {max(m, n)}, the longer side', rank=r
@@ -229,7 +229,7 @@ def sgd(
     slope: A >= 0.
     bounded_variance: the bound holds for E||g - grad||^2 with B - 1 in place of
       B, which allows a larger stepsize.
-    least: bound min_t E||grad||^2 in place of the mean.
+    least: bound min_t E||grad||^2 in place of the mean; not under PL.
     pl: mu in (0, L].
 
   Returns:
@@ -240,8 +240,9 @@ def sgd(
   """
   steps = _steps(num_steps)
   _check_common(initial_gap, stepsize, smoothness, lmin, lmax, pl)
-  stepsizes.check(noise >= 0, 'noise >= 0', noise=noise)
-  stepsizes.check(slope < math.inf, 'slope finite', slope=slope)
+  stepsizes.check_nonnegative(noise=noise)
+  if least and pl is not None:
+    raise ValueError('Expected least without pl, got least=True.')
   limit = stepsizes.sgd(
       smoothness=smoothness,
       lmin=lmin,
@@ -259,7 +260,7 @@ def sgd(
     rho = min(1.0, stepsize * pl * lmin - a)
     return (1 - rho) ** steps * initial_gap + c / rho
   with np.errstate(over='ignore'):  # Infinity bounds everything.
-    grown = (1 + a) ** steps
+    grown = np.exp(steps * np.log1p(a))
     repeated = steps if a == 0 else np.expm1(steps * np.log1p(a)) / a
     rate = 2 / (stepsize * lmin * steps)
     first = grown * initial_gap if initial_gap > 0 else 0.0  # Not 0 * inf.
@@ -310,6 +311,11 @@ def page(
   steps = _steps(num_steps)
   _check_common(initial_gap, stepsize, smoothness, lmin, lmax, pl)
   _check_error(initial_error)
+  stepsizes.check(
+      float(batch_size).is_integer(),
+      'batch_size to be a whole number',
+      batch_size=batch_size,
+  )
   limit = stepsizes.page(
       smoothness=smoothness,
       mean_smoothness=mean_smoothness,
@@ -369,7 +375,7 @@ def mvr(
   steps = _steps(num_steps)
   _check_common(initial_gap, stepsize, smoothness, lmin, lmax, pl)
   _check_error(initial_error)
-  stepsizes.check(variance >= 0, 'variance >= 0', variance=variance)
+  stepsizes.check_nonnegative(variance=variance)
   limit = stepsizes.mvr(
       smoothness=smoothness,
       mean_smoothness=mean_smoothness,
@@ -427,7 +433,7 @@ def qgd(
     ValueError: a constant outside its range; a stepsize above its limit.
   """
   _check_common(initial_gap, stepsize, smoothness, lmin, lmax, pl)
-  stepsizes.check(client_gap >= 0, 'client_gap >= 0', client_gap=client_gap)
+  stepsizes.check_nonnegative(client_gap=client_gap)
   limit = stepsizes.qgd(
       smoothness=smoothness,
       client_smoothness=client_smoothness,
@@ -656,13 +662,15 @@ def largest_stepsize(estimator: str, constants: dict[str, Any]) -> float:
 
   Args:
     estimator: a name of `METHODS`, or 'nonsmooth'.
-    constants: of its bound, lmin and lmax; num_steps where it depends on T.
+    constants: of its bound, lmin and lmax; num_steps where it depends on T. For
+      sgd with a slope it is the largest with which the bound does not grow in T:
+      1/sqrt(L A lmax T) is among its limits, as in T5.
   """
   if estimator == 'nonsmooth':
     return call(stepsizes.nonsmooth, constants)
-  if estimator == 'qgd' and constants.get('pl') is None:
-    return call(stepsizes.qgd, constants)
-  # Only T5 has its horizon in the condition.
+  if estimator in ('sgd', 'qgd') and constants.get('pl') is None:
+    # Growth of the gap, slope A > 0, is bounded for a horizon.
+    return call(METHODS[estimator][0], constants)
   return call(METHODS[estimator][0], constants | {'num_steps': None})
 
 
@@ -679,9 +687,13 @@ def check_constants(
         f'constants of {name} among {tuple(known)}',
         **{k: constants[k]},
     )
-  for k, parameter in known.items():
-    if parameter.default is inspect.Parameter.empty and k not in constants:
-      raise ValueError(f'Expected {k} for {name}, got none.')
+  missing = [
+      k
+      for k, parameter in known.items()
+      if parameter.default is inspect.Parameter.empty and k not in constants
+  ]
+  if missing:
+    raise ValueError(f'Expected {", ".join(missing)} for {name}, got none.')
 
 
 @functools.cache
@@ -711,8 +723,12 @@ def _rate(
 
 def _steps(num_steps: Steps) -> np.ndarray:
   steps = np.asarray(num_steps, float)
-  is_whole = steps.size and np.all(np.isfinite(steps) & (steps >= 1))
-  stepsizes.check(bool(is_whole), 'num_steps >= 1', num_steps=num_steps)
+  is_whole = np.isfinite(steps) & (steps >= 1) & (steps == np.floor(steps))
+  stepsizes.check(
+      bool(steps.size and np.all(is_whole)),
+      'num_steps >= 1, whole numbers',
+      num_steps=num_steps,
+  )
   return steps
 
 
@@ -730,9 +746,6 @@ def _check_common(
       initial_gap=initial_gap,
   )
   stepsizes.check_positive(stepsize=stepsize, smoothness=smoothness)
-  stepsizes.check(
-      smoothness < math.inf, 'smoothness finite', smoothness=smoothness
-  )
   stepsizes.check_lambdas(lmin, lmax)
   if pl is not None:
     stepsizes.check(
@@ -743,15 +756,13 @@ def _check_common(
 
 
 def _check_error(initial_error: float) -> None:
-  stepsizes.check(
-      initial_error >= 0, 'initial_error >= 0', initial_error=initial_error
-  )
+  stepsizes.check_nonnegative(initial_error=initial_error)
 
 
 def _check_stepsize(theorem: str, stepsize: float, limit: float) -> None:
-  if stepsize > limit * (1 + _ROUNDING):
+  if not stepsize <= limit * (1 + _ROUNDING):  # Also where a limit is NaN.
     times = stepsize / limit if limit > 0 else math.inf
     raise ValueError(
-        f'Expected stepsize <= {limit:.6g} ({theorem}), got'
-        f' stepsize={stepsize:.6g}, {times:.4g} times as much.'
+        f'Expected stepsize <= {limit:.10g} ({theorem}), got'
+        f' stepsize={stepsize:.10g}, {times:.10g} times as much.'
     )

@@ -16,6 +16,9 @@ from bernoulli_lora_jax import sketches
 from bernoulli_lora_jax import stepsizes
 from bernoulli_lora_jax.theory import bounds
 
+_POWERS = 53  # Steps are sought up to 2^52.
+_MOST_STEPS = 2.0 ** (_POWERS - 1)
+
 
 class Recommendation(NamedTuple):
   """What a guarantee asks for to reach a target."""
@@ -92,7 +95,7 @@ def recommend(
     if chosen is None:
       continue
     stepsize, num_steps = chosen
-    ranks = [rank] * len(shapes) if isinstance(rank, int) else rank
+    ranks = stepsizes.one_each('rank', rank, len(shapes))
     trained = sum(
         chain.trained_parameters(m, n, rank=r, prob=p)
         for (m, n), r in zip(shapes, ranks, strict=True)
@@ -104,10 +107,15 @@ def recommend(
     if best is None or order < best[0]:
       best = order, one
   if best is None:
+    if estimator in ('sgd', 'mvr', 'qgd'):
+      raise ValueError(
+          f'Expected a target above the floor of the bound of {estimator}, got'
+          f' target={target}: lower the noise (a larger minibatch, a momentum'
+          ' nearer to 1).'
+      )
     raise ValueError(
-        f'Expected a target above the floor of the bound of {estimator}, got'
-        f' target={target}: lower the noise (a larger minibatch, a momentum'
-        ' nearer to 1).'
+        f'Expected a target that {estimator} reaches within {_MOST_STEPS:.0e}'
+        f' steps, got target={target}.'
     )
   return best[1]
 
@@ -128,7 +136,7 @@ def _fewest_steps(
   best = None
   for j in range(161):
     gamma = limit * 2 ** (-j / 8)
-    grid = 2 ** np.arange(53)
+    grid = 2 ** np.arange(_POWERS)
     if estimator == 'qgd' and constants.get('pl') is None:
       # The stepsize decides how long it is allowed.
       slope = _qgd_slope(constants)

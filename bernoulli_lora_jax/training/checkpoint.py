@@ -105,12 +105,16 @@ class Checkpointer:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes a JSON file that appears whole or not at all."""
+  write_whole(path, json.dumps(value, indent=2).encode() + b'\n')
+
+
+def write_whole(path: pathlib.Path, content: bytes) -> None:
+  """Writes a file that appears whole or not at all."""
   with tempfile.NamedTemporaryFile(
-      'w', dir=path.parent, prefix=f'.{path.name}.', delete=False
+      dir=path.parent, prefix=f'.{path.name}.', delete=False
   ) as f:
-    json.dump(value, f, indent=2)
-    f.write('\n')
-  os.chmod(f.name, 0o644)
+    f.write(content)
+  os.chmod(f.name, 0o644)  # A temporary file is its owner's alone.
   os.replace(f.name, path)
 
 

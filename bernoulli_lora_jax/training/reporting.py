@@ -25,6 +25,7 @@ def load_runs(directories: Iterable[str | pathlib.Path]) -> list[Run]:
 
   Raises:
     FileNotFoundError: a directory that does not exist or holds no finished run.
+    ValueError: a file that is no JSON.
   """
   runs = []
   for directory in map(pathlib.Path, directories):
@@ -35,16 +36,33 @@ def load_runs(directories: Iterable[str | pathlib.Path]) -> list[Run]:
           ' none.'
       )
     for path in summaries:
-      lines = (path.parent / 'metrics.jsonl').read_text().splitlines()
+      config, metrics = (
+          path.parent / 'config.json',
+          path.parent / 'metrics.jsonl',
+      )
       runs.append(
           Run(
               path.parent,
-              json.loads((path.parent / 'config.json').read_text()),
-              json.loads(path.read_text()),
-              [json.loads(line) for line in lines],
+              _parsed(config, config.read_text()),
+              _parsed(path, path.read_text()),
+              [
+                  _parsed(metrics, line, number)
+                  for number, line in enumerate(
+                      metrics.read_text().splitlines(), 1
+                  )
+              ],
           )
       )
   return runs
+
+
+def _parsed(path: pathlib.Path, text: str, line: int | None = None) -> Any:
+  """Returns the value of a JSON text; a fault names its file."""
+  try:
+    return json.loads(text)
+  except json.JSONDecodeError as e:
+    where = f'{path}' + ('' if line is None else f', line {line}')
+    raise ValueError(f'Expected JSON in {where}, got {e}.') from e
 
 
 _NAMES = {
@@ -406,9 +424,6 @@ def _cell(value: Any) -> str:
   if isinstance(value, bool):
     return str(value).lower()
   if isinstance(value, float):
-    return (
-        f'{value:,.0f}'
-        if value.is_integer() and abs(value) >= 1000  # Not infinity.
-        else (f'{value:g}')
-    )
+    is_count = value.is_integer() and 1000 <= abs(value) < 1e12
+    return f'{value:,.0f}' if is_count else f'{value:.4g}'
   return f'{value:,}' if isinstance(value, int) else str(value)
