@@ -225,7 +225,7 @@ def _told_row(row: dict[str, Any]) -> dict[str, Any]:
       'rank': row['rank'],
   }
   for name in ('nuclear norm', 'gap', 'rademacher term', 'bound', 'excess'):
-    told[name] = f'{row[name]:.3g} +- {row[f"{name} +-"]:.1g}'
+    told[name] = _told(row, name)
   return told
 
 
@@ -299,24 +299,38 @@ def _generalisation_notes(rows, best, eta) -> list[str]:
         f' Rademacher term {min(term):.3g} to {max(term):.3g} times'
         ' (the rest is the range of the loss over the ball).'
     )
-  for name in ('gap', 'excess'):
-    points = [(row['nuclear norm'], row[name]) for row in rows]
-    order = scipy.stats.spearmanr(*zip(*points, strict=True)).statistic
-    if not math.isnan(order):
+  for n in dict.fromkeys(row['N'] for row in rows):
+    same = sorted(
+        (row for row in rows if row['N'] == n), key=_lam, reverse=True
+    )
+    if len(same) > 1:
+      ends = same[0], same[-1]
       notes.append(
-          f'Rank correlation of the {name} with ||delta||_* over all N and lam:'
-          f' {order:+.2f}.'
+          f'N = {n}, from the largest lam to the least: ||delta||_*'
+          f' {" to ".join(_told(row, "nuclear norm") for row in ends)}, gap'
+          f' {" to ".join(_told(row, "gap") for row in ends)}.'
       )
   for relative in dict.fromkeys(row['relative lam'] for row in rows):
-    points = [
-        (math.log(row['N']), math.log(row['gap']))
-        for row in rows
-        if row['relative lam'] == relative and row['gap'] > 0
-    ]
+    points = [r for r in rows if r['relative lam'] == relative and r['gap'] > 0]
     if len(points) > 2:
-      x, y = np.asarray(points).T
-      slope = np.polyfit(x, y, 1)[0]
       notes.append(
-          f'At lam / lam_max = {relative:g} the gap goes like N^{slope:.2f}.'
+          f'Over N at lam / lam_max = {relative:g} the gap goes like'
+          f' N^{_slope(points, "gap"):.2f}, the Rademacher average like'
+          f' N^{_slope(points, "rademacher"):.2f}.'
       )
   return notes
+
+
+def _lam(row: dict[str, Any]) -> float:
+  return row['lam']
+
+
+def _told(row: dict[str, Any], name: str) -> str:
+  """Returns a mean with half of its interval."""
+  return f'{row[name]:.3g} +- {row[f"{name} +-"]:.1g}'
+
+
+def _slope(rows: Sequence[dict[str, Any]], name: str) -> float:
+  """Returns the exponent in N."""
+  x, y = (np.log([row[key] for row in rows]) for key in ('N', name))
+  return float(np.polyfit(x, y, 1)[0])

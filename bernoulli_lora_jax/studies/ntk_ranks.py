@@ -13,6 +13,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+from matplotlib import ticker
 import matplotlib.figure
 import numpy as np
 import optax
@@ -404,6 +405,10 @@ def _plot_thresholds(
       ('--', ':'), _thresholds(few.problem).items(), strict=False
   ):
     lines.append((found.no_spurious, line, f'no spurious minima by {name}'))
+  shown = places[:1]  # Ranks whose labels do not touch.
+  for place in places:
+    if place > 1.18 * shown[-1]:
+      shown.append(place)
   for panel in (left, right):
     for place, line, name in lines:
       label = name if panel is left else None
@@ -412,8 +417,8 @@ def _plot_thresholds(
       panel.axvline(place, color='0.6', linestyle=line, label=label, zorder=0)
     panel.set_xlabel('rank')
     panel.set_xscale('log', base=2)
-    panel.set_xticks(places, [str(place) for place in places], fontsize=8)
-    panel.minorticks_off()
+    panel.set_xticks(shown, [str(place) for place in shown])
+    panel.xaxis.set_minor_locator(ticker.NullLocator())
     panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
   figure.legend(
       *left.get_legend_handles_labels(),
