@@ -42,6 +42,7 @@ def errors(
     linear_steps: int = 300,
     net_steps: int = 1000,
     seed: int = 0,
+    progress: bool = True,
 ) -> study.Study:
   """Returns errors against rank, for orthogonal and Gaussian frozen kernels.
 
@@ -61,6 +62,7 @@ def errors(
     linear_steps: of L-BFGS.
     net_steps: of Adam.
     seed: of all draws.
+    progress: whether to show a bar.
 
   Returns:
     `Study`: errors of the product relative to ||E||_F, of the net as the root
@@ -84,7 +86,9 @@ def errors(
   cells = []  # One a kind, length and rank; arrays over seeds.
   cases = [(length, kind) for length in lengths for kind in KINDS]
   with jax.enable_x64(True):
-    for length, kind in tqdm.tqdm(cases, desc='expressive', unit='case'):
+    for length, kind in tqdm.tqdm(
+        cases, desc='expressive', unit='case', disable=not progress
+    ):
       depth = length * target_depth
       threshold = expressive.rank_threshold(width, depth, target_depth)
       ranks = sorted({max(1, round(threshold * i / 4)) for i in (1, 2, 3, 4)})
