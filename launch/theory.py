@@ -17,11 +17,13 @@ Each prints its tables and what they say, and writes figures and CSV files to
 
 import argparse
 from collections.abc import Callable, Sequence
+import runpy
 import sys
 from typing import Any
 
 import jax
 
+from bernoulli_lora_jax import matrices
 from bernoulli_lora_jax.studies import audit
 from bernoulli_lora_jax.studies import expressive
 from bernoulli_lora_jax.studies import gap
@@ -90,6 +92,19 @@ def _shapes(text: str) -> list[tuple[int, int]]:
     raise argparse.ArgumentTypeError(str(e)) from e
 
 
+def _shapes_of_config(text: str) -> list[tuple[int, int]]:
+  """Returns the shapes of the matrices that a config's method adapts."""
+  file, _, variant = text.partition(':')
+  try:
+    config = runpy.run_path(file)['get_config'](variant)
+    task = arguments.make_task(config)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    found = matrices.find(params, arguments.make_matrices(config, task))
+  except (OSError, KeyError, ValueError) as e:
+    raise argparse.ArgumentTypeError(f'{type(e).__name__}: {e}') from e
+  return [(one.m, one.n) for one in found for _ in range(one.entries.size)]
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
       description=__doc__,
@@ -135,11 +150,18 @@ def _command(
 
 
 def _add_matrices(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
+  group = parser.add_mutually_exclusive_group(required=True)
+  group.add_argument(
       '--shapes',
       type=_shapes,
-      required=True,
       help='of the trained matrices as stored, m x n: 64x64,128x32*12',
+  )
+  group.add_argument(
+      '--config',
+      dest='shapes',
+      type=_shapes_of_config,
+      metavar='FILE[:VARIANT]',
+      help='those of the model of a config, as configs/mnist.py',
   )
   parser.add_argument('--rank', type=_whole, required=True, help='r')
   parser.add_argument(

@@ -59,6 +59,22 @@ class ConsoleTest(parameterized.TestCase):
         ['bounds_gd.png', 'bounds_spectrum_of_e_h.csv', 'bounds_t1.csv'],
     )
 
+  def test_shapes_of_a_config(self):
+    """The kernels of digits' network, 64 x 64, 64 x 64 and 64 x 5."""
+    rest = ['--rank=2', '--smoothness=2', '--initial_gap=3', '--steps=10']
+    file = _LAUNCH.parent / 'configs' / 'digits.py'
+    texts = [
+        call('bounds', shapes, *rest, '--figures=')
+        for shapes in (
+            f'--config={file}:bernoulli',
+            '--shapes=64x64*2,64x5',
+            '--shapes=64x64',
+        )
+    ]
+    self.assertIn('T1', texts[0])
+    self.assertEqual(texts[0], texts[1])
+    self.assertNotEqual(texts[0], texts[2])
+
   def test_bounds_of_page_reads_q(self):
     args = ['--mean_smoothness=0', '--batch_size=1', '--initial_error=1']
     text = call(
@@ -116,6 +132,11 @@ class ConsoleTest(parameterized.TestCase):
       ),
       (['bounds', *_ONE, '--noise=1'], 'constants of gd .*noise=1'),
       (['recommend', *_ONE, '--target=0'], 'target > 0'),
+      (
+          ['bounds', '--config=/nowhere.py', '--rank=2'],
+          'argument --config: FileNotFoundError.*nowhere',
+      ),
+      (['bounds', '--rank=2'], 'one of the arguments --shapes --config'),
       (['audit', '/nowhere'], 'finished run with config.json'),
       (['rates', '--size=smoke', '--seeds=1'], 'seeds >= 2'),
       (['nothing'], 'invalid choice'),

@@ -467,6 +467,36 @@ class StudyTest(X64TestCase):
       )
     self.check_study(found, 4)
 
+  @pytest.mark.slow
+  def test_claims_at_the_size_of_a_cpu(self):
+    """d = 256: every claim of X1, at stepsizes that are near the best."""
+    found = rates.rates(
+        'small',
+        num_seeds=3,
+        factors=(2**-7, 2**-6, 0.5, 1.0),
+        progress=False,
+    )
+    ends = {
+        (row['estimator'], row['method']): row['end']
+        for row in found.tables['best stepsize a method']
+    }
+    for name in regression.NAMES.values():
+      self.assertLess(ends['PAGE', name], 1e-20)
+      self.assertLess(ends['MVR', name], 0.6 * ends['SGD', name])
+    # Linear in r, for ranks far below the side, and in lmin(p) on 8 x 32.
+    few = found.tables['rank'][:3]
+    steps = [row['steps to 1e-3'] for row in few]
+    slope = np.polyfit(np.log([row['rank'] for row in few]), np.log(steps), 1)[
+        0
+    ]
+    self.assertBetween(slope, -1.2, -0.9)
+    probs = found.tables['prob']
+    ratio = probs[0]['steps to 1e-3'] / probs[-1]['steps to 1e-3']
+    self.assertBetween(ratio, 3.2, 6.0)  # lmin rises four times.
+    for row in found.tables['bound']:
+      self.assertEqual(row['held at all steps'], 'yes')
+      self.assertBetween(row['T1 / measured'], 5, 50)
+
   def check_study(self, found, num_methods):
     self.assertEqual(
         set(found.tables), {'best stepsize a method', 'rank', 'prob', 'bound'}
