@@ -14,6 +14,7 @@ from bernoulli_lora_jax.studies import gap
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.theory import exponents
 from bernoulli_lora_jax.theory import generalization
+from bernoulli_lora_jax.theory import problems
 
 METHODS = generalization.methods(0.4)
 LEFT, RIGHT, LORA, RAC_LEFT, RAC_RIGHT, BERNOULLI = METHODS
@@ -27,7 +28,7 @@ _SGD = optax.sgd(_LR, momentum=_MOMENTUM)
 
 def small_teacher(**kwargs):
   kwargs = {'shift': 1.0, 'noise': 0.5, **kwargs}
-  return generalization.make_teacher(jax.random.key(0), 6, 3, **kwargs)
+  return problems.make_teacher(jax.random.key(0), 6, 3, **kwargs)
 
 
 def make_row(method, rank, size, seed=0):
@@ -44,7 +45,7 @@ def make_row(method, rank, size, seed=0):
 def teacher_grid():
   """Returns a teacher, and asymmetric LoRA on it nearly to the optimum."""
   teacher = small_teacher(noise=0.4)
-  problem = generalization.teacher_problem(teacher)
+  problem = problems.teacher_problem(teacher)
   grid = generalization.make_grid(
       problem, optax.sgd(0.4), max_rank=4, max_size=40, num_links=1, period=250
   )
@@ -70,7 +71,7 @@ def net_problem():
     error = batch['x'] @ params['a'] @ params['b'] - batch['y']
     return 0.5 * jnp.sum(error**2, -1)
 
-  return generalization.Problem(
+  return problems.Problem(
       name='net',
       params=params,
       data={
@@ -175,7 +176,7 @@ class TeacherTest(parameterized.TestCase):
   @parameterized.parameters(None, 1)
   def test_population_loss_is_the_mean_of_fresh_examples(self, shift_rank):
     teacher = small_teacher(shift_rank=shift_rank)
-    problem = generalization.teacher_problem(teacher)
+    problem = problems.teacher_problem(teacher)
     delta = np.asarray(teacher.target - teacher.start, np.float64)
     self.assertAlmostEqual(np.linalg.norm(delta), 1.0, places=5)
     self.assertEqual(np.linalg.matrix_rank(delta, 1e-5), shift_rank or 3)
@@ -206,7 +207,7 @@ class TeacherTest(parameterized.TestCase):
         sizes=[size],
         num_draws=400,
     )
-    value = generalization.expected_gap(teacher, side, rank, size)
+    value = problems.expected_gap(teacher, side, rank, size)
     for values in (gaps.gap, gaps.controlled):
       error = values.std(ddof=1) / np.sqrt(values.size)
       self.assertLess(abs(values.mean() - value), 5 * error)
@@ -218,8 +219,7 @@ class TeacherTest(parameterized.TestCase):
   def test_frozen_side_longer_than_the_rank_clips_it(self):
     teacher = small_teacher()
     values = [
-        generalization.expected_gap(teacher, 'right', rank, 30)
-        for rank in (3, 5)
+        problems.expected_gap(teacher, 'right', rank, 30) for rank in (3, 5)
     ]
     self.assertEqual(*values)
 
@@ -317,7 +317,7 @@ class RunTest(parameterized.TestCase):
 
   def test_minibatches_draw_every_example_alike(self):
     x = jnp.arange(6.0)
-    problem = generalization.Problem(
+    problem = problems.Problem(
         name='counts',
         params={'w': jnp.zeros((6, 1))},
         data=x,
@@ -597,7 +597,7 @@ class TaskProblemTest(parameterized.TestCase):
   @parameterized.parameters('cross_entropy', 'squared', 'absolute')
   def test_losses_and_population_are_the_tasks(self, criterion):
     task = fake_task(criterion)
-    problem = generalization.task_problem(task, jax.random.key(0))
+    problem = problems.task_problem(task, jax.random.key(0))
     outputs = lambda split: np.asarray(
         task.data[split]['x'] @ problem.params['w'], np.float64
     )
@@ -624,7 +624,7 @@ class TaskProblemTest(parameterized.TestCase):
 
   def test_samples_are_distinct_and_the_test_part_is_one(self):
     task = fake_task()
-    problem = generalization.task_problem(task, jax.random.key(0), num_test=5)
+    problem = problems.task_problem(task, jax.random.key(0), num_test=5)
     index = lambda key, num: np.asarray(
         problem.draw(problem.data, key, num)['index']
     )
@@ -634,7 +634,7 @@ class TaskProblemTest(parameterized.TestCase):
     np.testing.assert_array_equal(index(keys[0], 7), index(keys[0], 40)[:7])
     self.assertLen(set(np.asarray(problem.data['test']['index'])), 5)
     without = fake_task(splits=('train', 'validation'))
-    problem = generalization.task_problem(without, jax.random.key(0))
+    problem = problems.task_problem(without, jax.random.key(0))
     self.assertLen(problem.data['test']['index'], 9)
 
 
@@ -708,22 +708,22 @@ class RejectTest(parameterized.TestCase):
       ),
       (
           'side',
-          lambda: generalization.expected_gap(small_teacher(), 'up', 1, 30),
+          lambda: problems.expected_gap(small_teacher(), 'up', 1, 30),
           "side 'left' or 'right'",
       ),
       (
           'rank',
-          lambda: generalization.expected_gap(small_teacher(), 'left', 0, 30),
+          lambda: problems.expected_gap(small_teacher(), 'left', 0, 30),
           'rank >= 1',
       ),
       (
           'size_left',
-          lambda: generalization.expected_gap(small_teacher(), 'left', 2, 3),
+          lambda: problems.expected_gap(small_teacher(), 'left', 2, 3),
           'size > 3',
       ),
       (
           'size_right',
-          lambda: generalization.expected_gap(small_teacher(), 'right', 2, 7),
+          lambda: problems.expected_gap(small_teacher(), 'right', 2, 7),
           'size > 7',
       ),
       ('period', lambda: run_net(None, period=0), 'period > 0'),
@@ -742,28 +742,26 @@ class RejectTest(parameterized.TestCase):
       ),
       (
           'num_test',
-          lambda: generalization.task_problem(
+          lambda: problems.task_problem(
               fake_task(), jax.random.key(0), num_test=13
           ),
           r'num_test in \[1, 12\]',
       ),
       (
           'held_out',
-          lambda: generalization.task_problem(
+          lambda: problems.task_problem(
               fake_task(splits=('train',)), jax.random.key(0)
           ),
           "a split 'test' or 'validation'",
       ),
       (
           'criterion',
-          lambda: generalization.task_problem(
-              fake_task('hinge'), jax.random.key(0)
-          ),
+          lambda: problems.task_problem(fake_task('hinge'), jax.random.key(0)),
           "criterion='hinge'",
       ),
       (
           'outputs',
-          lambda: generalization.task_problem(
+          lambda: problems.task_problem(
               fake_task()._replace(outputs=None), jax.random.key(0)
           ),
           'a task with outputs',

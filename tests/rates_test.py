@@ -455,6 +455,7 @@ class StudyTest(X64TestCase):
     self.assertTrue(all(row['NumPy loop, s'] > 0 for row in rows))
     self.assertIn('NumPy loop', found.notes[1])
 
+  @pytest.mark.slow
   def test_one_name(self):
     names = {'bernoulli': 'Bernoulli-LoRA'}
     with unittest.mock.patch.object(regression, 'NAMES', names):
@@ -589,3 +590,35 @@ class WriteTest(parameterized.TestCase):
       self.assertIn(part, text)
     study.show(self.make(), '', 'x')  # No directory: nothing is written.
     self.assertNotIn('.csv', self.capsys.readouterr().out)
+
+  def test_appendix_is_written_and_not_printed(self):
+    found = self.make()._replace(appendix={'All rows': [{'secret': 7}]})
+    study.show(found, self.tmp, 'x')
+    text = self.capsys.readouterr().out
+    self.assertNotIn('secret', text)
+    self.assertIn('x_all_rows.csv', text)
+    with open(self.tmp / 'x_all_rows.csv', newline='') as f:
+      self.assertEqual(list(csv.DictReader(f)), [{'secret': '7'}])
+
+  def test_check_directory(self):
+    folder = self.tmp / 'a' / 'b'
+    study.check_directory(folder)
+    self.assertEqual(list(folder.iterdir()), [])
+    file = self.tmp / 'file'
+    file.write_text('')
+    for bad in (file, file / 'below'):
+      with self.assertRaisesRegex(ValueError, 'Expected --figures to be'):
+        study.check_directory(bad)
+
+  def test_a_file_that_fails_leaves_the_old_one(self):
+    study.write(self.make(), self.tmp, 'x')
+    before = (self.tmp / 'x_curve.png').read_bytes()
+    found = self.make()
+    with unittest.mock.patch.object(
+        found.figures['curve'], 'savefig', side_effect=OSError
+    ):
+      with self.assertRaises(OSError):
+        study.write(found, self.tmp, 'x')
+    self.assertEqual((self.tmp / 'x_curve.png').read_bytes(), before)
+    names = {path.name for path in self.tmp.iterdir()}
+    self.assertFalse([name for name in names if name.startswith('.')])

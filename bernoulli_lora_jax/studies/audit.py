@@ -136,6 +136,7 @@ def _audit(
   """Returns `audit` of a run in the run's precision."""
   config = finished.config
   task = arguments.make_task(config)
+  measured(finished.run, guarantee.period_of(config, task))
   program = experiment.make_program(config, task)
   method = program.method
   num_steps = int(finished.run.summary['step'])

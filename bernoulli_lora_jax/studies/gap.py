@@ -25,6 +25,7 @@ from bernoulli_lora_jax.studies import study
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.theory import exponents
 from bernoulli_lora_jax.theory import generalization
+from bernoulli_lora_jax.theory import problems
 from bernoulli_lora_jax.training import figures
 
 _INPUTS, _OUTPUTS = 16, 8  # Of the teacher.
@@ -117,7 +118,7 @@ def gap(
   """
   methods = generalization.methods(prob)
   teacher_key, task_key, draw_key = jax.random.split(jax.random.key(seed), 3)
-  drawn = generalization.make_teacher(
+  drawn = problems.make_teacher(
       teacher_key, _INPUTS, _OUTPUTS, shift=_SHIFT, noise=_NOISE
   )
   left, right = list(methods)[:2]
@@ -125,7 +126,7 @@ def gap(
       method: np.array(
           [
               [
-                  generalization.expected_gap(drawn, side, rank, size)
+                  problems.expected_gap(drawn, side, rank, size)
                   for size in teacher.sizes
               ]
               for rank in teacher.ranks
@@ -133,16 +134,16 @@ def gap(
       )
       for method, side in ((left, 'left'), (right, 'right'))
   }
-  problems = [(generalization.teacher_problem(drawn), teacher, expected)]
+  measured = [(problems.teacher_problem(drawn), teacher, expected)]
   if task is not None:
     splits = [task.data[s] for s in ('test', 'validation') if s in task.data]
     if splits:
       num_test = min(num_test, splits[0]['index'].shape[0])
-    problem = generalization.task_problem(task, task_key, num_test=num_test)
-    problems.append((problem, on_task, {}))
+    problem = problems.task_problem(task, task_key, num_test=num_test)
+    measured.append((problem, on_task, {}))
   results = [
       _measure(problem, grid, known, methods, draw_key, progress)
-      for problem, grid, known in problems
+      for problem, grid, known in measured
   ]
   drawings = {}
   for result in results:
@@ -166,7 +167,7 @@ def gap(
 
 
 def _measure(
-    problem: generalization.Problem,
+    problem: problems.Problem,
     grid: Grid,
     expected: Mapping[str, np.ndarray],
     methods: Mapping[str, generalization.Method],

@@ -17,10 +17,18 @@ from bernoulli_lora_jax.studies import runs
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.theory import bounds
 from bernoulli_lora_jax.training import arguments
-from bernoulli_lora_jax.training import federated
 from bernoulli_lora_jax.training import methods
 
 ROUNDING = 1e-5  # By which a float32 stepsize, or L, may miss a limit.
+_THEOREMS = {
+    'gd': 'T1',
+    'sgd': 'T2',
+    'page': 'T3',
+    'mvr': 'T4',
+    'qgd': 'T5',
+    'marina': 'T6',
+    'ef21': 'T7',
+}
 
 
 class Bound(NamedTuple):
@@ -150,73 +158,34 @@ def find_bound(
     method: methods.Method,
     found: constants_lib.Constants,
 ) -> Bound:
-  """Returns the guarantee of a run with estimated constants."""
+  """Returns the guarantee of a run with estimated constants.
+
+  A known L is taken as it is.
+  """
   config = finished.config
   reason = why_uncovered(config, task)
   c = config.method
   if not is_chain(config) and c.name != 'full':
     return Bound('', None, None, reason, '')
-  spectrum = spectrum_of(finished, task, method)
-  smoothness = found.smoothness
-  if task.smoothness is not None:  # What is known need not be estimated.
-    smoothness = task.smoothness
-  if task.criterion == 'absolute':
+  if task.criterion == 'absolute':  # T1 is no reference for it.
     return Bound('', None, None, reason, '')
+  if task.smoothness is not None:
+    found = found._replace(smoothness=task.smoothness)
+  spectrum = spectrum_of(finished, task, method)
   if reason:
-
-    def reference(steps):
-      return bounds.gd(
-          np.maximum(1, np.asarray(steps)),
-          initial_gap=found.initial_gap,
-          stepsize=1 / smoothness,
-          smoothness=smoothness,
-          lmin=spectrum.lmin,
-      )
-
     label = 'T1 of plain GD with gamma = 1/L, not of this run'
-    return Bound('', reference, None, reason, label)
-  estimator = c.estimator
-  gamma = stepsize_of(finished, task)
-  if is_plain_gd(config, task):
-    estimator = 'gd'
-  theorem = {
-      'gd': 'T1',
-      'sgd': 'T2',
-      'page': 'T3',
-      'mvr': 'T4',
-      'qgd': 'T5',
-      'marina': 'T6',
-      'ef21': 'T7',
-  }[estimator]
-  constants: dict[str, Any] = {
+    return Bound('', _reference(found, spectrum), None, reason, label)
+  estimator = 'gd' if is_plain_gd(config, task) else c.estimator
+  theorem = _THEOREMS[estimator]
+  constants = {
       'initial_gap': found.initial_gap,
-      'smoothness': smoothness,
+      'smoothness': found.smoothness,
       'lmin': spectrum.lmin,
   }
   if estimator != 'gd':
     constants['lmax'] = spectrum.lmax
-  if estimator == 'sgd':
-    constants |= {'bounded_variance': True, 'noise': found.variance}
-  elif estimator == 'page':
-    b = task.batch_size
-    constants |= {
-        'mean_smoothness': found.mean_smoothness,
-        'prob': b / (b + task.num_samples)
-        if c.page_prob is None
-        else c.page_prob,
-        'batch_size': b,
-    }
-  elif estimator == 'mvr':
-    constants |= {
-        'mean_smoothness': found.batch_smoothness,
-        'momentum': c.mvr_momentum,
-        'variance': found.variance,
-        'initial_error': found.variance,
-    }
-  elif estimator in federated.ESTIMATORS:
-    constants |= _federated_constants(finished, task, method, found)
-  period = arguments.period_of(config, task) if c.name != 'full' else 1
-
+    constants |= _noise_constants(estimator, finished, task, method, found)
+  gamma, period = stepsize_of(finished, task), period_of(config, task)
   limit_of, bound = bounds.METHODS[estimator]
   num_steps = int(finished.run.summary['step'])
   limit = bounds.call(limit_of, {**constants, 'num_steps': num_steps})
@@ -240,6 +209,58 @@ def find_bound(
     label = f'{theorem} with gamma = {limit:.3g}, not of this run'
   is_known = estimator == 'gd' and task.smoothness is not None
   return Bound(theorem, curve, limit, reason, label, period, is_known)
+
+
+def period_of(config: config_dict.ConfigDict, task: task_lib.Task) -> int:
+  """Returns K where a guarantee speaks of starts of links, else 1."""
+  if config.method.name == 'full' or why_uncovered(config, task):
+    return 1
+  return arguments.period_of(config, task)
+
+
+def _reference(
+    found: constants_lib.Constants, spectrum: bounds.Spectrum
+) -> Callable[[np.ndarray], np.ndarray]:
+  """Returns T1 with gamma = 1/L, beside runs of which no theorem speaks."""
+
+  def reference(steps):
+    return bounds.gd(
+        np.maximum(1, np.asarray(steps)),
+        initial_gap=found.initial_gap,
+        stepsize=1 / found.smoothness,
+        smoothness=found.smoothness,
+        lmin=spectrum.lmin,
+    )
+
+  return reference
+
+
+def _noise_constants(
+    estimator: str,
+    finished: runs.Finished,
+    task: task_lib.Task,
+    method: methods.Method,
+    found: constants_lib.Constants,
+) -> dict[str, Any]:
+  """Returns what T2 to T7 know of an estimator beside L and the lambdas."""
+  c = finished.config.method
+  if estimator == 'sgd':
+    return {'bounded_variance': True, 'noise': found.variance}
+  if estimator == 'page':
+    b, prob = task.batch_size, c.page_prob
+    return {
+        'mean_smoothness': found.mean_smoothness,
+        'prob': b / (b + task.num_samples) if prob is None else prob,
+        'batch_size': b,
+    }
+  if estimator == 'mvr':
+    return {
+        'mean_smoothness': found.batch_smoothness,
+        'momentum': c.mvr_momentum,
+        'variance': found.variance,
+        'initial_error': found.variance,
+    }
+  return _federated_constants(finished, task, method, found)
 
 
 def _better_noise(

@@ -9,4 +9,5 @@ from bernoulli_lora_jax.theory import lanczos
 from bernoulli_lora_jax.theory import lora
 from bernoulli_lora_jax.theory import ntk
 from bernoulli_lora_jax.theory import nuclear
+from bernoulli_lora_jax.theory import problems
 from bernoulli_lora_jax.theory import recommendation
