@@ -182,6 +182,9 @@ class EstimatorsTest(X64TestCase):
         audit.pl_constant(gaps[:2], norms[:2]), min(25 / 13, 8 / 5)
     )
     self.assertEqual(audit.pl_constant([0.0], [1.0]), math.inf)
+    # A gap within rounding says nothing.
+    found = audit.pl_constant([13.0, 1e-7], [25.0, 0.0], floor=1e-6)
+    self.assertAlmostEqual(found, 25 / 26)
     with self.assertRaises(ValueError):
       audit.pl_constant([1.0, 2.0], [1.0])
 
@@ -607,6 +610,20 @@ class GuaranteeTest(X64TestCase):
     method = experiment.make_method(config, task)
     found = guarantee.find_bound(finished(config), task, method, estimated)
     self.assertEqual(found.reason, '')
+    given = dict(method__stepsize_factor=None, method__learning_rate=1 / 20)
+    config = linear_config(
+        task__name='quadratic',
+        method__rank=1,
+        method__estimator='sgd',
+        method__mode=mode,
+        **given,
+    )
+    unknown = task._replace(smoothness=None)
+    found = guarantee.find_bound(finished(config), unknown, method, estimated)
+    self.assertEqual((found.reason, found.limit_is_known), ('', False))
+    longer = FOUND._replace(smoothness=20 * (1 + 1e-3))
+    found = guarantee.find_bound(finished(config), unknown, method, longer)
+    self.assertIn('1.001 times the limit', found.reason)
 
   def test_fitted_moments_are_taken_where_they_are_better(self):
     config = linear_config(
@@ -810,6 +827,8 @@ class AuditTest(X64TestCase):
     self.assertGreaterEqual(values['L'], np.abs(at_start).max() * (1 - 1e-9))
     self.assertLessEqual(values['L'], task.smoothness * (1 + 1e-9))
     self.assertLessEqual(values['least curvature'], at_start[0] + 1e-9)
+    for name in ('Lbar, examples', 'Lbar, minibatches'):  # By Jensen.
+      self.assertGreaterEqual(values[name], values['L'])
     held = self.held(found)
     self.assertEqual(held['the replay is the run'], 'yes')
     self.assertEqual(held['a guarantee speaks of the method'], 'yes')
@@ -835,6 +854,21 @@ class AuditTest(X64TestCase):
       self.assertGreaterEqual(row['bound / mean'], 1)
     self.assertIn('T1 with estimated constants lies above', found.notes[0])
     self.assertEqual(set(found.figures), {'bound'})
+
+  def test_a_converged_path_has_a_pl_constant(self):
+    """Full GD on the quadratic in float32: mu = 0.2, whatever is rounding."""
+    config = base_config.get_config()
+    config.task.name = 'quadratic'
+    config.method.name = 'full'
+    config.method.estimator = 'gd'
+    config.method.stepsize_factor = 1.0
+    config.training.num_steps = 900
+    config.training.num_evals = 30
+    config.training.progress = False
+    folder = self.train(config)
+    found = study_audit.audit(folder, num_points=6, progress=False)
+    values = column(found.tables['constants'], 'constant', 'value')
+    self.assertBetween(values['mu'], 0.2 * (1 - 1e-3), 0.3)
 
   def test_sgd_of_digits(self):
     found = study_audit.audit(self.train(digits_config()), **QUICK)

@@ -416,6 +416,19 @@ class RejectsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'Expected .*got '):
       bound(40, stepsize=1e6, **constants)
 
+  def test_the_largest_stepsize_of_sgd_knows_its_horizon(self):
+    """1/sqrt(L A lmax T): (1 + a)^T stays below e, at any T."""
+    constants = dict(initial_gap=1.0, smoothness=3.0, slope=0.1, noise=0.0)
+    both = dict(lmin=0.03, lmax=0.03)
+    for steps in (10**3, 10**6):
+      gamma = bounds.largest_stepsize(
+          'sgd', dict(constants, **both, num_steps=steps)
+      )
+      longest = 1 / math.sqrt(3 * 0.1 * 0.03 * steps)
+      self.assertLessEqual(gamma, longest * (1 + 1e-12))
+      found = bounds.sgd(steps, stepsize=gamma, **constants, **both)
+      self.assertLessEqual(found, 2 * math.e / (gamma * 0.03 * steps))
+
   def test_growth_below_rounding_counts(self):
     """(1 + a)^T with a = 1e-18: e^1 after 1e18 steps."""
     found = bounds.sgd(

@@ -399,6 +399,18 @@ class PartsTest(X64TestCase):
         )
         self.assertLen(seen, count)
         self.assertGreater(seconds, 0)
+      clock = unittest.mock.patch.object(
+          regression.time, 'perf_counter', side_effect=[1.0, 4.0]
+      )
+      with clock:  # Three seconds for five of twelve runs.
+        seconds = regression.train_numpy(
+            problem, task, 'gd', 'bernoulli', num_runs=5, **arguments
+        )
+      self.assertAlmostEqual(seconds, 3 * 12 / 5)
+      seen.clear()
+      regression.train_numpy(
+          problem, task, 'gd', 'bernoulli', num_runs=12, **arguments
+      )
       self.assertEqual({shape for _, shape, _ in seen}, {(3, 8)})
       # The probs are zipped with the factors: p = 1 falls left.
       self.assertEqual(

@@ -760,7 +760,7 @@ def _check_error(initial_error: float) -> None:
 
 
 def _check_stepsize(theorem: str, stepsize: float, limit: float) -> None:
-  if not stepsize <= limit * (1 + _ROUNDING):  # Also where a limit is NaN.
+  if stepsize > limit * (1 + _ROUNDING):
     times = stepsize / limit if limit > 0 else math.inf
     raise ValueError(
         f'Expected stepsize <= {limit:.10g} ({theorem}), got'
