@@ -358,7 +358,7 @@ class PartsTest(X64TestCase):
     self.assertNotIn('missed', text)
     steps[1, 0] = math.nan
     text = rates._rank_note(ranks, steps, 16)
-    self.assertIn('missed the target at ranks [2]. Linear', text)
+    self.assertIn('missed the target at ranks [2]. Steps', text)
     self.assertIn('r^(-1.000', text)
     steps[2, 1] = math.nan
     self.assertIn('fewer than two', rates._rank_note(ranks, steps, 16))

@@ -50,7 +50,7 @@ def errors(
   1 / D, as the targets always have; biases are Gaussian of deviation 0.1.
   Descent starts with Delta = 0, the right factors Gaussian: L-BFGS on the
   product of one part, Adam on factors and biases of the net. All of it is in
-  float64; the default sizes take 40 seconds on two cores.
+  float64; the default sizes took 55 seconds on two cores.
 
   Args:
     width: D >= 2.

@@ -95,8 +95,8 @@ def gap(
   The teacher has 16 inputs and 8 outputs, a dense shift of norm 1 and noise
   0.5; it is trained by full gradients nearly to the optimum. One more line of
   cells, at the middle size, keeps one training sample for all draws and so
-  shows the spread over frozen factors alone. The default sizes took 60 seconds,
-  with MNIST 210, on two cores.
+  shows the spread over frozen factors alone. The default sizes took
+  76 seconds on two cores.
 
   Args:
     task: with `outputs` and a criterion, for instance MNIST.

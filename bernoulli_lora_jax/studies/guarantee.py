@@ -20,15 +20,6 @@ from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import methods
 
 ROUNDING = 1e-5  # By which a float32 stepsize, or L, may miss a limit.
-_THEOREMS = {
-    'gd': 'T1',
-    'sgd': 'T2',
-    'page': 'T3',
-    'mvr': 'T4',
-    'qgd': 'T5',
-    'marina': 'T6',
-    'ef21': 'T7',
-}
 
 
 class Bound(NamedTuple):
@@ -176,7 +167,7 @@ def find_bound(
     label = 'T1 of plain GD with gamma = 1/L, not of this run'
     return Bound('', _reference(found, spectrum), None, reason, label)
   estimator = 'gd' if is_plain_gd(config, task) else c.estimator
-  theorem = _THEOREMS[estimator]
+  theorem = bounds.THEOREMS[estimator]
   constants = {
       'initial_gap': found.initial_gap,
       'smoothness': found.smoothness,

@@ -8,6 +8,7 @@ Reference: Maurer, A vector-contraction inequality for Rademacher complexities,
 
 from collections.abc import Sequence
 import math
+import operator
 from typing import Any
 
 import jax
@@ -300,8 +301,10 @@ def _generalisation_notes(rows, best, eta) -> list[str]:
         ' (the rest is the range of the loss over the ball).'
     )
   for n in dict.fromkeys(row['N'] for row in rows):
-    same = sorted(
-        (row for row in rows if row['N'] == n), key=_lam, reverse=True
+    same: list[dict[str, Any]] = sorted(
+        (row for row in rows if row['N'] == n),
+        key=operator.itemgetter('lam'),
+        reverse=True,
     )
     if len(same) > 1:
       ends = same[0], same[-1]
@@ -319,10 +322,6 @@ def _generalisation_notes(rows, best, eta) -> list[str]:
           f' N^{_slope(points, "rademacher"):.2f}.'
       )
   return notes
-
-
-def _lam(row: dict[str, Any]) -> float:
-  return row['lam']
 
 
 def _told(row: dict[str, Any], name: str) -> str:

@@ -15,13 +15,7 @@ from bernoulli_lora_jax.theory import recommendation
 from bernoulli_lora_jax.training import figures
 
 _THEOREMS = {
-    'gd': 'T1',
-    'sgd': 'T2',
-    'page': 'T3',
-    'mvr': 'T4',
-    'qgd': 'T5',
-    'marina': 'T6',
-    'ef21': 'T7',
+    **bounds.THEOREMS,
     'nonsmooth': 'T8, constant step',
     'polyak': "T8, Polyak's step",
 }
@@ -157,7 +151,7 @@ def predict(
     )
   return study.Study(
       {'spectrum of E[H]': [kappa], _THEOREMS[estimator]: rows},
-      {f'{estimator}': figure},
+      {estimator: figure},
       notes,
   )
 

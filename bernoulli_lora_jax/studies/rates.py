@@ -157,8 +157,9 @@ def _rates(
       ' mostly noise (effective_rank), and shifting X to mean 1 adds a rank-one'
       ' spike to the Hessian.',
       'The best stepsize is the one whose seeds end lowest, and its interval is of'
-      ' the same seeds. Start and end are squared gradient norms, the end a geometric mean over'
-      f' seeds and the factor of its 95% interval. Wall time: {of_all}.',
+      ' the same seeds. Start and end are squared gradient norms, the end a'
+      ' geometric mean over seeds and the factor of its 95% interval. Wall time:'
+      f' {of_all}.',
   ]
   side = round(len(problem.start) ** 0.5)
   makers = {
@@ -395,9 +396,10 @@ def _rank_note(ranks: Sequence[int], steps: np.ndarray, side: int) -> str:
   mean, error = slopes.mean(), slopes.std(ddof=1) / math.sqrt(len(slopes))
   away = abs(mean + 1) / error if error > 0 else math.inf
   return (
-      f'{text}Linear in r: for ranks {chosen[0]} to {chosen[-1]} of {side} steps to'
-      f' the target fall as r^({mean:.3f} +- {error:.3f}) (standard error); the'
-      f" bound's exponent is -1, {away:.1f} standard errors away."
+      f'{text}Steps against r, in the bound r^-1: for ranks {chosen[0]} to'
+      f' {chosen[-1]} of {side} steps to the target fall as'
+      f' r^({mean:.3f} +- {error:.3f}) (standard error), {away:.1f} standard errors'
+      ' from -1.'
   )
 
 

@@ -657,6 +657,18 @@ METHODS: dict[str, tuple[Callable[..., float], Callable[..., np.ndarray]]] = {
 }
 
 
+# name: of its bound.
+THEOREMS = {
+    'gd': 'T1',
+    'sgd': 'T2',
+    'page': 'T3',
+    'mvr': 'T4',
+    'qgd': 'T5',
+    'marina': 'T6',
+    'ef21': 'T7',
+}
+
+
 def largest_stepsize(estimator: str, constants: dict[str, Any]) -> float:
   """Returns the largest stepsize of an estimator of `METHODS`, or T8's best.
 
