@@ -292,13 +292,16 @@ def draw_link(
   )
 
 
-def scaled(factors: Pairs, found: Sequence[Adapted]) -> Pairs:
-  """Returns the factors with the scale s in the right one, as losses see them."""
+def scaled(
+    factors: Pairs, found: Sequence[Adapted]
+) -> dict[str, inject.Pair]:
+  """Returns the factors as losses see them: the scale s in the right one."""
   return {
-      one.matrix.path: {
-          'left': factors[one.matrix.path]['left'],
-          'right': one.scale * factors[one.matrix.path]['right'],
-      }
+      one.matrix.path: inject.Pair(
+          factors[one.matrix.path]['left'],
+          one.scale * factors[one.matrix.path]['right'],
+          one.matrix.axes,
+      )
       for one in found
   }
 

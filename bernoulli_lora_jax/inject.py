@@ -1,103 +1,118 @@
-"""Where the factors of an adapter enter a model.
+"""Where the factors of an adapter enter a loss, and the law that holds there.
 
-Two ways, both from a loss (params, *args) to one (params, factors, *args) in
-which every adapted matrix acts as W + L R:
+From a loss (params, *args) to one (params, factors, *args) in which every adapted
+matrix is W + L R:
 
-  by_product   for Flax Linen models: an interceptor adds (x L) R to the output
-               of `nn.Dense`, `nn.DenseGeneral` and `nn.Einsum`, so that neither
-               pass forms anything of W's shape. It works under `nn.scan` and
-               `nn.remat`, and over weights quantised by Qwix.
-  by_addition  for losses that are no product with W: W + L R is formed.
+  by_product   traces the loss and runs its program with W + L R in the place of W,
+               not formed (`lowrank`): a product x W becomes x W + (x L) R.
+  by_addition  forms W + L R and calls the loss.
+
+The law: for every loss the result is the loss at W + L R, to rounding. `by_product`
+keeps it whatever the loss does with W. Through `jit`, `scan`, `remat`, `cond`,
+`while` and `vmap` it follows a weight to the products that it enters, and neither
+pass forms anything of W's shape there. Any other use (a penalty on weights, weight
+normalisation, a step of gradient descent inside of the loss, a function with a
+derivative of its own) takes the array W + L R, formed for it: a warning names the
+path and the use, since that costs memory of W's size.
 
 `factors` is {path: {'left': L, 'right': R}} with L (*batch, m, r) and R (*batch,
 r, n), the scale s already in R. They keep their dtype (float32) outside and are
-cast to the compute dtype where they are multiplied. In the params that a model
-sees they stand beside their kernel, under `adapter`: in a collection of their
-own a model's `nn.scan(variable_axes={'params': 0})` would drop them silently.
+cast to the compute dtype where they are multiplied. A `Pair` also says which axes
+of its leaf are left and right ones; of a plain mapping they are read from the loss,
+as `all_linear` does.
+
+Weights quantised by Qwix are met in the projections of Linen models alone, see
+`projections`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import math
 import re
 from typing import Any
+import warnings
 
-from flax import linen as nn
 import jax
+from jax.extend import core
 import jax.numpy as jnp
+import numpy as np
 
+from bernoulli_lora_jax import lowrank
 from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax import projections
 
-Factors = Mapping[str, Mapping[str, jax.Array]]
+Axes = lowrank.Axes
+LowRank = lowrank.LowRank
 Loss = Callable[..., Any]
-
-_SUFFIX = '_adapter'  # `kernel_adapter` stands beside `kernel`.
-_PROJECTIONS = (nn.Dense, nn.DenseGeneral, nn.Einsum)
-# Axes of a projection: those of x that are contracted, those of x that are
-# batch axes of the kernel, and the kernel's batch, left and right axes.
+is_quantized = projections.is_quantized
+logical = projections.logical
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Pair:
-  """Factors beside their leaf. The module that meets them learns which it is.
+class Pair(Mapping):
+  """The factors of one leaf, and its axes: {'left': L, 'right': R}."""
 
-  Path and owner are no leaves but part of the tree's structure: they pass
-  nn.scan and nn.remat, and a jit inside of the loss that remembers a trace
-  remembers it for this owner alone.
-  """
+  left: jax.Array  # (*batch, m, r)
+  right: jax.Array  # (*batch, r, n)
+  axes: Axes = dataclasses.field(metadata={'static': True})
 
-  left: Any  # Array, or None while a model is only looked at.
-  right: Any
-  path: str = dataclasses.field(metadata={'static': True})
-  owner: Any = dataclasses.field(metadata={'static': True})
+  def __getitem__(self, side: str) -> jax.Array:
+    if side not in ('left', 'right'):
+      raise KeyError(side)
+    return getattr(self, side)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(('left', 'right'))
+
+  def __len__(self) -> int:
+    return 2
+
+
+Factors = Mapping[str, Pair | Mapping[str, jax.Array]]
+
+
+class FormedWarning(UserWarning):
+  """An adapted loss forms W + L R of a matrix, of W's size."""
 
 
 def by_product(loss: Loss) -> Loss:
-  """Returns the loss of a Linen model with adapters at its projections.
+  """Returns the loss at W + L R without forming it where W enters a product.
 
   Args:
-    loss: (params, *args) -> anything; calls `module.apply` with params, or with
-      parts of them.
+    loss: (params, *args) -> anything, a function that `jax.jit` takes.
 
   Returns:
     (params, factors, *args) -> the same. Differentiate it by `factors`. Call
     `by_product` once: each call returns a new function, which jit compiles anew.
-    A loss whose forward pass changes from trace to trace (by a Python flag) needs
-    one for each, since a matrix that was met once counts as met.
 
   Raises:
     ValueError: when traced, a path that params do not have, a matrix that the
-      forward pass never met as a projection, or one whose rule disagrees with
-      the axes that its projection contracts.
-  """
-  loss = _unjitted(loss)
-  owner = object()
-  # Kept from call to call: a jit inside of the loss is traced only once.
-  calls: dict[str, int] = {}
-  lookups: dict[str, set[str]] = {}
+      loss does not use, factors that do not fit its axes.
 
-  def interceptor(next_fun, args, kwargs, context):
-    module = context.module
-    if isinstance(module, nn.Embed):
-      pair = _beside(module, 'embedding', owner)
-      if pair is not None:
-        lookups.setdefault(pair.path, set()).add(context.method_name)
-    pair = _beside(module, 'kernel', owner) if _is_call(context) else None
-    if pair is None:
-      return next_fun(*args, **kwargs)
-    before = calls.get(pair.path, 0)
-    y = next_fun(*args, **kwargs)
-    if calls.get(pair.path, 0) > before:
-      return y  # A subclass called its parent's method, met here already.
-    calls[pair.path] = before + 1
-    return y + _product(module, pair, y.dtype, *args, **kwargs)
+  Warns:
+    FormedWarning: a use of W that is no product, by path; once a trace.
+
+  Guarantees:
+    The result is `loss` at W + L R to rounding, and so are its derivatives.
+  """
+  calls = projections.Calls()
 
   def adapted(params, factors, *args, **kwargs):
-    with nn.intercept_methods(interceptor):
-      result = loss(insert(params, factors, owner), *args, **kwargs)
-    _check_met(factors, calls, lookups)
-    return result
+    paths = _paths(params)
+    _check_paths(factors, paths)
+    beside = {p: f for p, f in factors.items() if is_quantized(paths[p])}
+    followed = {p: f for p, f in factors.items() if p not in beside}
+    entered = projections.enter(loss, beside, calls) if beside else loss
+    program = _trace(entered, params, args, kwargs)
+    axes = _axes_of(
+        followed, lambda: _read_axes(loss, params, args, kwargs), paths
+    )
+    values = {
+        path: _low_rank(paths[path], pair, axes[path], path)
+        for path, pair in followed.items()
+    }
+    return program.run(values)
 
   return adapted
 
@@ -105,36 +120,53 @@ def by_product(loss: Loss) -> Loss:
 def by_addition(
     loss: Loss, matrices: matrices_lib.Matrices | None = None
 ) -> Loss:
-  """Returns the loss at W + L R, for losses that are no product with W.
+  """Returns the loss at W + L R, formed.
 
   Args:
     loss: (params, *args) -> anything.
-    matrices: what is a matrix, see `Matrices`.
+    matrices: what is a matrix, see `Matrices`; of a `Pair` its own axes count.
 
   Returns:
     (params, factors, *args) -> the same. Its gradient by the factors goes
     through that by W, of full size.
+
+  Raises:
+    ValueError: a path that params do not have, or that `matrices` do not select
+      or see along other axes; factors that do not fit.
   """
 
   def adapted(params, factors, *args, **kwargs):
     leaves, treedef = jax.tree.flatten(params)
-    for matrix in matrices_lib.find(params, matrices):
-      if matrix.path in factors:
-        pair = factors[matrix.path]
-        change = matrix.unview(jnp.matmul(pair['left'], pair['right']))
-        leaf = leaves[matrix.index]
-        leaves[matrix.index] = leaf + change.astype(leaf.dtype)
+    paths = _paths(params, whole=False)
+    _check_paths(factors, paths)
+    places = {path: i for i, path in enumerate(paths)}
+    found = {}
+    if matrices is not None or not all(map(_is_pair, factors.values())):
+      found = {m.path: m.axes for m in matrices_lib.find(params, matrices)}
+    for path, pair in factors.items():
+      axes = pair.axes if _is_pair(pair) else found.get(path)
+      if axes is None or (matrices is not None and found.get(path) != axes):
+        raise ValueError(
+            f'Expected matrices with {path} along the axes of its factors, got'
+            f' {found.get(path, sorted(found))}: give by_addition the matrices'
+            ' of the chain.'
+        )
+      i = places[path]
+      leaves[i] = _low_rank(leaves[i], pair, axes, path).dense()
     return loss(treedef.unflatten(leaves), *args, **kwargs)
 
   return adapted
 
 
 def all_linear(loss: Loss, params: Any, *args: Any) -> matrices_lib.Matrices:
-  """Returns what selects every projection that the forward pass meets.
+  """Returns what selects every matrix that the loss multiplies by.
 
-  The loss is traced once, without computing anything, so the axes of kernels
-  with three axes or more (attention heads, `nn.Einsum`) and of stacked layers
-  are read from the model: no rules need to be written.
+  The loss is traced, without computing anything, so the axes of kernels with
+  three axes or more (attention heads, `nn.Einsum`, stacked layers along whatever
+  axis) are read from its products: no rules need to be written. Left are the axes
+  over which the first product with a leaf sums. In Flax trees (a leaf named
+  `kernel` exists) kernels are selected, in others all leaves but those that are
+  looked up in (tables of embeddings).
 
   Args:
     loss: (params, *args) -> anything.
@@ -142,261 +174,534 @@ def all_linear(loss: Loss, params: Any, *args: Any) -> matrices_lib.Matrices:
     *args: what the loss takes besides, arrays or shapes.
 
   Returns:
-    `Matrices` with a rule for each kernel.
+    `Matrices` with a rule for each.
 
   Raises:
-    ValueError: no projection was met.
+    ValueError: the loss multiplies by none.
   """
-  owner = object()
-  found: dict[str, tuple[tuple[int, ...], ...]] = {}
-  calls: dict[str, int] = {}
-  others = set()
-
-  def interceptor(next_fun, args, kwargs, context):
-    module = context.module
-    pair = _beside(module, 'kernel', owner) if _is_call(context) else None
-    if pair is None:
-      if _is_call(context):
-        others.add('/'.join(module.path))
-      return next_fun(*args, **kwargs)
-    before = calls.get(pair.path, 0)
-    y = next_fun(*args, **kwargs)
-    if calls.get(pair.path, 0) == before:  # As in `by_product`.
-      calls[pair.path] = before + 1
-      found[pair.path] = _axes(module, *args, **kwargs)[2:]
-    return y
-
-  leaves = jax.tree_util.tree_flatten_with_path(
-      logical(params), is_leaf=_is_shape
-  )[0]
-  paths = matrices_lib.path_names([path for path, _ in leaves])
-  shapes = {p: leaf.shape for p, (_, leaf) in zip(paths, leaves, strict=True)}
-  kernels = [path for path in paths if path.rpartition('/')[2] == 'kernel']
-  none = {'left': None, 'right': None}
-  with nn.intercept_methods(interceptor):
-    # A new function: one that was traced before would not be traced again.
-    jax.eval_shape(
-        lambda params, *a: _unjitted(loss)(
-            insert(params, dict.fromkeys(kernels, none), owner), *a
-        ),
-        params,
-        *args,
-    )
-  rules = []
-  for path in kernels:
-    if path in found:
-      batch, left, right = found[path]
-      # Axes of nn.scan and nn.vmap, in front.
-      extra = len(shapes[path]) - len(batch + left + right)
-      shift = lambda axes, extra=extra: tuple(a + extra for a in axes)
-      rules.append(
-          matrices_lib.Rule(
-              f'^{re.escape(path)}$',
-              left=shift(left),
-              right=shift(right),
-              batch=(*range(extra), *shift(batch)),
-          )
+  paths = _paths(params)
+  found = _read_axes(loss, params, args, {})
+  rules = [
+      matrices_lib.Rule(
+          f'^{re.escape(path)}$',
+          left=found[path].left,
+          right=found[path].right,
+          batch=found[path].batch,
       )
+      for path in paths
+      if path in found
+  ]
   if not rules:
     raise ValueError(
-        'Expected a loss that calls nn.Dense, nn.DenseGeneral or nn.Einsum with'
-        f' kernels of params, met {sorted(others) or "none"}.'
+        'Expected a loss that multiplies by matrices of params, met none among'
+        f' {sorted(paths)}.'
     )
   select = '|'.join(rule.pattern for rule in rules)
   return matrices_lib.Matrices(select=select, rules=tuple(rules))
 
 
-def insert(
-    params: Any,
-    factors: Mapping[str, Mapping[str, Any]],
-    owner: Any = None,
-) -> Any:
-  """Returns params with each pair of factors beside its kernel.
+@dataclasses.dataclass
+class _Uses:
+  """What a loss does with the leaves that are followed, by path."""
 
-  Raises:
-    ValueError: a path that is not a leaf below mappings.
+  met: set[str] = dataclasses.field(default_factory=set)
+  axes: dict[str, Axes] = dataclasses.field(default_factory=dict)
+  formed: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+  def form(self, value: LowRank, primitive: str) -> jax.Array:
+    self.met.add(value.path)
+    names = self.formed.setdefault(value.path, [])
+    if primitive not in names:
+      names.append(primitive)
+    return value.dense()
+
+  def multiply(self, value: LowRank, p: lowrank.Product) -> None:
+    """Notes a product; a probe's first one tells the axes of its leaf."""
+    self.met.add(value.path)
+    if value.factors or value.path in self.axes:
+      return
+    flat = lambda axes: sorted(i for axis in axes for i in value.labels[axis])
+    left, batch = flat(p.contracted), [*value.entries, *flat(p.batch)]
+    every = flat(range(len(value.labels)))
+    right = [i for i in every if i not in (*left, *batch)]
+    if left and right:
+      self.axes[value.path] = Axes(tuple(batch), tuple(left), tuple(right))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+  """A loss traced at its arguments."""
+
+  jaxpr: core.ClosedJaxpr
+  inputs: list[Any]  # The arrays among the arguments.
+  params: dict[str, int]  # Position of each leaf of params among them.
+  result: Callable[[Sequence[Any]], Any]  # Outputs of the program -> of the loss.
+
+  def run(self, values: Mapping[str, LowRank]) -> Any:
+    """Returns the loss with values in the places of some leaves."""
+    uses = _Uses()
+    inputs = list(self.inputs)
+    for path, value in values.items():
+      inputs[self.params[path]] = value
+    outputs = _evaluate(self.jaxpr.jaxpr, self.jaxpr.consts, inputs, uses)
+    for path in values:
+      if path not in uses.met:
+        raise ValueError(
+            f'Expected the loss to use {path}, which is adapted, but its result'
+            ' does not depend on it: select others.'
+        )
+    for path, names in uses.formed.items():
+      warnings.warn(
+          f'{path} is used by {", ".join(names)}, where W + L R is formed: memory'
+          ' of the size of W, and of its gradient. Select others, or leave that'
+          ' use out of the loss.',
+          FormedWarning,
+          stacklevel=3,
+      )
+    return self.result(outputs)
+
+  def probe(self, paths: Sequence[str]) -> _Uses:
+    """Returns what the loss does with leaves, computing nothing."""
+    uses = _Uses()
+
+    def evaluate(inputs):
+      for path in paths:
+        i = self.params.get(path)
+        if i is not None and _is_matrix(inputs[i]):
+          inputs[i] = lowrank.probe(inputs[i], path)
+      return _evaluate(self.jaxpr.jaxpr, self.jaxpr.consts, inputs, uses)
+
+    jax.eval_shape(evaluate, list(self.inputs))
+    return uses
+
+
+def _trace(
+    loss: Loss, params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> _Program:
+  """Traces a loss; what is no array among arguments and results stays as it is."""
+  leaves, treedef = jax.tree.flatten((params, tuple(args), dict(kwargs)))
+  places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+  returned = {}
+
+  def traced(inputs):
+    filled = list(leaves)
+    for i, x in zip(places, inputs, strict=True):
+      filled[i] = x
+    params, args, kwargs = treedef.unflatten(filled)
+    outputs, returned['tree'] = jax.tree.flatten(loss(params, *args, **kwargs))
+    returned['leaves'] = [None if _is_array(x) else x for x in outputs]
+    returned['places'] = [i for i, x in enumerate(outputs) if _is_array(x)]
+    return [outputs[i] for i in returned['places']]
+
+  inputs = [leaves[i] for i in places]
+  jaxpr = jax.make_jaxpr(traced)(inputs)
+
+  def result(outputs):
+    filled = list(returned['leaves'])
+    for i, x in zip(returned['places'], outputs, strict=True):
+      filled[i] = x
+    return returned['tree'].unflatten(filled)
+
+  position = {place: i for i, place in enumerate(places)}
+  names = enumerate(_paths(params, whole=False))
+  found = {path: position[i] for i, path in names if i in position}
+  return _Program(jaxpr, inputs, found, result)
+
+
+def _evaluate(
+    jaxpr: core.Jaxpr,
+    consts: Sequence[Any],
+    inputs: Sequence[Any],
+    uses: _Uses,
+) -> list[jax.Array]:
+  """Evaluates a program some of whose inputs are `LowRank`.
+
+  Equations that meet none are evaluated together, as they are.
   """
-  leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]
-  keys = [path for path, _ in leaves]
-  where = dict(zip(matrices_lib.path_names(keys), keys, strict=True))
-  for path, pair in factors.items():
-    if path not in where:
+  env: dict[core.Var, Any] = {}
+  bind = lambda names, given: env.update(zip(names, given, strict=True))
+  bind(jaxpr.constvars, consts)
+  bind(jaxpr.invars, inputs)
+  read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
+  waiting: list[core.JaxprEqn] = []
+
+  def flush():
+    if waiting:
+      _evaluate_plainly(waiting, env)
+      waiting.clear()
+
+  low = {v for v in env if isinstance(env[v], LowRank)}
+  for eqn in _live(jaxpr):
+    if not any(v in low for v in eqn.invars if isinstance(v, core.Var)):
+      waiting.append(eqn)
+      continue
+    flush()
+    outputs = _follow(eqn, [read(v) for v in eqn.invars], uses)
+    bind(eqn.outvars, outputs)
+    low |= {v for v in eqn.outvars if isinstance(env[v], LowRank)}
+  flush()
+  return [
+      uses.form(x, 'the result') if isinstance(x, LowRank) else x
+      for x in map(read, jaxpr.outvars)
+  ]
+
+
+def _live(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
+  """Returns the equations that results or effects depend on."""
+  needed = {v for v in jaxpr.outvars if isinstance(v, core.Var)}
+  live = []
+  for eqn in reversed(jaxpr.eqns):
+    if eqn.effects or any(v in needed for v in eqn.outvars):
+      live.append(eqn)
+      needed |= {v for v in eqn.invars if isinstance(v, core.Var)}
+  return live[::-1]
+
+
+def _evaluate_plainly(
+    eqns: Sequence[core.JaxprEqn], env: dict[core.Var, Any]
+) -> None:
+  """Evaluates equations on arrays."""
+  made = [
+      v for e in eqns for v in e.outvars if not isinstance(v, core.DropVar)
+  ]
+  read = [v for e in eqns for v in e.invars if isinstance(v, core.Var)]
+  free = [v for v in dict.fromkeys(read) if v not in set(made)]
+  jaxpr = core.Jaxpr([], free, made, list(eqns))
+  function = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))
+  env.update(zip(made, function(*(env[v] for v in free)), strict=True))
+
+
+def _follow(
+    eqn: core.JaxprEqn, operands: Sequence[Any], uses: _Uses
+) -> Sequence[Any]:
+  """Evaluates an equation that meets a `LowRank`: followed, or formed."""
+  rule = _RULES.get(eqn.primitive.name)
+  outputs = None if rule is None else rule(eqn, operands, uses)
+  if outputs is None:
+    outputs = _plain(eqn, _arrays(operands, eqn.primitive.name, uses))
+  return outputs
+
+
+def _plain(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
+  """Evaluates one equation on arrays."""
+  env = {
+      v: x
+      for v, x in zip(eqn.invars, operands, strict=True)
+      if isinstance(v, core.Var)
+  }
+  _evaluate_plainly([eqn], env)
+  return [env.get(v) for v in eqn.outvars]
+
+
+# What is done to a value when an equation only moves, cuts or casts it: a rule
+# (eqn, operands, uses) -> outputs, or None where W + L R is to be formed.
+
+
+def _convert(eqn, operands, uses):
+  del uses
+  dtype = eqn.params['new_dtype']
+  if not jnp.issubdtype(dtype, jnp.floating):
+    return None
+  (value,) = operands
+  cast = dataclasses.replace(value, base=value.base.astype(dtype))
+  return [cast]
+
+
+def _transpose(eqn, operands, uses):
+  del uses
+  return [lowrank.transpose(operands[0], eqn.params['permutation'])]
+
+
+def _reshape(eqn, operands, uses):
+  del uses
+  if eqn.params.get('sharding') is not None or len(operands) > 1:
+    return None
+  value = lowrank.reshape(operands[0], eqn.outvars[0].aval.shape)
+  return None if value is None else [value]
+
+
+def _broadcast(eqn, operands, uses):
+  """New axes of length one: a reshape."""
+  value, shape = operands[0], eqn.params['shape']
+  places = eqn.params['broadcast_dimensions']
+  is_reshape = tuple(shape[i] for i in places) == value.base.shape
+  is_reshape &= all(n == 1 for i, n in enumerate(shape) if i not in places)
+  return _reshape(eqn, operands, uses) if is_reshape else None
+
+
+def _squeeze(eqn, operands, uses):
+  del uses
+  return [lowrank.squeeze(operands[0], eqn.params['dimensions'])]
+
+
+def _slice(eqn, operands, uses):
+  del uses
+  p = eqn.params
+  strides = p['strides'] or (1,) * len(p['start_indices'])
+  bounds = list(
+      zip(p['start_indices'], p['limit_indices'], strides, strict=True)
+  )
+  return [lowrank.cut(operands[0], [slice(*b) for b in bounds])]
+
+
+def _split(eqn, operands, uses):
+  del uses
+  (value,), axis = operands, eqn.params['axis']
+  ends = np.cumsum([0, *eqn.params['sizes']]).tolist()
+  whole = [slice(None)] * len(value.labels)
+  return [
+      lowrank.cut(value, [*whole[:axis], slice(a, b), *whole[axis + 1 :]])
+      for a, b in zip(ends, ends[1:], strict=False)
+  ]
+
+
+def _dynamic_slice(eqn, operands, uses):
+  del uses
+  value, *starts = operands
+  if not isinstance(value, LowRank) or len(starts) != len(value.labels):
+    return None
+  sizes = eqn.params['slice_sizes']
+
+  def change(array, own):
+    rank = array.shape[len(own) :]
+    zero = jnp.zeros((), starts[0].dtype)
+    start = [starts[i] for i in own] + [zero] * len(rank)
+    return jax.lax.dynamic_slice(
+        array, start, [*(sizes[i] for i in own), *rank]
+    )
+
+  return [value.map(change, value.labels)]
+
+
+def _dot_general(eqn, operands, uses):
+  """x W + (x L) R."""
+  first, second = operands
+  if isinstance(first, LowRank) and isinstance(second, LowRank):
+    first = uses.form(first, 'a product with another adapted matrix')
+  is_left = isinstance(first, LowRank)
+  value, other = (first, second) if is_left else (second, first)
+  contracted, batch = eqn.params['dimension_numbers']
+  ours, theirs = (0, 1) if is_left else (1, 0)
+  p = lowrank.Product(
+      is_left,
+      contracted[ours],
+      batch[ours],
+      contracted[theirs],
+      batch[theirs],
+      eqn.params['precision'],
+      eqn.outvars[0].aval.dtype,
+      eqn.params.get('out_sharding'),
+  )
+  change = lowrank.product(value, other, p) if value.factors else None
+  if value.factors and change is None:
+    return None
+  uses.multiply(value, p)
+  (product,) = _plain(
+      eqn, (value.base, other) if is_left else (other, value.base)
+  )
+  return [product if change is None else product + change]
+
+
+def _call(eqn, operands, uses):
+  """A program within the program, inlined."""
+  inner = eqn.params['jaxpr']
+  return _evaluate(inner.jaxpr, inner.consts, operands, uses)
+
+
+def _remat(eqn, operands, uses):
+  inner, p = eqn.params['jaxpr'], eqn.params
+  evaluate = lambda *operands: _evaluate(inner, (), operands, uses)
+  return jax.checkpoint(
+      evaluate, prevent_cse=p['prevent_cse'], policy=p['policy']
+  )(*operands)
+
+
+def _scan(eqn, operands, uses):
+  p, inner = eqn.params, eqn.params['jaxpr']
+  ends = (p['num_consts'], p['num_consts'] + p['num_carry'])
+  consts, xs = operands[: ends[0]], operands[ends[1] :]
+  carry = _arrays(operands[ends[0] : ends[1]], 'the carry of a scan', uses)
+  sliced = [
+      lowrank.slices(x) if isinstance(x, LowRank) else ([x], lambda y: y[0])
+      for x in xs
+  ]
+
+  def body(carry, xs):
+    values = [inside(x) for (_, inside), x in zip(sliced, xs, strict=True)]
+    out = _evaluate(
+        inner.jaxpr, inner.consts, [*consts, *carry, *values], uses
+    )
+    return out[: len(carry)], out[len(carry) :]
+
+  carry, ys = jax.lax.scan(
+      body,
+      carry,
+      [arrays for arrays, _ in sliced],
+      length=p['length'],
+      reverse=p['reverse'],
+      unroll=p['unroll'],
+  )
+  return [*carry, *ys]
+
+
+def _cond(eqn, operands, uses):
+  index, *rest = operands
+  branches = [
+      lambda *rest, inner=inner: _evaluate(
+          inner.jaxpr, inner.consts, rest, uses
+      )
+      for inner in eqn.params['branches']
+  ]
+  return jax.lax.switch(index, branches, *rest)
+
+
+def _while(eqn, operands, uses):
+  p = eqn.params
+  ends = (p['cond_nconsts'], p['cond_nconsts'] + p['body_nconsts'])
+  tests, consts = operands[: ends[0]], operands[ends[0] : ends[1]]
+  run = lambda inner, inputs: _evaluate(
+      inner.jaxpr, inner.consts, inputs, uses
+  )
+  return jax.lax.while_loop(
+      lambda carry: run(p['cond_jaxpr'], [*tests, *carry])[0],
+      lambda carry: run(p['body_jaxpr'], [*consts, *carry]),
+      _arrays(operands[ends[1] :], 'the carry of a while loop', uses),
+  )
+
+
+# Primitives by name: those within programs are jax's own affair, and one that is
+# not known, or renamed in a later version, only costs memory.
+_RULES = {
+    'broadcast_in_dim': _broadcast,
+    'checkpoint': _remat,
+    'cond': _cond,
+    'convert_element_type': _convert,
+    'dot_general': _dot_general,
+    'dynamic_slice': _dynamic_slice,
+    'jit': _call,
+    'pjit': _call,
+    'remat': _remat,
+    'remat2': _remat,
+    'reshape': _reshape,
+    'scan': _scan,
+    'slice': _slice,
+    'split': _split,
+    'squeeze': _squeeze,
+    'transpose': _transpose,
+    'while': _while,
+}
+
+
+def _arrays(values: Sequence[Any], what: str, uses: _Uses) -> list[jax.Array]:
+  return [uses.form(x, what) if isinstance(x, LowRank) else x for x in values]
+
+
+def _is_array(leaf: Any) -> bool:
+  kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+  return isinstance(leaf, kinds)
+
+
+def _is_matrix(leaf: Any) -> bool:
+  return leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _is_pair(pair: Any) -> bool:
+  return isinstance(pair, Pair)
+
+
+def _paths(params: Any, whole: bool = True) -> dict[str, Any]:
+  """Returns {path: leaf}; quantised arrays are leaves where `whole`."""
+  flat = jax.tree_util.tree_flatten_with_path(
+      params, is_leaf=is_quantized if whole else None
+  )[0]
+  names = matrices_lib.path_names([keys for keys, _ in flat])
+  return dict(zip(names, (leaf for _, leaf in flat), strict=True))
+
+
+def _check_paths(factors: Factors, paths: Mapping[str, Any]) -> None:
+  for path in factors:
+    if path not in paths:
       raise ValueError(
           f'Expected the factors of {path} to belong to a leaf of params; the'
-          f' paths are {sorted(where)}.'
+          f' paths are {sorted(paths)}.'
       )
-    keys = where[path]
-    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey):
-      keys = keys[:-1]  # A box around the leaf.
-    is_key = lambda key: isinstance(key, jax.tree_util.DictKey)
-    if not keys or not all(map(is_key, keys)):
+    if not (_is_array(paths[path]) or is_quantized(paths[path])):
       raise ValueError(
-          f'Expected {path} to be a leaf below mappings, got keys {keys}.'
+          f'Expected {path} to be an array, got {type(paths[path]).__name__}.'
       )
-    params = _insert(
-        params, keys, _Pair(pair['left'], pair['right'], path, owner)
-    )
-  return params
 
 
-def is_quantized(node: Any) -> bool:
-  """Returns whether a node of a tree is one quantised array (Qwix)."""
-  inner = getattr(node, 'array', node)
-  return hasattr(inner, 'qvalue') and hasattr(inner, 'scale')
+def _read_axes(
+    loss: Loss,
+    params: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> dict[str, Axes]:
+  """Returns the axes of what the loss multiplies by, see `all_linear`."""
+  paths = _paths(params)
+  kernels = [path for path in paths if path.rpartition('/')[2] == 'kernel']
+  called = _called(loss, params, kernels, args, kwargs)
+  found = {p: called[p] for p in called if is_quantized(paths[p])}
+  uses = _trace(loss, params, args, kwargs).probe(kernels or paths)
+  for path, axes in uses.axes.items():
+    if 'gather' in uses.formed.get(path, ()):
+      continue  # A table of embeddings.
+    # Kernels that nn.vmap stacks over one input look like one wide kernel.
+    num = len(axes.right) - len(called[path].right) if path in called else 0
+    stacked, right = axes.right[: max(0, num)], axes.right[max(0, num) :]
+    found[path] = Axes((*axes.batch, *stacked), axes.left, right)
+  return found
 
 
-def logical(params: Any) -> Any:
-  """Returns params with each quantised array as the shape it stands for."""
-
-  def shape_of(node):
-    if not is_quantized(node):
-      return node
-    array = getattr(node, 'array', node)
-    return jax.ShapeDtypeStruct(tuple(node.shape), array.scale.dtype)
-
-  return jax.tree.map(shape_of, params, is_leaf=is_quantized)
-
-
-def _is_shape(node: Any) -> bool:
-  return isinstance(node, jax.ShapeDtypeStruct)
-
-
-def _unjitted(loss: Loss) -> Loss:
-  """Returns the function below `jax.jit`, whose trace would be remembered."""
-  is_jitted = isinstance(loss, jax.stages.Wrapped)
-  if not is_jitted:
-    return loss
-  return _unjitted(loss.__wrapped__)  # pyrefly: ignore  (set by functools)
+def _called(
+    loss: Loss,
+    params: Any,
+    kernels: Sequence[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> dict[str, Axes]:
+  """Returns what Linen's projections say of the axes of kernels, if anything."""
+  found: dict[str, Axes] = {}
+  watched = projections.watch(loss, params, kernels, found)
+  try:
+    _trace(watched, params, args, kwargs)
+  except Exception:  # A loss that does not take params with factors beside them.
+    if any(is_quantized(leaf) for leaf in _paths(params).values()):
+      raise
+  return found
 
 
-def _insert(tree: Any, keys: Sequence[Any], pair: _Pair) -> Any:
-  name = keys[0].key
-  if len(keys) == 1:
-    return {**tree, f'{name}{_SUFFIX}': pair}
-  return {**tree, name: _insert(tree[name], keys[1:], pair)}
+def _axes_of(
+    factors: Factors, read: Callable[[], dict[str, Axes]], paths: Any
+) -> dict[str, Axes]:
+  """Returns the axes of each leaf, from its pair or else from the loss."""
+  found = {p: pair.axes for p, pair in factors.items() if _is_pair(pair)}
+  rest = [path for path in factors if path not in found]
+  seen = read() if rest else {}
+  for path in rest:
+    if path not in seen and paths[path].ndim != 2:
+      raise ValueError(
+          f'Expected {path} to enter a product that tells its axes: give its'
+          ' factors as adapters.scaled returns them, or select others.'
+      )
+    found[path] = seen.get(path, Axes((), (0,), (1,)))
+  return found
 
 
-def _is_call(context: Any) -> bool:
-  is_projection = isinstance(context.module, _PROJECTIONS)
-  return is_projection and context.method_name == '__call__'
-
-
-def _beside(module: nn.Module, name: str, owner: Any) -> _Pair | None:
-  """Returns the factors beside a parameter of a module, if there are some."""
-  if not module.has_variable('params', name + _SUFFIX):
-    return None
-  pair = module.get_variable('params', name + _SUFFIX)
-  return pair if pair.owner is owner else None
-
-
-def _axes(module: nn.Module, inputs: jax.Array, einsum_str: str | None = None):
-  """Returns axes: x contracted, x batch, kernel batch, left, right."""
-  if isinstance(module, nn.Einsum):
-    labels, kernel, out = _einsum_labels(module, inputs, einsum_str)
-    batch = [a for a in kernel if a in labels and a in out]
-    left = [a for a in kernel if a in labels and a not in out]
-    right = [a for a in kernel if a not in labels]
-    place = lambda chosen, among: tuple(among.index(a) for a in chosen)
-    return (
-        place(left, labels),
-        place(batch, labels),
-        place(batch, kernel),
-        place(left, kernel),
-        place(right, kernel),
-    )
-  one = lambda value: (value,) if isinstance(value, int) else tuple(value)
-  axis: tuple[int, ...] = (-1,)
-  batch, num_features = (), 1
-  if isinstance(module, nn.DenseGeneral):
-    axis, batch = one(module.axis), one(module.batch_dims)
-    num_features = len(one(module.features))
-  bounds = [0, len(batch), len(batch) + len(axis)]
-  bounds.append(bounds[-1] + num_features)
-  ranges = [
-      tuple(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)
-  ]
-  positive = lambda axes: tuple(sorted(a % inputs.ndim for a in axes))
-  return positive(axis), positive(batch), *ranges
-
-
-def _einsum_labels(
-    module: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None
-) -> tuple[str, str, str]:
-  """Returns one letter an axis for x, kernel and output, without ellipses."""
-  text = (module.einsum_str or einsum_str or '').replace(' ', '')
-  operands, out = text.split('->')
-  labels, kernel = operands.split(',')
-  unused = [c for c in map(chr, range(ord('A'), ord('z') + 1)) if c.isalpha()]
-  unused = [c for c in unused if c not in text]
-  dots = ''.join(unused[: inputs.ndim - len(labels.replace('...', ''))])
-  fill = lambda part: part.replace('...', dots)
-  return fill(labels), fill(kernel), fill(out)
-
-
-def _product(
-    module: Any, pair: _Pair, dtype: Any, inputs: jax.Array, *args, **kwargs
-) -> jax.Array:
-  """Returns (x L) R in the layout of the module's output."""
-  left, right = (f.astype(dtype) for f in (pair.left, pair.right))
-  x = inputs.astype(dtype)
-  contracted, batch, kernel_batch, kernel_left, kernel_right = _axes(
-      module, x, *args, **kwargs
-  )
-  kernel = module.get_variable('params', 'kernel')
-  shape = tuple(jax.tree.leaves(kernel, is_leaf=is_quantized)[0].shape)
-  sizes = lambda axes: tuple(shape[axis] for axis in axes)
-  rank = left.shape[-1]
-  expected = (*sizes(kernel_batch), math.prod(sizes(kernel_left)), rank)
-  if left.shape != expected:
-    raise ValueError(
-        f'Expected the left factor of {pair.path} to have shape {expected},'
-        f' got {left.shape}: its rule should say left={kernel_left},'
-        f' right={kernel_right}, batch={kernel_batch}, after the axes that'
-        ' nn.scan puts in front.'
-    )
-  left = left.reshape(*sizes(kernel_batch), *sizes(kernel_left), rank)
-  right = right.reshape(*sizes(kernel_batch), rank, *sizes(kernel_right))
-  if isinstance(module, nn.Einsum):
-    labels, names, out = _einsum_labels(module, x, *args, **kwargs)
-    pick = lambda axes: ''.join(names[a] for a in axes)
-    r = next(c for c in 'rstuvwxyzabcdefghijklmnopq' if c not in labels + names)
-    kept = ''.join(c for c in labels if c not in pick(kernel_left))
-    thin = f'{labels},{pick(kernel_batch)}{pick(kernel_left)}{r}->{kept}{r}'
-    wide = f'{kept}{r},{pick(kernel_batch)}{r}{pick(kernel_right)}->{out}'
-    h = jnp.einsum(thin, x, left, precision=module.precision)
-    return jnp.einsum(wide, h, right, precision=module.precision)
-  count = len(batch)
-  first = tuple(range(count))
-  places = tuple(range(count, count + len(contracted)))
-  h = jax.lax.dot_general(
-      x,
-      left,
-      ((contracted, places), (batch, first)),
-      precision=module.precision,
-  )
-  return jax.lax.dot_general(
-      h,
-      right,
-      (((h.ndim - 1,), (count,)), (first, first)),
-      precision=module.precision,
-  )
-
-
-def _check_met(
-    factors: Factors,
-    calls: Mapping[str, int],
-    lookups: Mapping[str, set[str]],
-) -> None:
-  """Raises for a selected matrix that the forward pass never met."""
-  for path in factors:
-    if path in calls:
-      continue
-    why = 'no nn.Dense, nn.DenseGeneral or nn.Einsum was called with it'
-    if path in lookups:
-      why = 'it is the table of an nn.Embed'
-      if 'attend' in lookups[path]:
-        why += ', tied to the output by its method attend'
-    raise ValueError(
-        f'Expected the forward pass to meet {path} as a projection, but {why}:'
-        ' select others, or adapt it by inject.by_addition.'
-    )
+def _low_rank(leaf: Any, pair: Any, axes: Axes, path: str) -> LowRank:
+  """Returns W + L R; raises ValueError where the factors do not fit."""
+  leaf = jnp.asarray(leaf)
+  size = lambda side: math.prod(leaf.shape[axis] for axis in side)
+  batch = tuple(leaf.shape[axis] for axis in axes.batch)
+  rank = pair['left'].shape[-1]
+  for side, expected in (
+      ('left', (*batch, size(axes.left), rank)),
+      ('right', (*batch, rank, size(axes.right))),
+  ):
+    if pair[side].shape != expected:
+      raise ValueError(
+          f'Expected the {side} factor of {path} to have shape {expected}, got'
+          f' {pair[side].shape}: its rule should say left={axes.left},'
+          f' right={axes.right}, batch={axes.batch}.'
+      )
+  return lowrank.low_rank(leaf, pair['left'], pair['right'], axes, path)

@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bernoulli_lora_jax import lowrank
+
 # `layers_3/...` (unrolled Linen), `layer/3/...` (lists, Hugging Face).
 LAYER = r'(?:^|/)(?:layers?|blocks?|h)([_/]\d+)(?=/|$)'
 
@@ -109,6 +111,15 @@ class Matrix(NamedTuple):
   m: int  # Length of the left side.
   n: int  # Length of the right side.
   dtype: Any
+
+  @property
+  def axes(self) -> lowrank.Axes:
+    """The axes of the leaf: batch, left, right."""
+    start = len(self.batch)
+    end = start + 1
+    while math.prod(self.shape[axis] for axis in self.perm[start:end]) < self.m:
+      end += 1
+    return lowrank.Axes(self.perm[:start], self.perm[start:end], self.perm[end:])
 
   @property
   def entries(self) -> np.ndarray:

@@ -527,10 +527,8 @@ class ByProductTest(parameterized.TestCase):
     loss, params, x = two_dense()
     factors = factors_of(params, TWO_DENSE_AXES)
     before = jax.tree.structure(params)
-    inserted = inject.insert(params, factors)
     inject.by_product(loss)(params, factors, x)
     self.assertEqual(jax.tree.structure(params), before)
-    self.assertIs(inserted['layers_0']['kernel'], params['layers_0']['kernel'])
 
   def test_other_outputs_and_keywords_pass(self):
     loss, params, x = two_dense()
@@ -699,8 +697,9 @@ class AllLinearTest(parameterized.TestCase):
     inject.all_linear(
         loss, params, jax.ShapeDtypeStruct((3, 4), jnp.float32), 1
     )
-    self.assertLen(calls, 1)
-    self.assertIsInstance(calls[0], jax.core.Tracer)
+    self.assertLen(calls, 2)  # With and without a look at its modules.
+    for x in calls:
+      self.assertIsInstance(x, jax.core.Tracer)
 
   def test_sub_models_with_other_kernels_of_the_same_name(self):
     one = Called(functools.partial(nn.DenseGeneral, (2, 3)), lambda m, x: m(x))
@@ -1196,42 +1195,18 @@ class RejectsTest(parameterized.TestCase):
   def pair(self, m, n):
     return {'left': normal(m, RANK), 'right': normal(RANK, n)}
 
-  def test_convolution(self):
-    message = self.refuse(
-        {'conv/kernel': self.pair(12, 4), 'linear/kernel': self.pair(4, 4)},
-        'meet conv/kernel as a projection',
-        'no nn.Dense, nn.DenseGeneral or nn.Einsum was called with it',
-        'select others, or adapt it by inject.by_addition',
-    )
-    self.assertNotIn('Embed', message)
-
-  def test_tied_table(self):
+  def test_convolution_whose_axes_are_unknown(self):
     self.refuse(
-        {'embed/embedding': self.pair(7, 4)},
-        'meet embed/embedding as a projection',
-        'it is the table of an nn.Embed, tied to the output by its method',
+        {'conv/kernel': self.pair(12, 4), 'linear/kernel': self.pair(4, 4)},
+        'conv/kernel to enter a product that tells its axes',
+        'as adapters.scaled returns them, or select others',
     )
-
-  def test_table(self):
-    class Model(nn.Module):
-
-      @nn.compact
-      def __call__(self, tokens):
-        x = nn.Embed(7, 4, name='embed')(tokens)
-        return nn.Dense(4, name='linear')(x)
-
-    message = self.refuse(
-        {'embed/embedding': self.pair(7, 4)},
-        'it is the table of an nn.Embed: select',
-        model=Model(),
-    )
-    self.assertNotIn('tied', message)
 
   def test_layer_that_is_not_called(self):
     loss, params, x = two_dense()
     params['unused'] = {'kernel': jnp.zeros((4, 4))}
     factors = {'unused/kernel': self.pair(4, 4)}
-    with self.assertRaisesRegex(ValueError, 'meet unused/kernel as a projec'):
+    with self.assertRaisesRegex(ValueError, 'the loss to use unused/kernel'):
       inject.by_product(loss)(params, factors, x)
 
   def test_sub_model_that_is_not_called(self):
@@ -1247,25 +1222,6 @@ class RejectsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'two/layers_0/kernel'):
       inject.by_product(loss)(params, both, x)
 
-  def test_another_matrix_of_a_projection(self):
-
-    class Gated(nn.Dense):
-
-      @nn.compact
-      def __call__(self, x):
-        init = nn.initializers.normal()
-        gate = self.param('gate', init, (x.shape[-1], self.features))
-        return super().__call__(x) * nn.sigmoid(x @ gate)
-
-    model = Called(functools.partial(Gated, 5), lambda module, x: module(x))
-    x = normal(3, 4)
-    self.refuse(
-        {'inner/gate': self.pair(4, 5)},
-        'meet inner/gate as a projection',
-        x=x,
-        model=model,
-    )
-
   @parameterized.parameters('nowhere/kernel', 'linear', 'linear/kern')
   def test_path_that_does_not_exist(self, path):
     self.refuse(
@@ -1275,15 +1231,6 @@ class RejectsTest(parameterized.TestCase):
         "'embed/embedding'",
         "'linear/kernel'",
     )
-
-  def test_leaf_below_a_list(self):
-    model = nn.Dense(5)
-    x = normal(3, 4)
-    params = {'blocks': [{'linear': params_of(model, x)}]}
-    loss = lambda params, x: apply_of(model)(params['blocks'][0]['linear'], x)
-    factors = {'blocks/0/linear/kernel': self.pair(4, 5)}
-    with self.assertRaisesRegex(ValueError, 'blocks/0/linear/kernel'):
-      inject.by_product(loss)(params, factors, x)
 
   def test_rule_with_the_wrong_sides(self):
     model, shape, axes = CASES['scan']
@@ -1301,11 +1248,11 @@ class RejectsTest(parameterized.TestCase):
     self.assertEqual(axes[path], Axes((1,), (2, 3), (0,)))
     with self.assertRaises(ValueError) as caught:
       jax.eval_shape(inject.by_product(loss), params, state.factors, x)
-    # One layer inside of nn.scan: d = 4, two heads of 3.
+    # Three layers, d = 4, two heads of 3.
     message = (
         'Expected the left factor of layers/attention/query/kernel to have'
-        ' shape (4, 2), got (8, 2): its rule should say left=(0,),'
-        ' right=(1, 2), batch=(), after the axes that nn.scan puts in front.'
+        ' shape (3, 4, 2), got (3, 8, 2): its rule should say left=(1,),'
+        ' right=(2, 3), batch=(0,).'
     )
     self.assertEqual(str(caught.exception), message)
 
@@ -1332,13 +1279,11 @@ class RejectsTest(parameterized.TestCase):
       loss, params = apply_of(model), params_of(model, x)
     else:
       loss, params = lambda params, x: params['w'][x], {'w': normal(7)}
-    with self.assertRaisesRegex(
-        ValueError, 'calls nn.Dense, nn.DenseGeneral or nn.Einsum .*met none'
-    ):
+    with self.assertRaisesRegex(ValueError, 'multiplies by matrices of params'):
       inject.all_linear(loss, params, x)
 
   def test_all_linear_of_other_params(self):
     loss, params, x = two_dense()
     wrapped = lambda p, x: loss(params, x)  # Not those that it is given.
-    with self.assertRaisesRegex(ValueError, r"met \['layers_0', 'layers_2'\]"):
+    with self.assertRaisesRegex(ValueError, r"none among \['w'\]"):
       inject.all_linear(wrapped, {'w': x}, x)

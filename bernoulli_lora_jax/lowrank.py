@@ -1,0 +1,292 @@
+"""W + L R as one value that is not formed: what stands in a kernel's place.
+
+A `LowRank` is base + L R. Each of its axes belongs to the left side ('l'), to the
+right side ('r') or to neither ('b': stacked layers, experts). L has the axes b and
+l in the order of the base, R those b and r, both with the rank behind them. What
+only moves or cuts axes is done to the three arrays; a product contracts its other
+operand with the side that it sums over, then with the other side (`product`);
+whatever else happens to a value happens to the array (`dense`).
+
+A `LowRank` without factors is a probe: labels name the axes of the leaf, and what
+reaches a product tells over which of them it sums.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import string
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Labels = tuple[Any, ...]
+
+_LETTERS = string.ascii_letters
+_RANK = 'Z'
+_BATCH = 'b'  # Label of an axis of length one that a reshape adds.
+
+
+class Axes(NamedTuple):
+  """Axes of a leaf as it is stored, as in a `matrices.Rule`."""
+
+  batch: tuple[int, ...]
+  left: tuple[int, ...]
+  right: tuple[int, ...]
+
+  @property
+  def labels(self) -> Labels:
+    """'b', 'l' or 'r' for each axis of the leaf."""
+    sides = zip(self, 'blr', strict=True)
+    side = {axis: label for axes, label in sides for axis in axes}
+    return tuple(side[axis] for axis in range(len(side)))
+
+
+class Product(NamedTuple):
+  """`lax.dot_general` of a value with another operand, as its parameters."""
+
+  is_left: bool  # Whether the value is the first operand.
+  contracted: tuple[int, ...]  # Axes of the value.
+  batch: tuple[int, ...]
+  other_contracted: tuple[int, ...]  # Axes of the other operand.
+  other_batch: tuple[int, ...]
+  precision: Any
+  dtype: Any  # Of the result.
+  out_sharding: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+  """base + L R, not formed."""
+
+  base: jax.Array
+  factors: tuple[jax.Array, ...]  # (L, R); () of a probe.
+  labels: Labels = dataclasses.field(metadata={'static': True})
+  path: str = dataclasses.field(metadata={'static': True})
+  # Of a probe: axes of which one entry was taken.
+  entries: tuple[int, ...] = dataclasses.field(
+      default=(), metadata={'static': True}
+  )
+
+  def parts(self) -> Iterator[tuple[jax.Array, list[int]]]:
+    """Yields base, L and R, each with the value's axes that it has."""
+    every = list(range(len(self.labels)))
+    yield self.base, every
+    for factor, own in zip(self.factors, ('bl', 'br'), strict=False):
+      yield factor, [i for i in every if self.labels[i] in own]
+
+  def map(
+      self,
+      change: Callable[[jax.Array, list[int]], jax.Array],
+      labels: Labels,
+      entries: Sequence[int] = (),
+  ) -> 'LowRank':
+    """Returns the value with change(array, its axes) in place of each part."""
+    base, *factors = (change(array, own) for array, own in self.parts())
+    entries = (*self.entries, *entries)
+    return LowRank(base, tuple(factors), labels, self.path, entries)
+
+  def dense(self) -> jax.Array:
+    """Returns base + L R, summed in the wider dtype and rounded once."""
+    if not self.factors:
+      return self.base
+    names = _LETTERS[: len(self.labels)]
+    left, right = (
+        ''.join(names[i] for i in own) + _RANK
+        for _, own in list(self.parts())[1:]
+    )
+    change = jnp.einsum(f'{left},{right}->{names}', *self.factors)
+    wide = jnp.promote_types(self.base.dtype, change.dtype)
+    total = self.base.astype(wide) + change.astype(wide)
+    return total.astype(self.base.dtype)
+
+
+def low_rank(
+    leaf: jax.Array, left: jax.Array, right: jax.Array, axes: Axes, path: str
+) -> LowRank:
+  """Returns the value of a leaf with factors (*batch, m, r) and (*batch, r, n)."""
+  sizes = lambda axes: tuple(leaf.shape[axis] for axis in axes)
+  rank = left.shape[-1]
+
+  def in_order(factor, side):
+    own = (*axes.batch, *side)
+    factor = factor.reshape(*sizes(own), rank)
+    order = sorted(range(len(own)), key=lambda i: own[i])
+    return factor.transpose(*order, len(own))
+
+  factors = in_order(left, axes.left), in_order(right.mT, axes.right)
+  return LowRank(leaf, factors, axes.labels, path)
+
+
+def probe(leaf: jax.Array, path: str) -> LowRank:
+  """Returns the probe of a leaf."""
+  return LowRank(leaf, (), tuple((i,) for i in range(leaf.ndim)), path)
+
+
+def transpose(value: LowRank, permutation: Sequence[int]) -> LowRank:
+  """Returns the value with its axes in another order."""
+
+  def change(array, own):
+    order = [own.index(i) for i in permutation if i in own]
+    return array.transpose(*order, *range(len(own), array.ndim))
+
+  return value.map(change, tuple(value.labels[i] for i in permutation))
+
+
+def cut(value: LowRank, parts: Sequence[slice]) -> LowRank:
+  """Returns a part of each axis."""
+  return value.map(
+      lambda array, own: array[tuple(parts[i] for i in own)], value.labels
+  )
+
+
+def squeeze(value: LowRank, axes: Sequence[int]) -> LowRank:
+  """Returns the value without some axes of length one."""
+  kept = [i for i in range(len(value.labels)) if i not in axes]
+  return value.map(
+      lambda array, own: jax.lax.squeeze(
+          array, [own.index(i) for i in axes if i in own]
+      ),
+      tuple(value.labels[i] for i in kept),
+      _entries(value, axes),
+  )
+
+
+def reshape(value: LowRank, sizes: Sequence[int]) -> LowRank | None:
+  """Returns the value in another shape; None where sides would be mixed."""
+  labels = _reshaped(value, tuple(sizes))
+  if labels is None:
+    return None
+  kinds = iter((None, 'bl', 'br'))
+
+  def change(array, own):
+    kind = next(kinds)
+    named = zip(sizes, labels, strict=True)
+    new = [s for s, label in named if kind is None or label in kind]
+    return array.reshape(*new, *array.shape[len(own) :])
+
+  flat = lambda labels: [i for axes in labels for i in axes]
+  gone = []
+  if not value.factors:
+    gone = [i for i in flat(value.labels) if i not in flat(labels)]
+  return value.map(change, labels, gone)
+
+
+def slices(value: LowRank) -> tuple[list[jax.Array], Callable[..., LowRank]]:
+  """Returns what a scan over the first axis runs over, and what it does inside.
+
+  Returns:
+    The arrays that have the axis; a function from their slices to the value of
+    one step, the other arrays being the same in each.
+  """
+  parts = [(array, 0 in own) for array, own in value.parts()]
+
+  def inside(scanned):
+    scanned = iter(scanned)
+    base, *factors = (
+        next(scanned) if has_axis else array for array, has_axis in parts
+    )
+    entries = (*value.entries, *_entries(value, (0,)))
+    return LowRank(base, tuple(factors), value.labels[1:], value.path, entries)
+
+  return [array for array, has_axis in parts if has_axis], inside
+
+
+def product(
+    value: LowRank, other: jax.Array, p: Product
+) -> jax.Array | None:
+  """Returns the product of L R with another array, without forming L R.
+
+  Args:
+    value: with factors.
+    other: the other operand.
+    p: the product.
+
+  Returns:
+    An array in `p.dtype`; None where the product sums over no whole side, so that
+    L R would have to be formed.
+  """
+  summed = {value.labels[i] for i in p.contracted}
+  rest = {v for i, v in enumerate(value.labels) if i not in p.contracted}
+  whole = sorted({'l', 'r'} - rest, key=lambda side: (side not in summed, side))
+  if not whole:
+    return None
+  names = _LETTERS[: len(value.labels)]
+  (left, right) = (
+      (array, ''.join(names[i] for i in own) + _RANK)
+      for array, own in list(value.parts())[1:]
+  )
+  first, second = (left, right) if whole[0] == 'l' else (right, left)
+  ours = (*p.batch, *p.contracted)
+  shared = dict(
+      zip((*p.other_batch, *p.other_contracted), ours, strict=True)
+  )
+  free = iter(_LETTERS[len(names) :])
+  others = ''.join(
+      names[shared[i]] if i in shared else next(free)
+      for i in range(other.ndim)
+  )
+  ours_free = [names[i] for i in range(len(names)) if i not in ours]
+  others_free = [c for i, c in enumerate(others) if i not in shared]
+  ends = (ours_free, others_free) if p.is_left else (others_free, ours_free)
+  out = ''.join([names[i] for i in p.batch] + ends[0] + ends[1])
+  needed = set(out) | set(second[1])
+  thin = ''.join(dict.fromkeys(c for c in others + first[1] if c in needed))
+  # Factors are cast to what the product multiplies in.
+  cast = lambda x: x.astype(other.dtype)
+  inner = jnp.einsum(
+      f'{others},{first[1]}->{thin}',
+      other,
+      cast(first[0]),
+      precision=p.precision,
+  )
+  return jnp.einsum(
+      f'{thin},{second[1]}->{out}',
+      inner.astype(other.dtype),
+      cast(second[0]),
+      precision=p.precision,
+      preferred_element_type=p.dtype,
+      out_sharding=p.out_sharding,
+  )
+
+
+def _entries(value: LowRank, axes: Sequence[int]) -> list[int]:
+  if value.factors:
+    return []
+  return [i for axis in axes for i in value.labels[axis]]
+
+
+def _reshaped(value: LowRank, new: tuple[int, ...]) -> Labels | None:
+  """Returns the labels after a reshape, None where it mixes labels."""
+  old, labels = value.base.shape, value.labels
+  if 0 in old:
+    return None
+  unit = _BATCH if value.factors else ()
+  result: list[Any] = []
+  i = j = 0
+  while i < len(old) or j < len(new):
+    if i < len(old) and j < len(new) and old[i] == new[j]:
+      result.append(labels[i])
+      i, j = i + 1, j + 1
+    elif i < len(old) and old[i] == 1:
+      i += 1
+    elif j < len(new) and new[j] == 1:
+      result.append(unit)
+      j += 1
+    else:
+      ends, sizes = [i, j], [1, 1]
+      while sizes[0] != sizes[1] or sizes == [1, 1]:
+        side = int(sizes[0] > sizes[1])  # The shorter product grows.
+        sizes[side] *= (old, new)[side][ends[side]]
+        ends[side] += 1
+      group = labels[i : ends[0]]
+      if value.factors:
+        if len(set(group)) > 1:
+          return None
+        result += [group[0]] * (ends[1] - j)
+      elif ends[1] - j > 1:
+        return None  # One axis in two: a rule cannot say it.
+      else:
+        result.append(tuple(axis for label in group for axis in label))
+      i, j = ends
+  return tuple(result)
