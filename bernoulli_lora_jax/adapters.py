@@ -292,9 +292,7 @@ def draw_link(
   )
 
 
-def scaled(
-    factors: Pairs, found: Sequence[Adapted]
-) -> dict[str, inject.Pair]:
+def scaled(factors: Pairs, found: Sequence[Adapted]) -> dict[str, inject.Pair]:
   """Returns the factors as losses see them: the scale s in the right one."""
   return {
       one.matrix.path: inject.Pair(

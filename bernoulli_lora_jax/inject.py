@@ -235,7 +235,9 @@ class _Program:
   jaxpr: core.ClosedJaxpr
   inputs: list[Any]  # The arrays among the arguments.
   params: dict[str, int]  # Position of each leaf of params among them.
-  result: Callable[[Sequence[Any]], Any]  # Outputs of the program -> of the loss.
+  result: Callable[
+      [Sequence[Any]], Any
+  ]  # Outputs of the program -> of the loss.
 
   def run(self, values: Mapping[str, LowRank]) -> Any:
     """Returns the loss with values in the places of some leaves."""
@@ -361,9 +363,7 @@ def _evaluate_plainly(
     eqns: Sequence[core.JaxprEqn], env: dict[core.Var, Any]
 ) -> None:
   """Evaluates equations on arrays."""
-  made = [
-      v for e in eqns for v in e.outvars if not isinstance(v, core.DropVar)
-  ]
+  made = [v for e in eqns for v in e.outvars if not isinstance(v, core.DropVar)]
   read = [v for e in eqns for v in e.invars if isinstance(v, core.Var)]
   free = [v for v in dict.fromkeys(read) if v not in set(made)]
   jaxpr = core.Jaxpr([], free, made, list(eqns))
@@ -528,9 +528,7 @@ def _scan(eqn, operands, uses):
 
   def body(carry, xs):
     values = [inside(x) for (_, inside), x in zip(sliced, xs, strict=True)]
-    out = _evaluate(
-        inner.jaxpr, inner.consts, [*consts, *carry, *values], uses
-    )
+    out = _evaluate(inner.jaxpr, inner.consts, [*consts, *carry, *values], uses)
     return out[: len(carry)], out[len(carry) :]
 
   carry, ys = jax.lax.scan(
@@ -559,9 +557,7 @@ def _while(eqn, operands, uses):
   p = eqn.params
   ends = (p['cond_nconsts'], p['cond_nconsts'] + p['body_nconsts'])
   tests, consts = operands[: ends[0]], operands[ends[0] : ends[1]]
-  run = lambda inner, inputs: _evaluate(
-      inner.jaxpr, inner.consts, inputs, uses
-  )
+  run = lambda inner, inputs: _evaluate(inner.jaxpr, inner.consts, inputs, uses)
   return jax.lax.while_loop(
       lambda carry: run(p['cond_jaxpr'], [*tests, *carry])[0],
       lambda carry: run(p['body_jaxpr'], [*consts, *carry]),
@@ -665,7 +661,9 @@ def _called(
   watched = projections.watch(loss, params, kernels, found)
   try:
     _trace(watched, params, args, kwargs)
-  except Exception:  # A loss that does not take params with factors beside them.
+  except (
+      Exception
+  ):  # A loss that does not take params with factors beside them.
     if any(is_quantized(leaf) for leaf in _paths(params).values()):
       raise
   return found

@@ -192,9 +192,7 @@ def slices(value: LowRank) -> tuple[list[jax.Array], Callable[..., LowRank]]:
   return [array for array, has_axis in parts if has_axis], inside
 
 
-def product(
-    value: LowRank, other: jax.Array, p: Product
-) -> jax.Array | None:
+def product(value: LowRank, other: jax.Array, p: Product) -> jax.Array | None:
   """Returns the product of L R with another array, without forming L R.
 
   Args:
@@ -212,19 +210,16 @@ def product(
   if not whole:
     return None
   names = _LETTERS[: len(value.labels)]
-  (left, right) = (
+  left, right = (
       (array, ''.join(names[i] for i in own) + _RANK)
       for array, own in list(value.parts())[1:]
   )
   first, second = (left, right) if whole[0] == 'l' else (right, left)
   ours = (*p.batch, *p.contracted)
-  shared = dict(
-      zip((*p.other_batch, *p.other_contracted), ours, strict=True)
-  )
+  shared = dict(zip((*p.other_batch, *p.other_contracted), ours, strict=True))
   free = iter(_LETTERS[len(names) :])
   others = ''.join(
-      names[shared[i]] if i in shared else next(free)
-      for i in range(other.ndim)
+      names[shared[i]] if i in shared else next(free) for i in range(other.ndim)
   )
   ours_free = [names[i] for i in range(len(names)) if i not in ours]
   others_free = [c for i, c in enumerate(others) if i not in shared]

@@ -119,7 +119,9 @@ class Matrix(NamedTuple):
     end = start + 1
     while math.prod(self.shape[axis] for axis in self.perm[start:end]) < self.m:
       end += 1
-    return lowrank.Axes(self.perm[:start], self.perm[start:end], self.perm[end:])
+    return lowrank.Axes(
+        self.perm[:start], self.perm[start:end], self.perm[end:]
+    )
 
   @property
   def entries(self) -> np.ndarray:

@@ -51,7 +51,9 @@ def enter(loss: Loss, factors: Factors, calls: Calls) -> Loss:
   def entered(params, *args, **kwargs):
     interceptor = _interceptor(calls, _product)
     with nn.intercept_methods(interceptor):
-      result = _unjitted(loss)(_insert_all(params, factors, calls), *args, **kwargs)
+      result = _unjitted(loss)(
+          _insert_all(params, factors, calls), *args, **kwargs
+      )
     for path in factors:
       if path not in calls.count:
         raise ValueError(

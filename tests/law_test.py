@@ -98,7 +98,9 @@ class Normed(nn.Module):
   @nn.compact
   def __call__(self, x):
     if self.norm is nn.SpectralNorm:
-      inner = nn.SpectralNorm(nn.Dense(5, name='inner'), collection_name='params')
+      inner = nn.SpectralNorm(
+          nn.Dense(5, name='inner'), collection_name='params'
+      )
       return inner(x, update_stats=False)
     return self.norm(nn.Dense(5, name='inner'))(x)
 
@@ -111,7 +113,9 @@ class Standardised(nn.Module):
     change = lambda tree: jax.tree.map(
         lambda w: w - w.mean(0, keepdims=True), tree
     )
-    layer = nn.map_variables(nn.Dense, 'params', change, init=self.is_initializing())
+    layer = nn.map_variables(
+        nn.Dense, 'params', change, init=self.is_initializing()
+    )
     return layer(5, name='inner')(x)
 
 
@@ -158,7 +162,10 @@ class Nested(nn.Module):
         return layer(name='inner')(h, None)[0], None
 
     layer = nn.scan(
-        Inner, variable_axes={'params': 0}, split_rngs={'params': True}, length=3
+        Inner,
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        length=3,
     )
     return layer(name='outer')(x, None)[0]
 
@@ -171,7 +178,9 @@ def penalty(apply, params, x):
 def inner_step(apply, params, x):
   """A step of gradient descent inside of the loss."""
   value = lambda params: jnp.mean(apply(params, x) ** 2)
-  moved = jax.tree.map(lambda w, g: w - 0.3 * g, params, jax.grad(value)(params))
+  moved = jax.tree.map(
+      lambda w, g: w - 0.3 * g, params, jax.grad(value)(params)
+  )
   return apply(moved, x)
 
 
@@ -205,7 +214,9 @@ def looped(params, x):
 def counted(params, x):
   """The number of turns depends on the weights, and so does a carry."""
   keep = lambda c: jnp.sum(c[0] ** 2) > 0.1 * jnp.sum(params['a'] ** 2)
-  return jax.lax.while_loop(keep, lambda c: (0.5 * c[0], c[1] + 1), (params['a'], 0))
+  return jax.lax.while_loop(
+      keep, lambda c: (0.5 * c[0], c[1] + 1), (params['a'], 0)
+  )
 
 
 def branches(params, x):
@@ -227,7 +238,9 @@ def kernel_of_pallas(params, x):
 def callback(params, x):
   shape = jax.ShapeDtypeStruct((), jnp.float64)
   norm = jax.pure_callback(
-      lambda w: np.asarray(np.linalg.norm(w)), shape, jax.lax.stop_gradient(params['a'])
+      lambda w: np.asarray(np.linalg.norm(w)),
+      shape,
+      jax.lax.stop_gradient(params['a']),
   )
   return x @ params['a'] / norm
 
@@ -235,7 +248,9 @@ def callback(params, x):
 def experts(params, x):
   """vmap over a stack, each entry with its own input and with one for all."""
   h = jax.vmap(lambda w, x: jnp.tanh(x @ w))(params['a'], x.reshape(2, 3, 4))
-  return jnp.einsum('ebd,edf->bf', h, params['b']), jax.vmap(lambda w: x @ w)(params['a'])
+  return jnp.einsum('ebd,edf->bf', h, params['b']), jax.vmap(lambda w: x @ w)(
+      params['a']
+  )
 
 
 def unrolled(params, x):
@@ -307,7 +322,9 @@ def cases():
       lambda apply, p, x: apply(low(p), x.astype(jnp.float32))
   )
   yield 'stopped', lambda: two(
-      lambda apply, p, x: apply({**p, 'one': jax.lax.stop_gradient(p['one'])}, x),
+      lambda apply, p, x: apply(
+          {**p, 'one': jax.lax.stop_gradient(p['one'])}, x
+      ),
       selection=bl.Matrices('kernel'),
       formed=('stop_gradient',),
   )
@@ -405,7 +422,7 @@ def cases():
       lambda p, x: jnp.vdot(x[:4], p['a']),
       (4, 4),
       selection=WHOLE,
-      formed=('reshape',)
+      formed=('reshape',),
   )
   yield 'equalised_rate', lambda: plain(
       lambda p, x: x @ (0.5 * p['a']), (4, 3), formed=('mul',), selection=WHOLE
@@ -422,7 +439,9 @@ def cases():
       formed=('dot_general',),
   )
   yield 'scan_over_a_side', lambda: plain(
-      lambda p, x: jax.lax.scan(lambda h, w: (h + x @ w, None), 0 * x[:, 0], p['a'])[0],
+      lambda p, x: jax.lax.scan(
+          lambda h, w: (h + x @ w, None), 0 * x[:, 0], p['a']
+      )[0],
       (3, 4),
       selection=WHOLE,
   )
@@ -465,7 +484,9 @@ def floats(tree):
 def weigh(tree):
   """Returns a scalar that depends on all floating-point leaves."""
   parts = [
-      jnp.sum(x.astype(jnp.float64) * np.cos(np.arange(x.size)).reshape(x.shape))
+      jnp.sum(
+          x.astype(jnp.float64) * np.cos(np.arange(x.size)).reshape(x.shape)
+      )
       for x in floats(tree)
   ]
   return sum(parts)
@@ -523,7 +544,9 @@ class LawTest(parameterized.TestCase):
     if not is_loop:
       chex.assert_trees_all_close(grads, by_hand, rtol=tol, atol=tol)
     plain = floats(jax.jit(case.loss)(case.params, case.x))
-    gaps = [float(jnp.max(jnp.abs(a - b))) for a, b in zip(out, plain, strict=True)]
+    gaps = [
+        float(jnp.max(jnp.abs(a - b))) for a, b in zip(out, plain, strict=True)
+    ]
     self.assertGreater(max(gaps), 1e-2)  # The factors do matter.
     texts = [
         str(w.message)
@@ -570,12 +593,16 @@ class RejectsTest(parameterized.TestCase):
     state = chain.init(KEY, params)
     factors = bl.adapters.scaled(state.factors, found)
     loss = lambda params: jnp.sum(params['a']) + jnp.sum(params['stack'])
-    given = {'missing': None, 'other axes': straight, 'other shape': turned}[kind]
+    given = {'missing': None, 'other axes': straight, 'other shape': turned}[
+        kind
+    ]
     if kind == 'missing':
       factors = {'a': dict(factors['a']), 'stack': dict(factors['stack'])}
     if kind == 'other shape':
       pair = factors['stack']
-      factors = {'stack': {'left': pair['left'][:2], 'right': pair['right'][:2]}}
+      factors = {
+          'stack': {'left': pair['left'][:2], 'right': pair['right'][:2]}
+      }
     with self.assertRaisesRegex(ValueError, 'Expected .*stack'):
       inject.by_addition(loss, given)(params, factors)
 
@@ -626,6 +653,8 @@ class LowRankTest(parameterized.TestCase):
     with jax.enable_x64(True):
       result = lowrank.reshape(value, new)
       if result is None:  # Both sides in one axis.
-        self.assertIn((shape, new), [((4, 5), (20,)), ((6, 4), (3, 8)), ((0, 4), (4, 0))])
+        self.assertIn(
+            (shape, new), [((4, 5), (20,)), ((6, 4), (3, 8)), ((0, 4), (4, 0))]
+        )
         return
       np.testing.assert_allclose(result.dense(), dense.reshape(new), atol=1e-12)
