@@ -4,7 +4,7 @@ From a loss (params, *args) to one (params, factors, *args) in which every adapt
 matrix is W + L R:
 
   by_product   traces the loss and runs its program with W + L R in the place of W,
-               not formed (`lowrank`): a product x W becomes x W + (x L) R.
+               not formed (`follow`): a product x W becomes x W + (x L) R.
   by_addition  forms W + L R and calls the loss.
 
 The law: for every loss the result is the loss at W + L R, to rounding. `by_product`
@@ -37,6 +37,7 @@ from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 
+from bernoulli_lora_jax import follow
 from bernoulli_lora_jax import lowrank
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import projections
@@ -141,10 +142,12 @@ def by_addition(
     _check_paths(factors, paths)
     places = {path: i for i, path in enumerate(paths)}
     found = {}
-    if matrices is not None or not all(map(_is_pair, factors.values())):
+    if matrices is not None or not all(
+        isinstance(pair, Pair) for pair in factors.values()
+    ):
       found = {m.path: m.axes for m in matrices_lib.find(params, matrices)}
     for path, pair in factors.items():
-      axes = pair.axes if _is_pair(pair) else found.get(path)
+      axes = pair.axes if isinstance(pair, Pair) else found.get(path)
       if axes is None or (matrices is not None and found.get(path) != axes):
         raise ValueError(
             f'Expected matrices with {path} along the axes of its factors, got'
@@ -200,34 +203,6 @@ def all_linear(loss: Loss, params: Any, *args: Any) -> matrices_lib.Matrices:
   return matrices_lib.Matrices(select=select, rules=tuple(rules))
 
 
-@dataclasses.dataclass
-class _Uses:
-  """What a loss does with the leaves that are followed, by path."""
-
-  met: set[str] = dataclasses.field(default_factory=set)
-  axes: dict[str, Axes] = dataclasses.field(default_factory=dict)
-  formed: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-
-  def form(self, value: LowRank, primitive: str) -> jax.Array:
-    self.met.add(value.path)
-    names = self.formed.setdefault(value.path, [])
-    if primitive not in names:
-      names.append(primitive)
-    return value.dense()
-
-  def multiply(self, value: LowRank, p: lowrank.Product) -> None:
-    """Notes a product; a probe's first one tells the axes of its leaf."""
-    self.met.add(value.path)
-    if value.factors or value.path in self.axes:
-      return
-    flat = lambda axes: sorted(i for axis in axes for i in value.labels[axis])
-    left, batch = flat(p.contracted), [*value.entries, *flat(p.batch)]
-    every = flat(range(len(value.labels)))
-    right = [i for i in every if i not in (*left, *batch)]
-    if left and right:
-      self.axes[value.path] = Axes(tuple(batch), tuple(left), tuple(right))
-
-
 @dataclasses.dataclass(frozen=True)
 class _Program:
   """A loss traced at its arguments."""
@@ -241,11 +216,11 @@ class _Program:
 
   def run(self, values: Mapping[str, LowRank]) -> Any:
     """Returns the loss with values in the places of some leaves."""
-    uses = _Uses()
+    uses = follow.Uses()
     inputs = list(self.inputs)
     for path, value in values.items():
       inputs[self.params[path]] = value
-    outputs = _evaluate(self.jaxpr.jaxpr, self.jaxpr.consts, inputs, uses)
+    outputs = follow.evaluate(self.jaxpr.jaxpr, self.jaxpr.consts, inputs, uses)
     for path in values:
       if path not in uses.met:
         raise ValueError(
@@ -262,16 +237,16 @@ class _Program:
       )
     return self.result(outputs)
 
-  def probe(self, paths: Sequence[str]) -> _Uses:
+  def probe(self, paths: Sequence[str]) -> follow.Uses:
     """Returns what the loss does with leaves, computing nothing."""
-    uses = _Uses()
+    uses = follow.Uses()
 
     def evaluate(inputs):
       for path in paths:
         i = self.params.get(path)
         if i is not None and _is_matrix(inputs[i]):
           inputs[i] = lowrank.probe(inputs[i], path)
-      return _evaluate(self.jaxpr.jaxpr, self.jaxpr.consts, inputs, uses)
+      return follow.evaluate(self.jaxpr.jaxpr, self.jaxpr.consts, inputs, uses)
 
     jax.eval_shape(evaluate, list(self.inputs))
     return uses
@@ -310,288 +285,6 @@ def _trace(
   return _Program(jaxpr, inputs, found, result)
 
 
-def _evaluate(
-    jaxpr: core.Jaxpr,
-    consts: Sequence[Any],
-    inputs: Sequence[Any],
-    uses: _Uses,
-) -> list[jax.Array]:
-  """Evaluates a program some of whose inputs are `LowRank`.
-
-  Equations that meet none are evaluated together, as they are.
-  """
-  env: dict[core.Var, Any] = {}
-  bind = lambda names, given: env.update(zip(names, given, strict=True))
-  bind(jaxpr.constvars, consts)
-  bind(jaxpr.invars, inputs)
-  read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
-  waiting: list[core.JaxprEqn] = []
-
-  def flush():
-    if waiting:
-      _evaluate_plainly(waiting, env)
-      waiting.clear()
-
-  low = {v for v in env if isinstance(env[v], LowRank)}
-  for eqn in _live(jaxpr):
-    if not any(v in low for v in eqn.invars if isinstance(v, core.Var)):
-      waiting.append(eqn)
-      continue
-    flush()
-    outputs = _follow(eqn, [read(v) for v in eqn.invars], uses)
-    bind(eqn.outvars, outputs)
-    low |= {v for v in eqn.outvars if isinstance(env[v], LowRank)}
-  flush()
-  return [
-      uses.form(x, 'the result') if isinstance(x, LowRank) else x
-      for x in map(read, jaxpr.outvars)
-  ]
-
-
-def _live(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
-  """Returns the equations that results or effects depend on."""
-  needed = {v for v in jaxpr.outvars if isinstance(v, core.Var)}
-  live = []
-  for eqn in reversed(jaxpr.eqns):
-    if eqn.effects or any(v in needed for v in eqn.outvars):
-      live.append(eqn)
-      needed |= {v for v in eqn.invars if isinstance(v, core.Var)}
-  return live[::-1]
-
-
-def _evaluate_plainly(
-    eqns: Sequence[core.JaxprEqn], env: dict[core.Var, Any]
-) -> None:
-  """Evaluates equations on arrays."""
-  made = [v for e in eqns for v in e.outvars if not isinstance(v, core.DropVar)]
-  read = [v for e in eqns for v in e.invars if isinstance(v, core.Var)]
-  free = [v for v in dict.fromkeys(read) if v not in set(made)]
-  jaxpr = core.Jaxpr([], free, made, list(eqns))
-  function = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))
-  env.update(zip(made, function(*(env[v] for v in free)), strict=True))
-
-
-def _follow(
-    eqn: core.JaxprEqn, operands: Sequence[Any], uses: _Uses
-) -> Sequence[Any]:
-  """Evaluates an equation that meets a `LowRank`: followed, or formed."""
-  rule = _RULES.get(eqn.primitive.name)
-  outputs = None if rule is None else rule(eqn, operands, uses)
-  if outputs is None:
-    outputs = _plain(eqn, _arrays(operands, eqn.primitive.name, uses))
-  return outputs
-
-
-def _plain(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
-  """Evaluates one equation on arrays."""
-  env = {
-      v: x
-      for v, x in zip(eqn.invars, operands, strict=True)
-      if isinstance(v, core.Var)
-  }
-  _evaluate_plainly([eqn], env)
-  return [env.get(v) for v in eqn.outvars]
-
-
-# What is done to a value when an equation only moves, cuts or casts it: a rule
-# (eqn, operands, uses) -> outputs, or None where W + L R is to be formed.
-
-
-def _convert(eqn, operands, uses):
-  del uses
-  dtype = eqn.params['new_dtype']
-  if not jnp.issubdtype(dtype, jnp.floating):
-    return None
-  (value,) = operands
-  cast = dataclasses.replace(value, base=value.base.astype(dtype))
-  return [cast]
-
-
-def _transpose(eqn, operands, uses):
-  del uses
-  return [lowrank.transpose(operands[0], eqn.params['permutation'])]
-
-
-def _reshape(eqn, operands, uses):
-  del uses
-  if eqn.params.get('sharding') is not None or len(operands) > 1:
-    return None
-  value = lowrank.reshape(operands[0], eqn.outvars[0].aval.shape)
-  return None if value is None else [value]
-
-
-def _broadcast(eqn, operands, uses):
-  """New axes of length one: a reshape."""
-  value, shape = operands[0], eqn.params['shape']
-  places = eqn.params['broadcast_dimensions']
-  is_reshape = tuple(shape[i] for i in places) == value.base.shape
-  is_reshape &= all(n == 1 for i, n in enumerate(shape) if i not in places)
-  return _reshape(eqn, operands, uses) if is_reshape else None
-
-
-def _squeeze(eqn, operands, uses):
-  del uses
-  return [lowrank.squeeze(operands[0], eqn.params['dimensions'])]
-
-
-def _slice(eqn, operands, uses):
-  del uses
-  p = eqn.params
-  strides = p['strides'] or (1,) * len(p['start_indices'])
-  bounds = list(
-      zip(p['start_indices'], p['limit_indices'], strides, strict=True)
-  )
-  return [lowrank.cut(operands[0], [slice(*b) for b in bounds])]
-
-
-def _split(eqn, operands, uses):
-  del uses
-  (value,), axis = operands, eqn.params['axis']
-  ends = np.cumsum([0, *eqn.params['sizes']]).tolist()
-  whole = [slice(None)] * len(value.labels)
-  return [
-      lowrank.cut(value, [*whole[:axis], slice(a, b), *whole[axis + 1 :]])
-      for a, b in zip(ends, ends[1:], strict=False)
-  ]
-
-
-def _dynamic_slice(eqn, operands, uses):
-  del uses
-  value, *starts = operands
-  if not isinstance(value, LowRank) or len(starts) != len(value.labels):
-    return None
-  sizes = eqn.params['slice_sizes']
-
-  def change(array, own):
-    rank = array.shape[len(own) :]
-    zero = jnp.zeros((), starts[0].dtype)
-    start = [starts[i] for i in own] + [zero] * len(rank)
-    return jax.lax.dynamic_slice(
-        array, start, [*(sizes[i] for i in own), *rank]
-    )
-
-  return [value.map(change, value.labels)]
-
-
-def _dot_general(eqn, operands, uses):
-  """x W + (x L) R."""
-  first, second = operands
-  if isinstance(first, LowRank) and isinstance(second, LowRank):
-    first = uses.form(first, 'a product with another adapted matrix')
-  is_left = isinstance(first, LowRank)
-  value, other = (first, second) if is_left else (second, first)
-  contracted, batch = eqn.params['dimension_numbers']
-  ours, theirs = (0, 1) if is_left else (1, 0)
-  p = lowrank.Product(
-      is_left,
-      contracted[ours],
-      batch[ours],
-      contracted[theirs],
-      batch[theirs],
-      eqn.params['precision'],
-      eqn.outvars[0].aval.dtype,
-      eqn.params.get('out_sharding'),
-  )
-  change = lowrank.product(value, other, p) if value.factors else None
-  if value.factors and change is None:
-    return None
-  uses.multiply(value, p)
-  (product,) = _plain(
-      eqn, (value.base, other) if is_left else (other, value.base)
-  )
-  return [product if change is None else product + change]
-
-
-def _call(eqn, operands, uses):
-  """A program within the program, inlined."""
-  inner = eqn.params['jaxpr']
-  return _evaluate(inner.jaxpr, inner.consts, operands, uses)
-
-
-def _remat(eqn, operands, uses):
-  inner, p = eqn.params['jaxpr'], eqn.params
-  evaluate = lambda *operands: _evaluate(inner, (), operands, uses)
-  return jax.checkpoint(
-      evaluate, prevent_cse=p['prevent_cse'], policy=p['policy']
-  )(*operands)
-
-
-def _scan(eqn, operands, uses):
-  p, inner = eqn.params, eqn.params['jaxpr']
-  ends = (p['num_consts'], p['num_consts'] + p['num_carry'])
-  consts, xs = operands[: ends[0]], operands[ends[1] :]
-  carry = _arrays(operands[ends[0] : ends[1]], 'the carry of a scan', uses)
-  sliced = [
-      lowrank.slices(x) if isinstance(x, LowRank) else ([x], lambda y: y[0])
-      for x in xs
-  ]
-
-  def body(carry, xs):
-    values = [inside(x) for (_, inside), x in zip(sliced, xs, strict=True)]
-    out = _evaluate(inner.jaxpr, inner.consts, [*consts, *carry, *values], uses)
-    return out[: len(carry)], out[len(carry) :]
-
-  carry, ys = jax.lax.scan(
-      body,
-      carry,
-      [arrays for arrays, _ in sliced],
-      length=p['length'],
-      reverse=p['reverse'],
-      unroll=p['unroll'],
-  )
-  return [*carry, *ys]
-
-
-def _cond(eqn, operands, uses):
-  index, *rest = operands
-  branches = [
-      lambda *rest, inner=inner: _evaluate(
-          inner.jaxpr, inner.consts, rest, uses
-      )
-      for inner in eqn.params['branches']
-  ]
-  return jax.lax.switch(index, branches, *rest)
-
-
-def _while(eqn, operands, uses):
-  p = eqn.params
-  ends = (p['cond_nconsts'], p['cond_nconsts'] + p['body_nconsts'])
-  tests, consts = operands[: ends[0]], operands[ends[0] : ends[1]]
-  run = lambda inner, inputs: _evaluate(inner.jaxpr, inner.consts, inputs, uses)
-  return jax.lax.while_loop(
-      lambda carry: run(p['cond_jaxpr'], [*tests, *carry])[0],
-      lambda carry: run(p['body_jaxpr'], [*consts, *carry]),
-      _arrays(operands[ends[1] :], 'the carry of a while loop', uses),
-  )
-
-
-# Primitives by name: those within programs are jax's own affair, and one that is
-# not known, or renamed in a later version, only costs memory.
-_RULES = {
-    'broadcast_in_dim': _broadcast,
-    'checkpoint': _remat,
-    'cond': _cond,
-    'convert_element_type': _convert,
-    'dot_general': _dot_general,
-    'dynamic_slice': _dynamic_slice,
-    'jit': _call,
-    'pjit': _call,
-    'remat': _remat,
-    'remat2': _remat,
-    'reshape': _reshape,
-    'scan': _scan,
-    'slice': _slice,
-    'split': _split,
-    'squeeze': _squeeze,
-    'transpose': _transpose,
-    'while': _while,
-}
-
-
-def _arrays(values: Sequence[Any], what: str, uses: _Uses) -> list[jax.Array]:
-  return [uses.form(x, what) if isinstance(x, LowRank) else x for x in values]
-
-
 def _is_array(leaf: Any) -> bool:
   kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
   return isinstance(leaf, kinds)
@@ -599,10 +292,6 @@ def _is_array(leaf: Any) -> bool:
 
 def _is_matrix(leaf: Any) -> bool:
   return leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _is_pair(pair: Any) -> bool:
-  return isinstance(pair, Pair)
 
 
 def _paths(params: Any, whole: bool = True) -> dict[str, Any]:
@@ -638,7 +327,7 @@ def _read_axes(
   kernels = [path for path in paths if path.rpartition('/')[2] == 'kernel']
   called = _called(loss, params, kernels, args, kwargs)
   found = {p: called[p] for p in called if is_quantized(paths[p])}
-  uses = _trace(loss, params, args, kwargs).probe(kernels or paths)
+  uses = _trace(loss, params, args, kwargs).probe(kernels or list(paths))
   for path, axes in uses.axes.items():
     if 'gather' in uses.formed.get(path, ()):
       continue  # A table of embeddings.
@@ -673,7 +362,7 @@ def _axes_of(
     factors: Factors, read: Callable[[], dict[str, Axes]], paths: Any
 ) -> dict[str, Axes]:
   """Returns the axes of each leaf, from its pair or else from the loss."""
-  found = {p: pair.axes for p, pair in factors.items() if _is_pair(pair)}
+  found = {p: f.axes for p, f in factors.items() if isinstance(f, Pair)}
   rest = [path for path in factors if path not in found]
   seen = read() if rest else {}
   for path in rest:

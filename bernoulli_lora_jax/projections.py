@@ -21,7 +21,7 @@ from bernoulli_lora_jax import lowrank
 from bernoulli_lora_jax import matrices as matrices_lib
 
 Loss = Callable[..., Any]
-Factors = Mapping[str, Mapping[str, jax.Array]]
+Factors = Mapping[str, Mapping[str, Any]]
 
 _SUFFIX = '_adapter'  # `kernel_adapter` stands beside `kernel`.
 _PROJECTIONS = (nn.Dense, nn.DenseGeneral, nn.Einsum)
@@ -129,7 +129,7 @@ def _product(
         ' in front.'
     )
   if not isinstance(module, nn.Einsum):
-    shaped = jax.ShapeDtypeStruct(shape, y.dtype)
+    shaped: Any = jax.ShapeDtypeStruct(shape, y.dtype)
     value = lowrank.low_rank(shaped, pair.left, pair.right, own, pair.path)
     p = lowrank.Product(
         is_left=False,
@@ -141,7 +141,9 @@ def _product(
         dtype=y.dtype,
         out_sharding=None,
     )
-    return y + lowrank.product(value, x, p)
+    change = lowrank.product(value, x, p)
+    assert change is not None  # It sums over the left side.
+    return y + change
   labels, names, out = _einsum_labels(module, x, *args, **kwargs)
   pick = lambda axes: ''.join(names[a] for a in axes)
   left = pair.left.reshape(*sizes(own.batch + own.left), rank)
