@@ -250,9 +250,9 @@ def _call(eqn, operands, uses):
 
 def _remat(eqn, operands, uses):
   inner, p = eqn.params['jaxpr'], eqn.params
-  evaluate = lambda *operands: evaluate(inner, (), operands, uses)
+  run = lambda *operands: evaluate(inner, (), operands, uses)
   return jax.checkpoint(
-      evaluate, prevent_cse=p['prevent_cse'], policy=p['policy']
+      run, prevent_cse=p['prevent_cse'], policy=p['policy']
   )(*operands)
 
 
