@@ -251,9 +251,9 @@ def _call(eqn, operands, uses):
 def _remat(eqn, operands, uses):
   inner, p = eqn.params['jaxpr'], eqn.params
   run = lambda *operands: evaluate(inner, (), operands, uses)
-  return jax.checkpoint(
-      run, prevent_cse=p['prevent_cse'], policy=p['policy']
-  )(*operands)
+  return jax.checkpoint(run, prevent_cse=p['prevent_cse'], policy=p['policy'])(
+      *operands
+  )
 
 
 def _scan(eqn, operands, uses):

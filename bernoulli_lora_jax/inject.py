@@ -21,8 +21,8 @@ cast to the compute dtype where they are multiplied. A `Pair` also says which ax
 of its leaf are left and right ones; of a plain mapping they are read from the loss,
 as `all_linear` does.
 
-Weights quantised by Qwix are met in the projections of Linen models alone, see
-`projections`.
+Weights quantised by Qwix are met in the projections of Linen models (`projections`);
+any other use of them is an error.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,7 +104,11 @@ def by_product(loss: Loss) -> Loss:
     _check_paths(factors, paths)
     beside = {p: f for p, f in factors.items() if is_quantized(paths[p])}
     followed = {p: f for p, f in factors.items() if p not in beside}
-    entered = projections.enter(loss, beside, calls) if beside else loss
+    entered = loss
+    if beside:
+      entered = projections.enter(loss, beside, calls)
+      rest = _trace(projections.leave_out(loss, beside), params, args, kwargs)
+      _check_quantized(beside, rest)
     program = _trace(entered, params, args, kwargs)
     axes = _axes_of(
         followed, lambda: _read_axes(loss, params, args, kwargs), paths
@@ -244,7 +248,7 @@ class _Program:
     def evaluate(inputs):
       for path in paths:
         i = self.params.get(path)
-        if i is not None and _is_matrix(inputs[i]):
+        if i is not None:
           inputs[i] = lowrank.probe(inputs[i], path)
       return follow.evaluate(self.jaxpr.jaxpr, self.jaxpr.consts, inputs, uses)
 
@@ -291,7 +295,8 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _is_matrix(leaf: Any) -> bool:
-  return leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+  is_array = _is_array(leaf) and leaf.ndim >= 2
+  return is_array and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _paths(params: Any, whole: bool = True) -> dict[str, Any]:
@@ -316,6 +321,18 @@ def _check_paths(factors: Factors, paths: Mapping[str, Any]) -> None:
       )
 
 
+def _check_quantized(factors: Factors, rest: _Program) -> None:
+  """Raises for a quantised weight that the loss uses outside of its products."""
+  for path in factors:
+    uses = rest.probe([p for p in rest.params if p.startswith(f'{path}/')])
+    for name, primitives in uses.formed.items():
+      raise ValueError(
+          f'Expected the quantised {path} to enter products alone, but {name} is'
+          f' used by {", ".join(primitives)}, where there is no W + L R: select'
+          ' others, or leave that use out of the loss.'
+      )
+
+
 def _read_axes(
     loss: Loss,
     params: Any,
@@ -327,7 +344,11 @@ def _read_axes(
   kernels = [path for path in paths if path.rpartition('/')[2] == 'kernel']
   called = _called(loss, params, kernels, args, kwargs)
   found = {p: called[p] for p in called if is_quantized(paths[p])}
-  uses = _trace(loss, params, args, kwargs).probe(kernels or list(paths))
+  program = _trace(loss, params, args, kwargs)
+  arrays = [path for path in paths if path in program.params]
+  uses = program.probe(
+      [path for path in kernels or arrays if _is_matrix(paths[path])]
+  )
   for path, axes in uses.axes.items():
     if 'gather' in uses.formed.get(path, ()):
       continue  # A table of embeddings.

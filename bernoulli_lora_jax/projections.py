@@ -65,6 +65,28 @@ def enter(loss: Loss, factors: Factors, calls: Calls) -> Loss:
   return entered
 
 
+def leave_out(loss: Loss, factors: Factors) -> Loss:
+  """Returns a loss whose products with quantised kernels depend on x alone.
+
+  It computes something else: what still depends on these kernels there uses them
+  outside of their products.
+  """
+  owner = Calls()
+
+  def stand_in(module, pair, y, *args, **kwargs):
+    del module, pair
+    arrays = jax.tree.leaves((args, kwargs))
+    total = sum(jnp.sum(x) for x in arrays if isinstance(x, jax.Array))
+    return jnp.full(y.shape, total).astype(y.dtype)
+
+  def left(params, *args, **kwargs):
+    with nn.intercept_methods(_interceptor(owner, stand_in)):
+      params = _insert_all(params, factors, owner)
+      return _unjitted(loss)(params, *args, **kwargs)
+
+  return left
+
+
 def watch(
     loss: Loss,
     params: Any,

@@ -1030,6 +1030,32 @@ class QuantizedTest(parameterized.TestCase):
       )
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
+  @parameterized.parameters('penalty', 'direct', 'embedded')
+  def test_uses_that_are_no_products_are_refused(self, kind):
+    model = nn.Sequential([nn.Dense(5), nn.tanh, nn.Dense(3)])
+    x = normal(2, 4)
+    plain, params = quantized(model, x, 'int8')
+
+    def loss(params, x):
+      array = params['layers_0']['kernel'].array
+      extra = {
+          'penalty': lambda: sum(
+              jnp.sum(jnp.asarray(w, 'float32') ** 2)
+              for w in jax.tree.leaves(params)
+          ),
+          'direct': lambda: jnp.sum(x @ (array.qvalue * array.scale)),
+          'embedded': lambda: jax.jit(lambda w: w[0, 0])(array.scale),
+      }[kind]
+      return jnp.sum(plain(params, x)) + extra()
+
+    factors = {'layers_0/kernel': self.pair(4, 5)}
+    message = 'quantised layers_0/kernel to enter products alone'
+    with self.assertRaisesRegex(ValueError, message):
+      inject.by_product(loss)(params, factors, x)
+
+  def pair(self, m, n):
+    return {'left': normal(m, RANK), 'right': normal(RANK, n)}
+
   def test_a_chain_without_merges_trains(self):
     model = nn.Sequential([nn.Dense(5), nn.tanh, nn.Dense(3)])
     x = normal(2, 4)
