@@ -115,8 +115,10 @@ def _follow(
     eqn: core.JaxprEqn, operands: Sequence[Any], uses: Uses
 ) -> Sequence[Any]:
   """Evaluates an equation that meets a `LowRank`: followed, or formed."""
-  rule = _RULES.get(eqn.primitive.name)
-  outputs = None if rule is None else rule(eqn, operands, uses)
+  rule, *needed = _RULES.get(eqn.primitive.name, (None,))
+  outputs = None
+  if rule is not None and all(name in eqn.params for name in needed):
+    outputs = rule(eqn, operands, uses)
   if outputs is None:
     outputs = _plain(eqn, _arrays(operands, eqn.primitive.name, uses))
   return outputs
@@ -242,15 +244,19 @@ def _dot_general(eqn, operands, uses):
   return [product if change is None else product + change]
 
 
+def _run(program: Any, operands: Sequence[Any], uses: Uses) -> list[jax.Array]:
+  """Runs a program within the program, closed or not."""
+  jaxpr = getattr(program, 'jaxpr', program)
+  return evaluate(jaxpr, getattr(program, 'consts', ()), operands, uses)
+
+
 def _call(eqn, operands, uses):
-  """A program within the program, inlined."""
-  inner = eqn.params['jaxpr']
-  return evaluate(inner.jaxpr, inner.consts, operands, uses)
+  return _run(eqn.params['jaxpr'], operands, uses)
 
 
 def _remat(eqn, operands, uses):
-  inner, p = eqn.params['jaxpr'], eqn.params
-  run = lambda *operands: evaluate(inner, (), operands, uses)
+  p = eqn.params
+  run = lambda *operands: _run(p['jaxpr'], operands, uses)
   return jax.checkpoint(run, prevent_cse=p['prevent_cse'], policy=p['policy'])(
       *operands
   )
@@ -258,9 +264,15 @@ def _remat(eqn, operands, uses):
 
 def _scan(eqn, operands, uses):
   p, inner = eqn.params, eqn.params['jaxpr']
-  ends = (p['num_consts'], p['num_consts'] + p['num_carry'])
-  consts, xs = operands[: ends[0]], operands[ends[1] :]
-  carry = _arrays(operands[ends[0] : ends[1]], 'the carry of a scan', uses)
+  jaxpr = getattr(inner, 'jaxpr', inner)
+  # What is scanned over or stacked has one axis less within.
+  is_sliced = lambda pair: pair[0].aval.ndim > pair[1].aval.ndim
+  count = lambda *ends: sum(map(is_sliced, zip(*ends, strict=True)))
+  num_carry = len(eqn.outvars) - count(eqn.outvars, jaxpr.outvars)
+  end = len(operands) - count(eqn.invars, jaxpr.invars)
+  consts, xs = operands[: end - num_carry], operands[end:]
+  carry = operands[end - num_carry : end]
+  carry = _arrays(carry, 'the carry of a scan', uses)
   sliced = [
       lowrank.slices(x) if isinstance(x, LowRank) else ([x], lambda y: y[0])
       for x in xs
@@ -268,7 +280,7 @@ def _scan(eqn, operands, uses):
 
   def body(carry, xs):
     values = [inside(x) for (_, inside), x in zip(sliced, xs, strict=True)]
-    out = evaluate(inner.jaxpr, inner.consts, [*consts, *carry, *values], uses)
+    out = _run(inner, [*consts, *carry, *values], uses)
     return out[: len(carry)], out[len(carry) :]
 
   carry, ys = jax.lax.scan(
@@ -285,7 +297,7 @@ def _scan(eqn, operands, uses):
 def _cond(eqn, operands, uses):
   index, *rest = operands
   branches = [
-      lambda *rest, inner=inner: evaluate(inner.jaxpr, inner.consts, rest, uses)
+      lambda *rest, inner=inner: _run(inner, rest, uses)
       for inner in eqn.params['branches']
   ]
   return jax.lax.switch(index, branches, *rest)
@@ -295,32 +307,40 @@ def _while(eqn, operands, uses):
   p = eqn.params
   ends = (p['cond_nconsts'], p['cond_nconsts'] + p['body_nconsts'])
   tests, consts = operands[: ends[0]], operands[ends[0] : ends[1]]
-  run = lambda inner, inputs: evaluate(inner.jaxpr, inner.consts, inputs, uses)
   return jax.lax.while_loop(
-      lambda carry: run(p['cond_jaxpr'], [*tests, *carry])[0],
-      lambda carry: run(p['body_jaxpr'], [*consts, *carry]),
+      lambda carry: _run(p['cond_jaxpr'], [*tests, *carry], uses)[0],
+      lambda carry: _run(p['body_jaxpr'], [*consts, *carry], uses),
       _arrays(operands[ends[1] :], 'the carry of a while loop', uses),
   )
 
 
-_RULES = {
-    'broadcast_in_dim': _broadcast,
-    'checkpoint': _remat,
-    'cond': _cond,
-    'convert_element_type': _convert,
-    'dot_general': _dot_general,
-    'dynamic_slice': _dynamic_slice,
-    'jit': _call,
-    'pjit': _call,
-    'remat': _remat,
-    'remat2': _remat,
-    'reshape': _reshape,
-    'scan': _scan,
-    'slice': _slice,
-    'split': _split,
-    'squeeze': _squeeze,
-    'transpose': _transpose,
-    'while': _while,
+# By primitive, with the parameters that it must have: of one that is not here, or
+# has others in a later version of jax, the operand is formed.
+_REMAT = (_remat, 'jaxpr', 'prevent_cse', 'policy')
+_RULES: dict[str, Any] = {
+    'broadcast_in_dim': (_broadcast, 'shape', 'broadcast_dimensions'),
+    'checkpoint': _REMAT,
+    'cond': (_cond, 'branches'),
+    'convert_element_type': (_convert, 'new_dtype'),
+    'dot_general': (_dot_general, 'dimension_numbers', 'precision'),
+    'dynamic_slice': (_dynamic_slice, 'slice_sizes'),
+    'jit': (_call, 'jaxpr'),
+    'pjit': (_call, 'jaxpr'),
+    'remat': _REMAT,
+    'remat2': _REMAT,
+    'reshape': (_reshape,),
+    'scan': (_scan, 'jaxpr', 'length', 'reverse', 'unroll'),
+    'slice': (_slice, 'start_indices', 'limit_indices', 'strides'),
+    'split': (_split, 'axis', 'sizes'),
+    'squeeze': (_squeeze, 'dimensions'),
+    'transpose': (_transpose, 'permutation'),
+    'while': (
+        _while,
+        'cond_jaxpr',
+        'body_jaxpr',
+        'cond_nconsts',
+        'body_nconsts',
+    ),
 }
 
 

@@ -1,5 +1,6 @@
 """Settings of every test, made before jax is imported."""
 
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -11,6 +12,12 @@ if not _IS_WORKER:
   os.environ['BERNOULLI_LORA_TESTS'] = tempfile.mkdtemp(prefix='bernoulli_lora')
 _SHARED = pathlib.Path(os.environ['BERNOULLI_LORA_TESTS'])
 
+# Tests compile much and compute little: an eighth of the time.
+_FLAGS = ['--xla_backend_optimization_level=0']
+_VERSION = importlib.metadata.version('jaxlib').split('.')
+if [int(part) for part in _VERSION[:2]] < [0, 11]:  # Later ones do not know it.
+  _FLAGS.append('--xla_cpu_use_fusion_emitters=false')
+
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['BERNOULLI_LORA_CACHE'] = str(_SHARED / 'cache')
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(_SHARED / 'compiled')
@@ -19,9 +26,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
     [
         os.environ.get('XLA_FLAGS', ''),
         '--xla_force_host_platform_device_count=8',
-        # Tests compile much and compute little: an eighth of the time.
-        '--xla_backend_optimization_level=0',
-        '--xla_cpu_use_fusion_emitters=false',
+        *_FLAGS,
     ]
 )
 
