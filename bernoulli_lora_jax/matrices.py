@@ -229,11 +229,11 @@ def align(
 
 
 def wide(dtype: Any) -> Any:
-  """Returns the dtype to sum in: float32, or a wider one of the leaf itself.
-
-  In place of `jnp.promote_types`, which has no answer for floats of 8 bits.
-  """
-  return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
+  """Returns promote_types(dtype, float32), for floats of 8 bits too."""
+  is_float = jnp.issubdtype(dtype, jnp.floating)
+  if is_float and jnp.finfo(dtype).bits < 16:  # These promote to nothing.
+    return jnp.dtype(jnp.float32)
+  return jnp.promote_types(dtype, jnp.float32)
 
 
 def shape_of(leaf: Any, path: str) -> Any:
