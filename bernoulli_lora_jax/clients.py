@@ -7,7 +7,6 @@ those of all M.
 """
 
 from collections.abc import Sequence
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -115,12 +114,13 @@ def make_clients(
     TypeError: a number of clients that is traced.
     ValueError: an argument outside its range; of traced weights only the shape.
   """
-  num_clients = _whole('num_clients', num_clients)
-  cohort = None if cohort is None else _whole('cohort', cohort)
+  num_clients = matrices.static_int('num_clients', num_clients)
   if num_clients < 1:
     raise ValueError(
         f'Expected num_clients >= 1, got num_clients={num_clients}.'
     )
+  if cohort is not None:
+    cohort = matrices.static_int('cohort', cohort)
   if cohort is not None and not 1 <= cohort <= num_clients:
     raise ValueError(
         f'Expected cohort in [1, {num_clients}], got cohort={cohort}.'
@@ -138,13 +138,3 @@ def make_clients(
         f' weights={weights}.'
     )
   return Clients(num_clients, values / values.sum(), cohort, axis_name)
-
-
-def _whole(name: str, value: Any) -> int:
-  if isinstance(value, jax.core.Tracer):
-    raise TypeError(
-        f'Expected {name} to be an int that is known before compilation, got a'
-        f' traced {value.dtype}: under optax.inject_hyperparams put {name} among'
-        ' the static_args.'
-    )
-  return operator.index(value)

@@ -1702,5 +1702,5 @@ class HyperparamsTest(parameterized.TestCase):
     )
     params = {'w': jnp.ones(5)}
     state = tx.init(params)
-    with self.assertRaisesRegex(TypeError, 'put num_clients among the static'):
+    with self.assertRaisesRegex(TypeError, r"static_args=\('num_clients',\)"):
       jax.jit(tx.update)({'w': jnp.ones((3, 5))}, state, params)
