@@ -682,7 +682,8 @@ def _check_stack(name: str, updates: Any, clients: clients_lib.Clients) -> None:
     if x.ndim == 0 or x.shape[0] * size != clients.num_clients:
       raise ValueError(
           f'Expected client gradients of shape ({clients.num_clients}, ...) for'
-          f' {name}, got {x.shape} of {path} on each of {size} devices.'
+          f' {name}, got {x.shape} on each of {size} devices, in'
+          f' {path}.'
       )
     if is_checked and clients.axis_name not in _varying(x):
       raise ValueError(

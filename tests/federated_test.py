@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import bernoulli_lora_jax as bl
+from bernoulli_lora_jax import chain
 from bernoulli_lora_jax import compressors
 from bernoulli_lora_jax import federated
 from bernoulli_lora_jax import links as links_lib
@@ -1704,3 +1705,35 @@ class HyperparamsTest(parameterized.TestCase):
     state = tx.init(params)
     with self.assertRaisesRegex(TypeError, r"static_args=\('num_clients',\)"):
       jax.jit(tx.update)({'w': jnp.ones((3, 5))}, state, params)
+
+
+class LargeModelTest(parameterized.TestCase):
+  """Counts of an 8B model and of its experts, by shapes alone."""
+
+  def sent(self, tree, rules, **kwargs):
+    matrices = bl.Matrices(rules=rules)
+    state = chain.ScaleByBernoulliChainState(
+        jnp.zeros([], jnp.int32), jax.random.key(0), ()
+    )
+    return chain.sent_numbers(state, tree, matrices=matrices, **kwargs)
+
+  @parameterized.parameters((16, 1.0), (16, 0.0), (3000, 1.0), (3000, 0.0))
+  def test_sent_numbers_are_exact_without_coins(self, rank, prob):
+    experts, m, n, rest = (32, 8), 4096, 14336, 2**31 + 5
+    spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    tree = {'up': spec(*experts, m, n), 'rest': spec(rest), 'rate': 0.1}
+    rule = bl.Rule('up', (2,), (3,), (0, 1))
+    side = n if prob else m
+    expected = 256 * rank * side + rest + 1
+    found = self.sent(tree, (rule,), rank=rank, prob=prob)
+    self.assertEqual(float(found), np.float32(expected))
+
+  def test_sent_numbers_with_coins(self):
+    spec = jax.ShapeDtypeStruct((32, 64, 4096, 14336), jnp.float32)
+    rule = bl.Rule('up', (2,), (3,), (0, 1))
+    found = float(self.sent({'up': spec}, (rule,), rank=3000, prob=0.5))
+    left, right = 3000 * 14336, 3000 * 4096
+    num_left = (found - 2048 * right) / (left - right)
+    # Half of 2048 coins, within five standard deviations; float32 sums.
+    self.assertAlmostEqual(num_left, 1024, delta=5 * 2048**0.5 / 2)
+    self.assertAlmostEqual(num_left, round(num_left), delta=0.02)

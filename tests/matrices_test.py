@@ -749,3 +749,47 @@ class AlignTest(parameterized.TestCase):
         ValueError, f"in base and tuned, got 'c/kernel' in {owner} alone"
     ):
       matrices.align(*pair, ('base', 'tuned'))
+
+
+class EightBitsTest(parameterized.TestCase):
+  """Weights of 8 bits: factors, frames and sums in float32."""
+
+  @parameterized.product(
+      dtype=['float8_e4m3fn', 'float8_e5m2'],
+      sketch=['gaussian', 'coordinate', 'srht'],
+      prob=[0.5, 1.0],
+  )
+  def test_chain(self, dtype, sketch, prob):
+    tree = {'w': jnp.ones((6, 4), dtype)}
+    tx = bl.scale_by_bernoulli_chain(
+        jax.random.key(0),
+        rank=2,
+        prob=prob,
+        sketch=getattr(bl.sketches, sketch)(),
+    )
+    updates, _ = jax.jit(tx.update)(tree, tx.init(tree))
+    wide = {'w': jnp.ones((6, 4))}
+    expected, _ = jax.jit(tx.update)(wide, tx.init(wide))
+    self.assertEqual(updates['w'].dtype, dtype)
+    # Rounded once, to 2 or 3 bits of mantissa.
+    np.testing.assert_allclose(
+        updates['w'].astype(jnp.float32), expected['w'], rtol=0.13, atol=0.01
+    )
+
+  @parameterized.parameters('nearest', 'stochastic', 'compensated')
+  def test_adapters(self, rounding):
+    policy = bl.adapters.bernoulli_lora(2, 1, rounding=rounding)
+    chain = bl.adapters.make_chain(policy, optax.sgd(1.0))
+    params = {'w': jnp.zeros((6, 4), 'float8_e5m2')}
+    loss = lambda params, batch: (
+        jnp.sum((params['w'].astype(jnp.float32) - 1) ** 2),
+        None,
+    )
+    loss = bl.inject.by_addition(loss)
+    state = jax.jit(chain.init)(jax.random.key(0), params)
+    step = jax.jit(lambda state: chain.step(state, loss, None))
+    for _ in range(2):
+      state, _ = step(state)
+    self.assertEqual(state.factors['w']['left'].dtype, jnp.float32)
+    self.assertEqual(state.params['w'].dtype, 'float8_e5m2')
+    self.assertGreater(float(jnp.abs(state.params['w'].astype('f4')).max()), 0)
