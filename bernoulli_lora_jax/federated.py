@@ -101,8 +101,8 @@ def send(
     key: typed PRNG key of client and round, see `client_key`.
     tree: arrays.
     memory: states as of `init_memory`; () for compressors without.
-    concatenate: whether the leaves are sent as one vector, in the order of
-      `jax.tree.leaves`.
+    concatenate: whether the leaves are sent as one vector, in the order of their
+      paths, whatever the containers.
 
   Returns:
     ({path: payload}, {path: state}).
@@ -556,7 +556,13 @@ def _floats(tree: Any) -> dict[str, Any]:
       for path, x in matrices.named_leaves(tree).items()
   }
   is_float = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
-  return {path: x for path, x in leaves.items() if is_float(x)}
+  # One order for all containers: concatenated leaves are told by their place.
+  parts = lambda path: [
+      (not part.isdecimal(), int(part) if part.isdecimal() else 0, part)
+      for part in path.split('/')
+  ]
+  ordered = sorted(leaves, key=parts)
+  return {path: leaves[path] for path in ordered if is_float(leaves[path])}
 
 
 def _ravel(leaves: dict[str, Any]) -> tuple[jax.Array, Any]:

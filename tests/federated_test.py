@@ -1650,6 +1650,30 @@ class LeavesTest(parameterized.TestCase):
       )
 
 
+class WireTest(parameterized.TestCase):
+
+  @parameterized.parameters(False, True)
+  def test_containers_of_the_two_sides(self, concatenate):
+    layers = [jnp.full((2, i + 1), float(i)) for i in range(11)]
+    names = {str(i): x for i, x in enumerate(layers)}
+    for sent, like in ((layers, names), (names, layers)):
+      other = collections.OrderedDict(
+          b=jnp.ones(3), layers=sent, a=2 * jnp.ones(2)
+      )
+      payloads, _ = federated.send(
+          compressors.identity(), KEY, other, concatenate=concatenate
+      )
+      got = federated.receive(
+          compressors.identity(),
+          payloads,
+          {'a': jnp.zeros(2), 'b': jnp.zeros(3), 'layers': like},
+          concatenate=concatenate,
+      )
+      chex.assert_trees_all_equal(
+          matrices.named_leaves(got), matrices.named_leaves(other)
+      )
+
+
 class HyperparamsTest(parameterized.TestCase):
   """optax.inject_hyperparams keeps numbers in the optimiser's state."""
 
