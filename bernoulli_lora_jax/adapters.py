@@ -372,7 +372,7 @@ def _check_optimizer(opt_state: Any) -> None:
 def _both(key: jax.Array, one: Adapted, policy: ChainPolicy) -> dict[str, Any]:
   """Returns the start of a pair that is trained on both sides."""
   m = one.matrix
-  dtype = jnp.promote_types(m.dtype, jnp.float32)
+  dtype = matrices_lib.wide(m.dtype)
   side = 'left' if policy.zero == 'right' else 'right'
   length = m.m if side == 'left' else m.n
   keys = jax.vmap(lambda k: jax.random.fold_in(k, _FACTOR))(
@@ -397,7 +397,7 @@ def _both(key: jax.Array, one: Adapted, policy: ChainPolicy) -> dict[str, Any]:
 def _one_sided(one: Adapted, link: links_lib.Link) -> dict[str, jax.Array]:
   """Returns the start of a pair of which one factor is frozen."""
   m = one.matrix
-  dtype = jnp.promote_types(m.dtype, jnp.float32)
+  dtype = matrices_lib.wide(m.dtype)
   left = jnp.zeros((*m.batch, m.m, one.inner), dtype)
   right = jnp.zeros((*m.batch, one.inner, m.n), dtype)
   if link.is_left is not False:

@@ -178,9 +178,12 @@ def federated_adapters(
       sizes = _numbers(one)
       coin = state.coins.get(one.matrix.path)
       if coin is None:
-        total += one.matrix.entries.size * sum(sizes[x] for x in one.trained)
+        size = sum(sizes[x] for x in one.trained)
+        total += float(one.matrix.entries.size * size)  # Beyond 32 bits.
       else:
-        total += jnp.sum(jnp.where(coin, sizes['right'], sizes['left']))
+        total += jnp.sum(
+            jnp.where(coin, float(sizes['right']), float(sizes['left']))
+        )
     return total
 
   def trained(state):

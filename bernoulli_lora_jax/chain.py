@@ -14,6 +14,7 @@ RAC-LoRA, arXiv 2410.08305 (prob 0 or 1).
 """
 
 from collections.abc import Sequence
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -286,15 +287,21 @@ def sent_numbers(
       probs=[prob] * len(found),
       shared_coin=shared_coin,
   )
-  total = sum(x.size for x in jax.tree.leaves(params))
-  total = jnp.asarray(total, jnp.result_type(float))
+  chosen = {matrix.path for matrix in found}
+  leaves = matrices_lib.named_leaves(params).items()
+  # What is known is exact; sizes may be beyond 32 bits.
+  known = sum(
+      math.prod(np.shape(x)) for path, x in leaves if path not in chosen
+  )
+  total = jnp.zeros([], jnp.result_type(float))
   for matrix, coin in zip(found, coins, strict=True):
-    is_left = bool(links_lib.known_side(prob)) if coin is None else coin
     left = min(rank, matrix.m) * matrix.n
     right = matrix.m * min(rank, matrix.n)
-    saved = matrix.m * matrix.n - jnp.where(is_left, left, right)
-    total -= jnp.sum(jnp.broadcast_to(saved, matrix.batch))
-  return total
+    is_left = coin is None and links_lib.known_side(prob)
+    known += math.prod(matrix.batch) * (left if is_left else right)
+    if coin is not None:
+      total += jnp.sum(coin).astype(total.dtype) * float(left - right)
+  return total + float(known)
 
 
 def trained_parameters(m: int, n: int, *, rank: int, prob: float) -> float:

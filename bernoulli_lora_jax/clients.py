@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bernoulli_lora_jax import matrices
+
 _COHORT = 2  # Purpose folded into a round's key; 0, 1: federated.py.
 
 
@@ -20,7 +22,7 @@ class Clients(NamedTuple):
   """Who takes part, and how what they send is averaged."""
 
   num_clients: int
-  weights: np.ndarray  # (M,), of sum 1.
+  weights: np.ndarray | jax.Array  # (M,), of sum 1.
   cohort: int | None
   axis_name: str | None
 
@@ -46,7 +48,7 @@ def weighted_sum(stack: Any, weights: Any, clients: Clients) -> Any:
   ours = own_part(weights, stack, clients)
 
   def total(x):
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = matrices.wide(x.dtype)
     spread = ours.astype(wide).reshape(-1, *[1] * (x.ndim - 1))
     # A client of weight zero adds nothing, not NaN times zero.
     terms = jnp.where(spread == 0, 0, spread * x.astype(wide))
@@ -102,23 +104,29 @@ def where(mask: jax.Array, new: Any, old: Any) -> Any:
 
 def make_clients(
     num_clients: int,
-    weights: Sequence[float] | None,
+    weights: Sequence[float] | jax.Array | None,
     cohort: int | None,
     axis_name: str | None,
 ) -> Clients:
   """Returns `Clients`, the weights normalised.
 
   Raises:
-    ValueError: an argument outside its range.
+    TypeError: a number of clients that is traced.
+    ValueError: an argument outside its range; of traced weights only the shape.
   """
+  num_clients = matrices.static_int('num_clients', num_clients)
   if num_clients < 1:
     raise ValueError(
         f'Expected num_clients >= 1, got num_clients={num_clients}.'
     )
+  if cohort is not None:
+    cohort = matrices.static_int('cohort', cohort)
   if cohort is not None and not 1 <= cohort <= num_clients:
     raise ValueError(
         f'Expected cohort in [1, {num_clients}], got cohort={cohort}.'
     )
+  if isinstance(weights, jax.core.Tracer) and weights.shape == (num_clients,):
+    return Clients(num_clients, weights / jnp.sum(weights), cohort, axis_name)
   values = (
       np.ones(num_clients) if weights is None else np.asarray(weights, float)
   )

@@ -35,10 +35,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bernoulli_lora_jax import matrices
+
 Payload = dict[str, jax.Array]
 Shape = tuple[int, ...]
 
 _BYTE = 8
+_LARGEST = 2**31 - 1  # Elements that indices of 32 bits tell apart.
 
 
 class Compressor(NamedTuple):
@@ -107,6 +110,7 @@ def randk(k: int | None = None, *, fraction: float | None = None) -> Compressor:
   count = _count(k, fraction)
 
   def encode(key, x):
+    _check_size('RandK', x.shape)
     seed = jax.random.bits(key, (2,), jnp.uint32)
     rows = _one_a_block(seed, x.size, count(x.size))
     values = _take(x.reshape(-1), rows)
@@ -118,7 +122,7 @@ def randk(k: int | None = None, *, fraction: float | None = None) -> Compressor:
     dim = math.prod(shape)
     rows = _one_a_block(payload['seed'], dim, count(dim))
     # d/K may overflow float16.
-    values = payload['values'].astype(jnp.promote_types(dtype, jnp.float32))
+    values = payload['values'].astype(matrices.wide(dtype))
     values = values * (dim / max(1, count(dim)))
     return _scatter(rows, values.astype(dtype), shape)
 
@@ -158,6 +162,7 @@ def topk(k: int | None = None, *, fraction: float | None = None) -> Compressor:
 
   def encode(key, x):
     del key
+    _check_size('TopK', x.shape)
     flat, num = x.reshape(-1), count(x.size)
     rows = jnp.sort(jax.lax.top_k(jnp.abs(flat), num)[1])
     if is_bitmap(x.size):
@@ -244,7 +249,7 @@ def dithering(levels: int) -> Compressor:
   width = (2 * levels).bit_length()
 
   def encode(key, x):
-    x = x.reshape(-1).astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = _wide_real(x.reshape(-1))
     norm = _norm(x)
     scaled = levels * (jnp.abs(x) / jnp.where(norm > 0, norm, 1))
     dither = jax.random.uniform(key, x.shape, x.dtype)
@@ -306,14 +311,14 @@ def powersgd(rank: int, *, start: str = 'fresh') -> Compressor:
     return min(rank, m, n) * (m + n) >= m * n
 
   def factor(x, q):
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = _wide_real(x)
     product = jnp.matmul(x, q, precision=jax.lax.Precision.HIGHEST)
     basis = _orthonormal(product)
     right = jnp.matmul(basis.mT, x, precision=jax.lax.Precision.HIGHEST)
     return {'basis': basis, 'right': right}
 
   def draw(key, shape, dtype):
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = matrices.wide(dtype)
     *batch, m, n = shape
     return jax.random.normal(key, (*batch, n, min(rank, m, n)), dtype)
 
@@ -321,7 +326,7 @@ def powersgd(rank: int, *, start: str = 'fresh') -> Compressor:
     if is_whole(x.shape):
       return {'values': x}
     if start == 'svd':
-      wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+      wide = _wide_real(x)
       # LAPACK returns from NaN, but may not from infinity.
       wide = jnp.where(jnp.isinf(wide), jnp.nan, wide)
       left, values, right = jnp.linalg.svd(wide, full_matrices=False)
@@ -377,7 +382,7 @@ def sign() -> Compressor:
 
   def encode(key, x):
     del key
-    x = x.reshape(-1).astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = _wide_real(x.reshape(-1))
     is_negative = (x < 0).astype(jnp.uint32)
     scale = jnp.sum(jnp.abs(x) / max(1, x.size))  # No overflow of the sum.
     return {'scale': scale, 'signs': pack(is_negative, 1)}
@@ -411,7 +416,7 @@ def contractive(compressor: Compressor) -> Compressor:
   def decode(payload, shape, dtype):
     # In float16 C(x) may overflow before it is scaled, unless its values are
     # codes of that very dtype.
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = matrices.wide(dtype)
     is_coded = set(payload) == {'codes'}
     x = compressor.decode(payload, shape, dtype if is_coded else wide)
     return (x / (1 + omega(shape))).astype(dtype)
@@ -497,8 +502,25 @@ def unpack(packed: jax.Array, width: int, dim: int) -> jax.Array:
   return jnp.stack(columns, -1).reshape(-1)[:dim]
 
 
+def _check_size(name: str, shape: Shape) -> None:
+  if math.prod(shape) > _LARGEST:
+    raise ValueError(
+        f'Expected at most {_LARGEST} elements at once for {name}, got'
+        f' {math.prod(shape)} of shape {tuple(shape)}: compress leaf by leaf'
+        ' (concatenate=False), or stacked layers one by one.'
+    )
+
+
+def _wide_real(x: jax.Array) -> jax.Array:
+  """Returns x in float32 or wider; raises for complex numbers."""
+  if jnp.issubdtype(x.dtype, jnp.complexfloating):
+    raise TypeError(f'Expected real numbers to compress, got {x.dtype}.')
+  return x.astype(matrices.wide(x.dtype))
+
+
 def _size(shape: int | Shape) -> int:
-  return shape if isinstance(shape, int) else math.prod(shape)
+  """Returns d of the laws, 1 of an empty leaf."""
+  return max(1, shape if isinstance(shape, int) else math.prod(shape))
 
 
 def _count(k: int | None, fraction: float | None) -> Callable[[int], int]:

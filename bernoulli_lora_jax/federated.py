@@ -22,6 +22,9 @@ of `marina` and `ef21` with it (`per_client` marks the leaves). Under `pmap` or
 `shard_map` sums gradients of replicated params over devices: take them at
 `jax.lax.pcast(params, axis_name, to='varying')`; sums are refused.
 
+*Leaves.* Gradients are paired with the params by path. Leaves that are no floats
+(counters, masks) are not sent; their estimate is zero.
+
 *Partial participation.* `cohort=c` draws c clients a round; `participants`, a mask
 of shape (M,) passed to `update`, names them. Which theory is left stands in each
 docstring.
@@ -31,7 +34,8 @@ Reference: Khirirat et al., QGD, arXiv 1806.06573; Gorbunov et al., MARINA, arXi
 Bernoulli-LoRA, arXiv 2508.03820.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 from typing import Any, NamedTuple
 import zlib
 
@@ -55,7 +59,8 @@ class QgdState(NamedTuple):
 
   count: jax.typing.ArrayLike  # shape=(), int32; updates applied so far.
   key: jax.Array  # shape=(), typed PRNG key; folded with count.
-  sent: jax.Array  # shape=(2,), int32; compressed and whole gradients so far.
+  sent: jax.Array  # shape=(2,), int32; compressed and whole gradients so far,
+  # at most 2^31 - 1 of each: none is counted beyond.
 
 
 class MarinaState(NamedTuple):
@@ -63,7 +68,8 @@ class MarinaState(NamedTuple):
 
   count: jax.typing.ArrayLike  # shape=(), int32; updates applied so far.
   key: jax.Array  # shape=(), typed PRNG key; folded with count.
-  sent: jax.Array  # shape=(2,), int32; compressed and whole gradients so far.
+  sent: jax.Array  # shape=(2,), int32; compressed and whole gradients so far,
+  # at most 2^31 - 1 of each: none is counted beyond.
   is_full: jax.Array  # shape=(), bool; the last round sent whole gradients.
   gradients: Any  # grad f_l when l last took part, leaves (M, *shape).
   estimate: Any  # G of the last update, shaped like the params.
@@ -74,7 +80,8 @@ class Ef21State(NamedTuple):
 
   count: jax.typing.ArrayLike  # shape=(), int32; updates applied so far.
   key: jax.Array  # shape=(), typed PRNG key; folded with count.
-  sent: jax.Array  # shape=(2,), int32; compressed and whole gradients so far.
+  sent: jax.Array  # shape=(2,), int32; compressed and whole gradients so far,
+  # at most 2^31 - 1 of each: none is counted beyond.
   estimates: Any  # G_l, leaves (M, *shape).
   memory: Any  # State of the compressors, leaves (M, ...); () without.
 
@@ -94,8 +101,8 @@ def send(
     key: typed PRNG key of client and round, see `client_key`.
     tree: arrays.
     memory: states as of `init_memory`; () for compressors without.
-    concatenate: whether the leaves are sent as one vector, in the order of
-      `jax.tree.leaves`.
+    concatenate: whether the leaves are sent as one vector, in the order of their
+      paths, whatever the containers.
 
   Returns:
     ({path: payload}, {path: state}).
@@ -103,12 +110,13 @@ def send(
   payloads, states = {}, {}
   for path, leaf in _leaves(tree, concatenate).items():
     leaf_key = jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
-    if compressor.init is None:
-      payloads[path] = compressor.encode(leaf_key, leaf)
-    else:
-      payloads[path], states[path] = compressor.encode(
-          leaf_key, leaf, memory[path]
-      )
+    with _naming(path):
+      if compressor.init is None:
+        payloads[path] = compressor.encode(leaf_key, leaf)
+      else:
+        payloads[path], states[path] = compressor.encode(
+            leaf_key, leaf, memory[path]
+        )
   return payloads, states or ()
 
 
@@ -127,13 +135,20 @@ def receive(
     like: tree of arrays or shapes that was sent.
     concatenate: as for `send`.
   """
+  shapes = _floats(like)
   if concatenate:
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    flat, unravel = jax.flatten_util.ravel_pytree(zeros)
-    return unravel(compressor.decode(payloads[''], flat.shape, flat.dtype))
+    zeros = {path: jnp.zeros(x.shape, x.dtype) for path, x in shapes.items()}
+    flat, unravel = _ravel(zeros)
+    arrived = unravel(compressor.decode(payloads[''], flat.shape, flat.dtype))
+  else:
+    arrived = [
+        compressor.decode(payloads[path], x.shape, x.dtype)
+        for path, x in shapes.items()
+    ]
+  arrived = dict(zip(shapes, arrived, strict=True))
   leaves = [
-      compressor.decode(payloads[path], x.shape, x.dtype)
-      for path, x in _leaves(like, False).items()
+      arrived[path] if path in arrived else jnp.zeros(np.shape(x), jnp.int32)
+      for path, x in matrices.named_leaves(like).items()
   ]
   return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
@@ -179,10 +194,12 @@ def message_bits(
     params: tree of arrays or shapes.
     concatenate: whether the leaves are sent as one vector.
   """
-  leaves = _leaves(params, concatenate).values()
-  small = sum(compressor.payload_bits(x.shape, x.dtype) for x in leaves)
-  whole = compressors.identity()
-  return small, sum(whole.payload_bits(x.shape, x.dtype) for x in leaves)
+  sizes = [0, 0]
+  for path, x in _leaves(params, concatenate).items():
+    for i, one in enumerate((compressor, compressors.identity())):
+      with _naming(path):
+        sizes[i] += one.payload_bits(x.shape, x.dtype)
+  return sizes[0], sizes[1]
 
 
 def bits_up(
@@ -194,7 +211,8 @@ def bits_up(
 ) -> jax.Array:
   """Returns the bits that all clients have sent so far, shape ().
 
-  Counted in whole messages, rounded once, to float32 (float64 under x64).
+  Counted in whole messages. Exact but for one rounding, to float32 (float64 under
+  x64); under `jit` each count, size, product and the sum are rounded.
 
   Args:
     state: of `qgd`, `marina` or `ef21`, or of a chain that has one.
@@ -204,8 +222,12 @@ def bits_up(
   """
   sent = optax.tree.get(state, 'sent')
   sizes = message_bits(compressor, params, concatenate=concatenate)
-  wide = sent.astype(jnp.result_type(float))
-  return wide[0] * sizes[0] + wide[1] * sizes[1]
+  dtype = jnp.result_type(float)
+  if isinstance(sent, jax.core.Tracer):
+    wide = sent.astype(dtype)  # Sizes may be beyond 32 bits.
+    return wide[0] * float(sizes[0]) + wide[1] * float(sizes[1])
+  total = sum(int(n) * size for n, size in zip(sent, sizes, strict=True))
+  return jnp.asarray(float(total), dtype)
 
 
 def per_client(state: Any) -> Any:
@@ -301,8 +323,8 @@ def qgd(
     return QgdState(jnp.zeros([], jnp.int32), jnp.copy(key), sent)
 
   def update(updates, state, params=None, *, participants=None, **extra):
-    del params, extra
-    _check_stack('qgd', updates, clients)
+    del extra
+    updates = _prepared('qgd', updates, params, clients)
     present = clients_lib.present(
         clients, jax.random.fold_in(state.key, state.count), participants
     )
@@ -375,13 +397,15 @@ def marina(
         jnp.copy(key),  # Copies, so that a caller may donate the state.
         jnp.zeros(2, jnp.int32),
         jnp.zeros([], bool),
-        _stacked_zeros(params, num_clients),
-        optax.tree.zeros_like(params),
+        _zeros(params, num_clients),
+        _zeros(params),
     )
 
   def update(updates, state, params=None, *, participants=None, **extra):
     del params, extra
-    _check_stack('marina', updates, clients)
+    given, updates = updates, _prepared(
+        'marina', updates, state.estimate, clients
+    )
     is_masked = participants is not None
     round_key = jax.random.fold_in(state.key, state.count)
     coin = jax.random.bernoulli(jax.random.fold_in(round_key, _COIN), prob)
@@ -411,7 +435,7 @@ def marina(
       gradients = clients_lib.where(ours, updates, state.gradients)
     sent = _count_sent(state.sent, present, is_full)
     count = optax.safe_increment(state.count)
-    return estimate, MarinaState(
+    return _like_given(estimate, given), MarinaState(
         count, state.key, sent, is_full, gradients, estimate
     )
 
@@ -482,13 +506,15 @@ def ef21(
         jnp.zeros([], jnp.int32),
         jnp.copy(key),
         jnp.zeros(2, jnp.int32),
-        _stacked_zeros(params, num_clients),
+        _zeros(params, num_clients),
         jax.tree.map(stack, one),
     )
 
   def update(updates, state, params=None, *, participants=None, **extra):
     del params, extra
-    _check_stack('ef21', updates, clients)
+    given, updates = updates, _prepared(
+        'ef21', updates, state.estimates, clients
+    )
     present = clients_lib.present(
         clients, jax.random.fold_in(state.key, state.count), participants
     )
@@ -517,20 +543,55 @@ def ef21(
         state.sent, present & ~(is_first & (start == 'zero')), is_first
     )
     count = optax.safe_increment(state.count)
+    estimate = _like_given(estimate, given)
     return estimate, Ef21State(count, state.key, sent, estimates, memory)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _floats(tree: Any) -> dict[str, Any]:
+  """Returns {path: leaf} of the leaves that are sent."""
+  leaves = {
+      path: matrices.shape_of(x, path)
+      for path, x in matrices.named_leaves(tree).items()
+  }
+  is_float = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
+  # One order for all containers: concatenated leaves are told by their place.
+  parts = lambda path: [
+      (not part.isdecimal(), int(part) if part.isdecimal() else 0, part)
+      for part in path.split('/')
+  ]
+  ordered = sorted(leaves, key=parts)
+  return {path: leaves[path] for path in ordered if is_float(leaves[path])}
+
+
+def _ravel(leaves: dict[str, Any]) -> tuple[jax.Array, Any]:
+  return jax.flatten_util.ravel_pytree(list(leaves.values()))
+
+
 def _leaves(tree: Any, concatenate: bool) -> dict[str, Any]:
   """Returns what is sent: {path: leaf}, or {'': all of them as one vector}."""
-  if concatenate:
-    is_shape = isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct)
-    ravel = lambda tree: jax.flatten_util.ravel_pytree(tree)[0]
-    return {'': jax.eval_shape(ravel, tree) if is_shape else ravel(tree)}
-  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-  paths = matrices.path_names([path for path, _ in flat])
-  return dict(zip(paths, [leaf for _, leaf in flat], strict=True))
+  leaves = _floats(tree)
+  if not concatenate:
+    return leaves
+  is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+  if any(map(is_shape, leaves.values())):
+    return {'': jax.eval_shape(lambda tree: _ravel(tree)[0], leaves)}
+  return {'': _ravel(leaves)[0]}
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+  """Puts the path in front of what a compressor raises."""
+  try:
+    yield
+  except (TypeError, ValueError) as e:
+    if type(e) not in (
+        TypeError,
+        ValueError,
+    ):  # Of JAX, with a text of its own.
+      raise
+    raise type(e)(f'{path or "All leaves"}: {e}') from e
 
 
 def _transmit(
@@ -558,13 +619,54 @@ def _count_sent(
     sent: jax.Array, present: jax.Array, is_whole: bool | jax.Array
 ) -> jax.Array:
   kind = jnp.asarray(is_whole, jnp.int32)
-  return sent.at[kind].add(jnp.sum(present, dtype=jnp.int32))
+  added = jnp.zeros_like(sent).at[kind].add(jnp.sum(present, dtype=jnp.int32))
+  largest = jnp.iinfo(sent.dtype).max
+  return jnp.where(sent > largest - added, largest, sent + added)
 
 
-def _stacked_zeros(params: Any, num_clients: int) -> Any:
-  return jax.tree.map(
-      lambda p: jnp.zeros((num_clients, *p.shape), p.dtype), params
-  )
+def _zeros(params: Any, *lead: int) -> Any:
+  """Returns zeros for an estimate, shaped like the params behind `lead`."""
+  sent = _floats(params)
+  leaves = [
+      jnp.zeros(
+          (*lead, *np.shape(x)), sent[path].dtype if path in sent else jnp.int32
+      )
+      for path, x in matrices.named_leaves(params).items()
+  ]
+  return jax.tree.structure(params).unflatten(leaves)
+
+
+def _prepared(
+    name: str, updates: Any, like: Any, clients: clients_lib.Clients
+) -> Any:
+  """Returns client gradients in the structure and the dtypes of a tree.
+
+  Leaves that are no floats become zeros. `like` None leaves all as it is.
+  """
+  _check_stack(name, updates, clients)
+  if like is not None:
+    updates = matrices.align(like, updates, ('params', 'client gradients'))
+  sent = _floats(updates)
+  leaves = [
+      sent.get(path, jnp.zeros(np.shape(x), jnp.int32))
+      for path, x in matrices.named_leaves(updates).items()
+  ]
+  updates = jax.tree.structure(updates).unflatten(leaves)
+  if (
+      like is None or name == 'qgd'
+  ):  # It keeps nothing whose dtype could change.
+    return updates
+  return jax.tree.map(lambda u, s: u.astype(s.dtype), updates, like)
+
+
+def _like_given(estimate: Any, given: Any) -> Any:
+  """Returns an estimate in the dtypes of the gradients that were given."""
+  given = _floats(given)
+  leaves = [
+      x.astype(given[path].dtype) if path in given else x
+      for path, x in matrices.named_leaves(estimate).items()
+  ]
+  return jax.tree.structure(estimate).unflatten(leaves)
 
 
 def _check_unbiased(name: str, compressor: compressors.Compressor) -> None:
@@ -582,11 +684,12 @@ def _check_stack(name: str, updates: Any, clients: clients_lib.Clients) -> None:
     size = jax.lax.axis_size(clients.axis_name)
     index = jax.lax.axis_index(clients.axis_name)
     is_checked = clients.axis_name in _varying(index)
-  for x in jax.tree.leaves(updates):
+  for path, x in matrices.named_leaves(updates).items():
     if x.ndim == 0 or x.shape[0] * size != clients.num_clients:
       raise ValueError(
           f'Expected client gradients of shape ({clients.num_clients}, ...) for'
-          f' {name}, got {x.shape} on each of {size} devices.'
+          f' {name}, got {x.shape} on each of {size} devices, in'
+          f' {path}.'
       )
     if is_checked and clients.axis_name not in _varying(x):
       raise ValueError(

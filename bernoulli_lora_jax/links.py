@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import sketches
 from bernoulli_lora_jax.matrices import Matrix
 from bernoulli_lora_jax.sketches import Sketch
@@ -155,7 +156,7 @@ def _draw_bases(
     dims = {True: {matrix.m}, False: {matrix.n}, None: {matrix.m, matrix.n}}
     for dim in dims[sides[i]]:
       if ranks[i] < dim or is_raw:
-        dtype = jnp.promote_types(matrix.dtype, jnp.float32)
+        dtype = matrices_lib.wide(matrix.dtype)
         wanted.setdefault((dim, min(ranks[i], dim), dtype), []).append(i)
   drawn = {}
   for (dim, rank, dtype), members in wanted.items():
@@ -287,7 +288,7 @@ def zero_factors(
   ]
 
   def zeros(matrix: Matrix, side: str) -> jax.Array:
-    dtype = jnp.promote_types(matrix.dtype, jnp.float32)
+    dtype = matrices_lib.wide(matrix.dtype)
     left = (min(rank, matrix.m), matrix.n)
     right = (matrix.m, min(rank, matrix.n))
     shape = left if side == 'left' else right

@@ -9,6 +9,8 @@ named `kernel` exists) the kernels are matrices, in plain trees the 2-D leaves;
 Every matrix has an identity made of its path without the layer index, and the
 layer index: selecting a sibling, stacking layers for a scan or unrolling them
 changes no draw (see `Matrix.words` and `Matrix.entries`).
+
+Two trees of one model are paired by path (`align`), never by position.
 """
 
 import collections
@@ -16,6 +18,7 @@ from collections.abc import Sequence
 import dataclasses
 import hashlib
 import math
+import operator
 import re
 from typing import Any, NamedTuple
 
@@ -28,11 +31,16 @@ from bernoulli_lora_jax import lowrank
 
 # `layers_3/...` (unrolled Linen), `layer/3/...` (lists, Hugging Face).
 LAYER = r'(?:^|/)(?:layers?|blocks?|h)([_/]\d+)(?=/|$)'
+_VECTORS = ('bias', 'scale')  # Matrices only where a rule's pattern names them.
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
   """The axes of the leaves whose path matches a regular expression.
+
+  It is for the leaves that have as many axes as it names; those named `bias` or
+  `scale` only where the pattern says so. Under `^layers/mlp/` the kernels of
+  scanned layers are matrices, their biases are not.
 
   Attributes:
     pattern: regular expression, searched in the normalised path (`a/b/kernel`).
@@ -54,6 +62,11 @@ class Rule:
           'Expected at least one left and one right axis, got'
           f' left={self.left}, right={self.right}.'
       )
+
+  @property
+  def axes(self) -> tuple[int, ...]:
+    """The axes in the order batch, left, right."""
+    return self.batch + self.left + self.right
 
 
 def conv(pattern: str) -> Rule:
@@ -104,6 +117,7 @@ class Matrix(NamedTuple):
   index: int  # Position among the leaves of the flattened tree.
   path: str  # Normalised path.
   words: tuple[int, int]  # 64 bits of identity, from the path without layer.
+  # Where layers of one path differ in their number of entries, of that, too.
   layer: int  # Layer index found in the path; 0 when there is none.
   perm: tuple[int, ...]  # Axes in the order batch, left, right.
   shape: tuple[int, ...]  # Shape of the leaf as stored.
@@ -128,7 +142,8 @@ class Matrix(NamedTuple):
     """Layer-and-batch number of every entry; shape=batch, dtype=uint32.
 
     Entry (l, e) of a stack (layers, experts) and entry e of the unrolled layer
-    l get the same number.
+    l get the same number. Unrolled layers of different numbers of experts have
+    different `words`, since their numbers would collide.
     """
     size = math.prod(self.batch)
     flat = np.arange(size, dtype=np.uint32) + np.uint32(self.layer * size)
@@ -154,11 +169,34 @@ def check_pattern(name: str, pattern: str) -> None:
     ) from e
 
 
+def static_int(name: str, value: Any) -> int:
+  """Returns a number that gives shapes: of an int, or of an array of known value.
+
+  Raises:
+    TypeError: no integer, or one that is traced.
+  """
+  if isinstance(value, jax.core.Tracer):
+    raise TypeError(
+        f'Expected {name} to be an int, got {value}, which is traced: it gives'
+        f" shapes. Under optax.inject_hyperparams write static_args=('{name}',)."
+    )
+  try:
+    number = None if isinstance(value, bool) else operator.index(value)
+  except TypeError:
+    number = None
+  if number is None:
+    raise TypeError(f'Expected {name} to be an int, got {value!r}.')
+  return number
+
+
 def path_names(paths: Sequence[Sequence[Any]]) -> list[str]:
   """Returns key paths as `a/b/kernel`, without wrappers.
 
   A leading `params` collection and the one attribute `value` that NNX variables
   and partitioned metadata add are dropped: one model has one set of names.
+
+  Raises:
+    ValueError: two paths of one name, as of {'a/b': x, 'a': {'b': y}}.
   """
   parents = collections.Counter(tuple(path[:-1]) for path in paths)
 
@@ -172,7 +210,81 @@ def path_names(paths: Sequence[Sequence[Any]]) -> list[str]:
       names = names[1:]
     return '/'.join(names)
 
-  return [name(path) for path in paths]
+  names = [name(path) for path in paths]
+  owners = dict(zip(names, paths, strict=True))
+  for path, own in zip(paths, names, strict=True):
+    if owners[own] is not path:
+      keys = map(jax.tree_util.keystr, (path, owners[own]))
+      raise ValueError(
+          f'Expected leaves with names of their own, got {" and ".join(keys)}'
+          f' with the same name, {own}.'
+      )
+  return names
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+  """Returns {path: leaf} in the order of the leaves, see `path_names`."""
+  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  names = path_names([path for path, _ in flat])
+  return dict(zip(names, [leaf for _, leaf in flat], strict=True))
+
+
+def align(
+    like: Any, tree: Any, names: tuple[str, str] = ('params', 'the other tree')
+) -> Any:
+  """Returns a tree in the structure of another, leaves paired by path.
+
+  An OrderedDict, a FrozenDict, an NNX state and a dict of one model hold the same
+  leaves in different orders and wrappers; zipping them would pair them wrongly.
+
+  Args:
+    like: the tree whose structure is returned.
+    tree: the tree whose leaves are returned.
+    names: what errors call the two.
+
+  Raises:
+    ValueError: a path that only one of them has.
+  """
+  if jax.tree.structure(like) == jax.tree.structure(tree):
+    return tree
+  expected, given = named_leaves(like), named_leaves(tree)
+  first, second = names
+  for owner, other, one, two in (
+      (first, second, expected, given),
+      (second, first, given, expected),
+  ):
+    alone = [path for path in one if path not in two]
+    if alone:
+      raise ValueError(
+          f'Expected the same paths in {first} and {second}, got {alone[0]!r} in'
+          f' {owner} alone; the paths of {other} are {sorted(two)}.'
+      )
+  return jax.tree.structure(like).unflatten([given[path] for path in expected])
+
+
+def wide(dtype: Any) -> Any:
+  """Returns promote_types(dtype, float32), for floats of 8 bits too."""
+  is_float = jnp.issubdtype(dtype, jnp.floating)
+  if is_float and jnp.finfo(dtype).bits < 16:  # These promote to nothing.
+    return jnp.dtype(jnp.float32)
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def shape_of(leaf: Any, path: str) -> Any:
+  """Returns a leaf, or the shape that stands for a Python number.
+
+  Raises:
+    TypeError: a leaf that is neither an array nor a number, by path.
+  """
+  if hasattr(leaf, 'shape') and hasattr(leaf, 'dtype'):
+    return leaf
+  if isinstance(leaf, (bool, int, float, complex)):
+    return jax.ShapeDtypeStruct((), jnp.result_type(type(leaf)))
+  raise TypeError(
+      f'Expected arrays or numbers as leaves, got {path} of type'
+      f' {type(leaf).__name__}: register a class of yours as a pytree'
+      ' (jax.tree_util.register_dataclass).'
+  )
 
 
 def find(tree: Any, matrices: Matrices | None = None) -> list[Matrix]:
@@ -192,19 +304,17 @@ def find(tree: Any, matrices: Matrices | None = None) -> list[Matrix]:
       leaves with one name and layer.
   """
   spec = Matrices() if matrices is None else matrices
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  paths = path_names([path for path, _ in leaves])
-  named = list(zip(paths, (leaf for _, leaf in leaves), strict=True))
+  named = [(p, shape_of(x, p)) for p, x in named_leaves(tree).items()]
   for rule in spec.rules:
-    if not any(re.search(rule.pattern, path) for path in paths):
-      raise ValueError(_no_match(f'rule pattern {rule.pattern!r}', named))
-  is_flax = any(_name(path) == 'kernel' for path in paths)
-  found = []
+    _check_rule(rule, named)
+  is_flax = any(_name(path) == 'kernel' for path, _ in named)
+  found, unselected = [], []
   for index, (path, leaf) in enumerate(named):
-    rule = _rule_for(path, spec.rules)
-    if not _is_selected(path, leaf, rule, spec, is_flax):
-      continue
-    found.append(_matrix(index, path, leaf, rule, spec))
+    rule = _rule_for(path, leaf, spec.rules)
+    if _is_selected(path, leaf, rule, spec, is_flax):
+      found.append(_matrix(index, path, leaf, rule, spec))
+    elif rule is not None:
+      unselected.append(_matrix(index, path, leaf, rule, spec))
   if not found:
     what = (
         'the default selection'
@@ -212,6 +322,7 @@ def find(tree: Any, matrices: Matrices | None = None) -> list[Matrix]:
         else (f'select={spec.select!r}')
     )
     raise ValueError(_no_match(what, named))
+  found = _by_size(found, unselected, spec)
   _check_distinct(found)
   return found
 
@@ -234,6 +345,29 @@ def check_unmasked(tree: Any, name: str) -> None:
     )
 
 
+def _by_size(
+    found: Sequence[Matrix], unselected: Sequence[Matrix], spec: Matrices
+) -> list[Matrix]:
+  """Returns matrices with the size in their words where layers disagree in it.
+
+  Layers 1 of 3 experts and 2 of 2 would share the numbers 4 and 5. No number made
+  of a leaf's own path, layer and size tells them apart and keeps the draws of
+  equal layers, so the tree decides: all its leaves, not only the selected ones.
+  """
+  is_layer = lambda m: re.search(spec.layer, m.path) is not None
+  sizes = collections.defaultdict(set)
+  for m in filter(is_layer, (*found, *unselected)):
+    sizes[m.words].add(math.prod(m.batch))
+
+  def told_apart(m):
+    if not is_layer(m) or len(sizes[m.words]) == 1:
+      return m
+    size = math.prod(m.batch)
+    return m._replace(words=_words(f'{_without_layer(m.path, spec)}[{size}]'))
+
+  return [told_apart(m) for m in found]
+
+
 def _check_distinct(found: Sequence[Matrix]) -> None:
   """Raises where two leaves would share their draws."""
   owner: dict[tuple[tuple[int, int], int], str] = {}
@@ -253,14 +387,54 @@ def _name(path: str) -> str:
   return path.rsplit('/', 1)[-1]
 
 
+def _is_floating(leaf: Any) -> bool:
+  return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
 def _no_match(what: str, named: Sequence[tuple[str, Any]]) -> str:
-  listed = '\n  '.join(f'{path} {tuple(leaf.shape)}' for path, leaf in named)
+  kind = lambda leaf: '' if _is_floating(leaf) else f' {leaf.dtype}'
+  listed = '\n  '.join(
+      f'{path} {tuple(leaf.shape)}{kind(leaf)}' for path, leaf in named
+  )
   return f'Expected {what} to match a leaf; the paths are:\n  {listed}'
 
 
-def _rule_for(path: str, rules: Sequence[Rule]) -> Rule | None:
-  """Returns the rule of a path; raises when two disagree about its axes."""
-  matching = [rule for rule in rules if re.search(rule.pattern, path)]
+def _is_for(rule: Rule, path: str, leaf: Any) -> bool:
+  """Returns whether a rule speaks of a leaf, its number of axes aside."""
+  name = _name(path)
+  is_named = name not in _VECTORS or name in rule.pattern
+  return (
+      is_named
+      and _is_floating(leaf)
+      and re.search(rule.pattern, path) is not None
+  )
+
+
+def _check_rule(rule: Rule, named: Sequence[tuple[str, Any]]) -> None:
+  """Raises for a rule that is for no leaf, or whose axes do not fit."""
+  ours = [(path, leaf) for path, leaf in named if _is_for(rule, path, leaf)]
+  if not ours:
+    raise ValueError(_no_match(f'rule pattern {rule.pattern!r}', named))
+  fitting = [one for one in ours if len(one[1].shape) == len(rule.axes)]
+  path, leaf = (fitting or ours)[0]
+  ndim = len(leaf.shape)
+  if any(not -ndim <= axis < ndim for axis in rule.axes) or sorted(
+      axis % ndim for axis in rule.axes
+  ) != list(range(ndim)):
+    raise ValueError(
+        f'Expected batch, left and right of rule {rule.pattern!r} to name each'
+        f' axis of {path} once, got batch={rule.batch}, left={rule.left},'
+        f' right={rule.right} for shape {tuple(leaf.shape)}.'
+    )
+
+
+def _rule_for(path: str, leaf: Any, rules: Sequence[Rule]) -> Rule | None:
+  """Returns the rule of a leaf; raises when two disagree about its axes."""
+  matching = [
+      rule
+      for rule in rules
+      if len(leaf.shape) == len(rule.axes) and _is_for(rule, path, leaf)
+  ]
   axes = {(rule.left, rule.right, rule.batch) for rule in matching}
   if len(axes) > 1:
     patterns = [rule.pattern for rule in matching]
@@ -273,51 +447,60 @@ def _rule_for(path: str, rules: Sequence[Rule]) -> Rule | None:
 def _is_selected(
     path: str, leaf: Any, rule: Rule | None, spec: Matrices, is_flax: bool
 ) -> bool:
-  if not jnp.issubdtype(leaf.dtype, jnp.floating):
+  ndim = len(leaf.shape)
+  if not _is_floating(leaf) or 0 in leaf.shape:
     return False
   if spec.select is not None:
-    is_vector = leaf.ndim < 2 or _name(path) in ('bias', 'scale')
+    is_vector = ndim < 2 or (_name(path) in _VECTORS and rule is None)
     return re.search(spec.select, path) is not None and not is_vector
   if rule is not None:
     return True
   if is_flax:
-    return _name(path) == 'kernel' and leaf.ndim >= 2
-  return leaf.ndim == 2
+    return _name(path) == 'kernel' and ndim >= 2
+  return ndim == 2
+
+
+def _without_layer(path: str, spec: Matrices) -> str:
+  layer = re.search(spec.layer, path)
+  if layer is None:
+    return path
+  return path[: layer.start(1)] + path[layer.end(1) :]
+
+
+def _words(name: str) -> tuple[int, int]:
+  digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+  first, second = np.frombuffer(digest, dtype='<u4')
+  return int(first), int(second)
 
 
 def _matrix(
     index: int, path: str, leaf: Any, rule: Rule | None, spec: Matrices
 ) -> Matrix:
   """Resolves the axes and the identity of one selected leaf."""
-  if rule is None and leaf.ndim != 2:
+  ndim = len(leaf.shape)
+  if rule is None and ndim != 2:
     raise ValueError(
-        f'Expected a rule for {path} of shape {tuple(leaf.shape)}: write, for'
-        f' example, Rule({_name(path)!r}, left={tuple(range(leaf.ndim - 1))},'
-        f' right=({leaf.ndim - 1},)), with stacked layers or experts in batch=.'
+        f'Expected a rule for {path} of shape {tuple(leaf.shape)}:'
+        ' bl.inject.all_linear(loss, params, batch) reads all of them from a Flax'
+        f' model; or write, for example, Rule({_name(path)!r},'
+        f' left={tuple(range(ndim - 1))}, right=({ndim - 1},)), with stacked'
+        ' layers or experts in batch=.'
     )
   rule = Rule(path, (0,), (1,)) if rule is None else rule
-  perm = rule.batch + rule.left + rule.right
-  if any(not -leaf.ndim <= axis < leaf.ndim for axis in perm) or sorted(
-      axis % leaf.ndim for axis in perm
-  ) != list(range(leaf.ndim)):
-    raise ValueError(
-        f'Expected batch, left and right of rule {rule.pattern!r} to name each'
-        f' axis of {path} once, got batch={rule.batch}, left={rule.left},'
-        f' right={rule.right} for shape {tuple(leaf.shape)}.'
-    )
   size = lambda axes: math.prod(leaf.shape[axis] for axis in axes)
   layer = re.search(spec.layer, path)
-  name = path
-  if layer is not None:
-    name = path[: layer.start(1)] + path[layer.end(1) :]
-  digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-  words = np.frombuffer(digest, dtype='<u4')
+  number = 0 if layer is None else int(re.sub(r'\D', '', layer.group(1)))
+  if (number + 1) * size(rule.batch) > 2**32:
+    raise ValueError(
+        f'Expected a layer index below 2^32 in {path}, of {size(rule.batch)}'
+        f' entries a layer, got {number}: set Matrices.layer.'
+    )
   return Matrix(
       index=index,
       path=path,
-      words=(int(words[0]), int(words[1])),
-      layer=0 if layer is None else int(re.sub(r'\D', '', layer.group(1))),
-      perm=tuple(axis % leaf.ndim for axis in perm),
+      words=_words(_without_layer(path, spec)),
+      layer=number,
+      perm=tuple(axis % ndim for axis in rule.axes),
       shape=tuple(leaf.shape),
       batch=tuple(leaf.shape[axis] for axis in rule.batch),
       m=size(rule.left),

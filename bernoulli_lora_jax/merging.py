@@ -24,6 +24,9 @@ def unmerge(params: Any, factors: Pairs, matrices: Matrices | None = None):
     params: merged weights.
     factors: {path: {'left', 'right'}}, the scale in the right one (`scaled`).
     matrices: what is a matrix.
+
+  Raises:
+    ValueError: factors of no matrix of params, or of other shapes.
   """
   return _add_products(params, factors, matrices, -1.0)
 
@@ -49,7 +52,8 @@ def extract(
 
   Args:
     base: params before.
-    tuned: params after, of the same shapes.
+    tuned: params after, of the same paths and shapes; the order and the kind of
+      its containers do not matter.
     rank: of the factors, clipped to the sides of each matrix.
     matrices: what is a matrix.
 
@@ -57,14 +61,15 @@ def extract(
     {path: Extracted} with left right the best approximation of its rank.
 
   Raises:
-    ValueError: shapes that differ, with the path and both.
+    ValueError: paths or shapes that differ, with the path and both.
   """
   policies.check_field('rank', rank)
   check_shapes(base, tuned)
+  tuned = matrices_lib.align(base, tuned, ('base', 'tuned'))
   old, new = jax.tree.leaves(base), jax.tree.leaves(tuned)
   result = {}
   for matrix in matrices_lib.find(base, matrices):
-    wide = jnp.promote_types(matrix.dtype, jnp.float32)
+    wide = matrices_lib.wide(matrix.dtype)
     view = lambda leaf, m=matrix, t=wide: m.view(jnp.asarray(leaf)).astype(t)
     change = view(new[matrix.index]) - view(old[matrix.index])
     u, s, vt = jnp.linalg.svd(change, full_matrices=False)
@@ -99,12 +104,13 @@ def merge_report(
     ||error||_F / ||L R||_F, the part of the update that the rounding replaces.
 
   Raises:
-    ValueError: a factor that is not finite, by path.
+    ValueError: a factor that is not finite, of no matrix of params or of another
+      shape, by path.
   """
   check_factors(factors)
   leaves = jax.tree.leaves(params)
   rows = []
-  for matrix in matrices_lib.find(params, matrices):
+  for matrix in _matrices_of(params, factors, matrices):
     if matrix.path not in factors:
       continue
     left, right = (
@@ -154,15 +160,10 @@ def check_factors(factors: Pairs) -> None:
 
 def check_shapes(expected: Any, given: Any) -> None:
   """Raises ValueError unless two trees have the same paths and shapes."""
-  flat = lambda tree: dict(
-      zip(
-          matrices_lib.path_names(
-              [p for p, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-          ),
-          [tuple(np.shape(leaf)) for leaf in jax.tree.leaves(tree)],
-          strict=True,
-      )
-  )
+  flat = lambda tree: {
+      path: tuple(np.shape(leaf))
+      for path, leaf in matrices_lib.named_leaves(tree).items()
+  }
   old, new = flat(expected), flat(given)
   for path in sorted(old.keys() | new.keys()):
     if old.get(path) != new.get(path):
@@ -179,12 +180,35 @@ def product(pair: dict[str, jax.Array]) -> jax.Array:
   )
 
 
+def _matrices_of(
+    params: Any, factors: Pairs, matrices: Matrices | None
+) -> list[matrices_lib.Matrix]:
+  """Returns the matrices of params; raises for factors that belong to none."""
+  found = matrices_lib.find(params, matrices)
+  owners = {matrix.path: matrix for matrix in found}
+  for path, pair in factors.items():
+    if path not in owners:
+      raise ValueError(
+          f'Expected the factors of {path} to belong to a matrix of params; the'
+          f' matrices are {sorted(owners)}.'
+      )
+    m = owners[path]
+    rank = np.shape(pair['left'])[-1:]
+    expected = (*m.batch, m.m, *rank), (*m.batch, *rank, m.n)
+    given = np.shape(pair['left']), np.shape(pair['right'])
+    if given != expected:
+      raise ValueError(
+          f'Expected factors of shapes {expected} for {path}, got {given}.'
+      )
+  return found
+
+
 def _add_products(
     params: Any, factors: Pairs, matrices: Matrices | None, sign: float
 ) -> Any:
   """Returns W + sign L R, rounded to nearest."""
   leaves, treedef = jax.tree.flatten(params)
-  for matrix in matrices_lib.find(params, matrices):
+  for matrix in _matrices_of(params, factors, matrices):
     if matrix.path in factors:
       update = sign * product(factors[matrix.path])
       weight = matrix.view(leaves[matrix.index])

@@ -48,10 +48,9 @@ class Recipe(NamedTuple):
 
 def checksum(params: Any) -> str:
   """Returns a hash of the paths, shapes, dtypes and bytes of a tree."""
-  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-  paths = matrices_lib.path_names([path for path, _ in leaves])
+  leaves = matrices_lib.named_leaves(params)
   digest = hashlib.blake2b(digest_size=16)
-  for path, (_, leaf) in sorted(zip(paths, leaves, strict=True)):
+  for path, leaf in sorted(leaves.items(), key=lambda item: item[0]):
     array = np.asarray(leaf)
     digest.update(f'{path} {array.shape} {array.dtype}'.encode())
     digest.update(np.ascontiguousarray(array).tobytes())
@@ -94,7 +93,7 @@ def replay(base: Any, recipe: Recipe) -> Any:
 
   Raises:
     ValueError: a base that is not the recipe's, by its checksum; a link that
-      lacks a factor or holds one of another shape.
+      lacks a factor, holds one of another shape, or one of no matrix.
 
   Warns:
     UserWarning: the result's checksum is not the recorded one.
@@ -147,7 +146,11 @@ def make_recipe(
     key: as given to `chain.init`.
     links: `trained_factors` of each link, the last one included.
     final: state at the end.
+
+  Raises:
+    ValueError: a base of other paths or shapes than the state's.
   """
+  adapters.check_shapes(final.params, base)
   return Recipe(
       checksum(base),
       checksum(jax.jit(chain.params)(final)),
@@ -249,8 +252,13 @@ def load_recipe(
     raise FileNotFoundError(f'Expected a recipe in {path}.')
   try:
     record = json.loads(path.read_text())
-  except json.JSONDecodeError as e:
+  except ValueError as e:  # No JSON, or no text at all.
     raise ValueError(f'Expected {path} to be JSON: {e}.') from e
+  if not isinstance(record, dict):
+    raise ValueError(
+        f'Expected {path} to hold the fields of a recipe, got'
+        f' {type(record).__name__}.'
+    )
   if record.get('version') != _VERSION:
     raise ValueError(
         f'Expected version {_VERSION} of a recipe in {path}, got'
@@ -258,9 +266,10 @@ def load_recipe(
     )
   try:
     return _from_record(record, directory, sketch)
-  except (KeyError, TypeError, AttributeError) as e:
+  except (KeyError, TypeError, AttributeError, IndexError) as e:
     raise ValueError(
-        f'Expected {path} to hold the fields of a recipe: {e}.'
+        f'Expected {path} to hold the fields of a recipe:'
+        f' {type(e).__name__} {e}.'
     ) from e
 
 
@@ -338,6 +347,16 @@ def _check_link(
     link: _Factors,
     number: int,
 ) -> None:
+  expected = {
+      f'{side}:{one.matrix.path}'
+      for one in chain.adapted(state.params)
+      for side in one.trained
+  }
+  if link.keys() - expected:
+    raise ValueError(
+        f'Expected the factors {sorted(expected)} in link {number}, got also'
+        f' {sorted(link.keys() - expected)}.'
+    )
   for one in chain.adapted(state.params):
     for side in one.trained:
       name = f'{side}:{one.matrix.path}'

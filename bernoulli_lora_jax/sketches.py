@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bernoulli_lora_jax import matrices
+
 HIGHEST = jax.lax.Precision.HIGHEST
 _BLOCK = 256  # Rows whose products are summed at once.
 
@@ -103,7 +105,7 @@ class Sketch:
       Q Q^T is an orthogonal projection of rank `rank`, never NaN.
       E[Q Q^T] has the eigenvalues `mean_eigenvalues` states.
     """
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = matrices.wide(dtype)
     basis = self.bases(key[None], dim, rank, dtype)[0]
     if self.rows is not None:
       return _one_hot_columns(basis, dim, dtype)
@@ -139,7 +141,7 @@ class Sketch:
     _check_rank(rank, dim)
     if self.rows is not None:
       return jax.vmap(lambda key: self.rows(key, dim, rank))(keys)
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = matrices.wide(dtype)
     raw = jax.vmap(lambda key: self.sampler(key, dim, rank, dtype))(keys)
     if self.is_orthonormal(dim):
       return raw
@@ -313,7 +315,7 @@ def compress(basis: Basis, g: jax.Array, side: str) -> jax.Array:
     return g
   if _is_rows(basis):
     return _take(g, basis, axis=0 if side == 'left' else 1)
-  g = g.astype(jnp.promote_types(g.dtype, basis.dtype))
+  g = g.astype(jnp.promote_types(matrices.wide(g.dtype), basis.dtype))
   if side == 'left':
     return jnp.matmul(basis.mT, g)
   return jnp.matmul(g, basis)

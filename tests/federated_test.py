@@ -1,5 +1,6 @@
 """Tests of E5 (QGD), E6 (MARINA) and E7 (EF21) against loops in NumPy."""
 
+import collections
 import functools
 import math
 import zlib
@@ -13,6 +14,7 @@ import optax
 import pytest
 
 import bernoulli_lora_jax as bl
+from bernoulli_lora_jax import chain
 from bernoulli_lora_jax import compressors
 from bernoulli_lora_jax import federated
 from bernoulli_lora_jax import links as links_lib
@@ -1462,3 +1464,300 @@ class RejectsTest(parameterized.TestCase):
         ValueError, 'one of cohort and participants, got cohort=2 and a mask'
     ):
       tx.update(stack, state, participants=np.ones(5, bool))
+
+
+LLAMA = {  # Shapes of an 8B model, layers stacked for a scan.
+    'embed': (128256, 4096),
+    'head': (4096, 128256),
+    'layers': {
+        'q': (32, 4096, 4096),
+        'k': (32, 4096, 1024),
+        'v': (32, 4096, 1024),
+        'o': (32, 4096, 4096),
+        'gate': (32, 4096, 14336),
+        'up': (32, 4096, 14336),
+        'down': (32, 14336, 4096),
+        'norms': (32, 2, 4096),
+    },
+    'norm': (4096,),
+}
+NUM_LLAMA = 8_030_261_248
+
+
+def llama(dtype=jnp.float32):
+  is_shape = lambda node: isinstance(node, tuple)
+  make = lambda shape: jax.ShapeDtypeStruct(shape, dtype)
+  return jax.tree.map(make, LLAMA, is_leaf=is_shape)
+
+
+class LargeTest(parameterized.TestCase):
+  """Sizes beyond 32 bits, by shapes alone."""
+
+  @parameterized.named_parameters(
+      ('identity', compressors.identity(), 32 * NUM_LLAMA),
+      ('natural', compressors.natural(), 9 * NUM_LLAMA),
+      ('sign', compressors.sign(), NUM_LLAMA + 32 * 11),
+      ('randk', compressors.randk(fraction=0.25), 8 * NUM_LLAMA + 64 * 11),
+  )
+  def test_message_bits(self, compressor, expected):
+    small, whole = federated.message_bits(compressor, llama())
+    self.assertEqual(small, expected)
+    self.assertEqual(whole, 32 * NUM_LLAMA)
+    self.assertIsInstance(small, int)
+
+  def test_bits_up(self):
+    tx = bl.qgd(KEY, compressor=compressors.natural(), num_clients=1000)
+    state = tx.init({'w': jnp.zeros(1)})
+    state = state._replace(sent=jnp.array([10**9, 2**31 - 1], jnp.int32))
+    count = lambda s: federated.bits_up(s, compressors.sign(), llama())
+    small, whole = NUM_LLAMA + 32 * 11, 32 * NUM_LLAMA
+    exact = 10**9 * small + (2**31 - 1) * whole
+    self.assertEqual(count(state), np.float32(exact))
+    with jax.enable_x64(True):
+      self.assertEqual(count(state), float(exact))
+    # Counts, sizes, products and the sum rounded to 24 bits.
+    ratio = float(jax.jit(count)(state)) / exact
+    self.assertAlmostEqual(ratio, 1, delta=4 * 2.0**-24)
+
+  def test_messages_are_counted_up_to_the_last(self):
+    tx = bl.qgd(KEY, compressor=compressors.natural(), num_clients=3)
+    params = {'w': jnp.zeros(2)}
+    state = tx.init(params)._replace(sent=jnp.array([2**31 - 2, 5], jnp.int32))
+    grads = {'w': jnp.ones((3, 2))}
+    _, state = tx.update(grads, state, params)
+    np.testing.assert_array_equal(state.sent, (2**31 - 1, 5))
+
+  @parameterized.named_parameters(
+      ('randk', compressors.randk(fraction=0.1)),
+      ('topk', compressors.topk(k=5)),
+  )
+  def test_more_elements_than_indices(self, compressor):
+    stack = {'up': jax.ShapeDtypeStruct((80, 8192, 28672), jnp.float32)}
+    with self.assertRaisesRegex(ValueError, 'up: Expected at most 2147483647'):
+      federated.message_bits(compressor, stack)
+    with self.assertRaisesRegex(ValueError, r'All leaves.*concatenate=False'):
+      federated.message_bits(compressor, llama(), concatenate=True)
+
+
+class LeavesTest(parameterized.TestCase):
+  """What people keep in their params, and gradients in other containers."""
+
+  params = {'w': jnp.ones((4, 6)), 'b': jnp.ones(6)}
+
+  def grads(self, params, num_clients=3):
+    key = jax.random.key(4)
+
+    def grad(x):
+      shape = (num_clients, *np.shape(x))
+      if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        return jnp.zeros(shape, jnp.result_type(x))
+      return jax.random.normal(key, shape)
+
+    return jax.tree.map(grad, params)
+
+  def make(self, method, **kwargs):
+    compressor = compressors.randk(fraction=0.5)
+    if method == 'ef21':
+      compressor = compressors.contractive(compressor)
+    kwargs |= {'prob': 0.5} if method == 'marina' else {}
+    return getattr(bl, method)(
+        KEY, compressor=compressor, num_clients=3, **kwargs
+    )
+
+  def two_steps(self, tx, grads, params):
+    state = tx.init(params)
+    step = jax.jit(tx.update)
+    first, state = step(grads, state, params)
+    again = jax.tree.map(lambda g: 2 * g, grads)
+    second, after = step(again, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+    return first, second
+
+  @parameterized.product(method=METHODS, concatenate=[False, True])
+  def test_leaves_that_are_no_floats(self, method, concatenate):
+    tx = self.make(method, concatenate=concatenate)
+    others = {
+        'steps': jnp.asarray(2**24 + 1, jnp.int32),
+        'mask': jnp.ones(3, bool),
+        'count': 7,
+        'flag': True,
+    }
+    params = {**self.params, **others}
+    ours = self.two_steps(tx, self.grads(params), params)
+    plain = self.two_steps(tx, self.grads(self.params), self.params)
+    for one, two in zip(ours, plain, strict=True):
+      chex.assert_trees_all_equal({k: one[k] for k in two}, two)
+      moved = optax.apply_updates(params, one)
+      chex.assert_trees_all_equal({k: moved[k] for k in others}, others)
+
+  @parameterized.parameters(*METHODS)
+  def test_python_numbers_and_empty_leaves(self, method):
+    tx = self.make(method)
+    params = {**self.params, 'temperature': 1.0, 'empty': jnp.zeros((0, 3))}
+    updates = self.two_steps(tx, self.grads(params), params)[1]
+    self.assertEqual(updates['temperature'].shape, ())
+    self.assertNotEqual(updates['temperature'], 0)
+
+  @parameterized.parameters(*METHODS)
+  def test_half_params_and_single_gradients(self, method):
+    tx = self.make(method)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), self.params)
+    updates = self.two_steps(tx, self.grads(self.params), params)[1]
+    self.assertEqual(updates['w'].dtype, jnp.float32)
+
+  @parameterized.parameters(*METHODS)
+  def test_gradients_in_another_container(self, method):
+    tx, grads = self.make(method), self.grads(self.params)
+    other = collections.OrderedDict((k, grads[k]) for k in ('w', 'b'))
+    for one, two in zip(
+        self.two_steps(tx, other, self.params),
+        self.two_steps(tx, grads, self.params),
+        strict=True,
+    ):
+      chex.assert_trees_all_equal(one, two)
+    with self.assertRaisesRegex(
+        ValueError, "in params and client gradients, got 'b' in params alone"
+    ):
+      tx.update({'w': grads['w']}, tx.init(self.params), self.params)
+
+  @parameterized.named_parameters(
+      ('sign', compressors.sign()),
+      ('low_rank', compressors.powersgd(1)),
+      ('topk', compressors.topk(2)),
+  )
+  def test_eight_bits(self, compressor):
+    tx = bl.ef21(KEY, compressor=compressor, num_clients=3)
+    params = {'w': jnp.ones((4, 6), jnp.float8_e5m2)}
+    state = tx.init(params)
+    ones = jnp.ones((3, 4, 6), jnp.float8_e5m2)
+    for scale in (1, 2):  # The second error, all ones, is compressed.
+      grads = {'w': (scale * ones.astype(jnp.float32)).astype(ones.dtype)}
+      updates, state = tx.update(grads, state, params)
+      self.assertEqual(updates['w'].dtype, jnp.float8_e5m2)
+    exact = 2 if compressor.name != 'TopK 2' else (1, 2)
+    found = np.unique(np.asarray(updates['w'], np.float32))
+    np.testing.assert_array_equal(found, exact)
+
+  @parameterized.named_parameters(
+      ('sign', compressors.sign()), ('low_rank', compressors.powersgd(1))
+  )
+  def test_complex_numbers_are_refused(self, compressor):
+    tx = bl.ef21(KEY, compressor=compressor, num_clients=3)
+    params = {'w': jnp.ones((4, 6), jnp.complex64)}
+    with self.assertRaisesRegex(TypeError, 'w: Expected real numbers'):
+      tx.update(
+          {'w': jnp.ones((3, 4, 6), jnp.complex64)}, tx.init(params), params
+      )
+
+
+class WireTest(parameterized.TestCase):
+
+  @parameterized.parameters(False, True)
+  def test_containers_of_the_two_sides(self, concatenate):
+    layers = [jnp.full((2, i + 1), float(i)) for i in range(11)]
+    names = {str(i): x for i, x in enumerate(layers)}
+    for sent, like in ((layers, names), (names, layers)):
+      other = collections.OrderedDict(
+          b=jnp.ones(3), layers=sent, a=2 * jnp.ones(2)
+      )
+      payloads, _ = federated.send(
+          compressors.identity(), KEY, other, concatenate=concatenate
+      )
+      got = federated.receive(
+          compressors.identity(),
+          payloads,
+          {'a': jnp.zeros(2), 'b': jnp.zeros(3), 'layers': like},
+          concatenate=concatenate,
+      )
+      chex.assert_trees_all_equal(
+          matrices.named_leaves(got), matrices.named_leaves(other)
+      )
+
+
+class HyperparamsTest(parameterized.TestCase):
+  """optax.inject_hyperparams keeps numbers in the optimiser's state."""
+
+  @parameterized.product(
+      method=METHODS, key_is_static=[False, True], cohort=[None, 2]
+  )
+  def test_injected(self, method, key_is_static, cohort):
+    kwargs = {
+        'compressor': compressors.natural(),
+        'num_clients': 3,
+        'cohort': cohort,
+        'weights': np.array([1.0, 2.0, 3.0]),
+    }
+    if method == 'ef21':
+      kwargs['compressor'] = compressors.sign()
+    if method == 'marina':
+      kwargs['prob'] = 0.5
+    static = ('num_clients', 'cohort', *(('key',) if key_is_static else ()))
+    factory = getattr(bl, method)
+    ours = optax.inject_hyperparams(factory, static_args=static)(KEY, **kwargs)
+    plain = factory(KEY, **kwargs)
+    grads = jax.random.normal(jax.random.key(1), (4, 3, 5))
+    params = {'w': jnp.ones(5)}
+    found = []
+    for tx in (ours, plain):
+      state, step = tx.init(params), jax.jit(tx.update)
+      found.append([])
+      for g in grads:
+        updates, state = step({'w': g}, state, params)
+        found[-1].append(updates['w'])
+    # Weights are normalised in float32 where they are traced.
+    np.testing.assert_allclose(*map(np.stack, found), rtol=1e-5, atol=1e-6)
+
+  def test_a_schedule_of_prob(self):
+    tx = optax.inject_hyperparams(bl.marina, static_args='num_clients')(
+        KEY,
+        compressor=compressors.natural(),
+        prob=lambda step: jnp.where(step < 2, 1.0, 1e-9),
+        num_clients=3,
+    )
+    params = {'w': jnp.ones(5)}
+    state, full = tx.init(params), []
+    for _ in range(4):
+      _, state = tx.update({'w': jnp.ones((3, 5))}, state, params)
+      full.append(bool(optax.tree.get(state, 'is_full')))
+    self.assertEqual(full, [True, True, False, False])
+
+  def test_a_traced_number_of_clients_is_named(self):
+    tx = optax.inject_hyperparams(bl.qgd)(
+        KEY, compressor=compressors.natural(), num_clients=3
+    )
+    params = {'w': jnp.ones(5)}
+    state = tx.init(params)
+    with self.assertRaisesRegex(TypeError, r"static_args=\('num_clients',\)"):
+      jax.jit(tx.update)({'w': jnp.ones((3, 5))}, state, params)
+
+
+class LargeModelTest(parameterized.TestCase):
+  """Counts of an 8B model and of its experts, by shapes alone."""
+
+  def sent(self, tree, rules, **kwargs):
+    matrices = bl.Matrices(rules=rules)
+    state = chain.ScaleByBernoulliChainState(
+        jnp.zeros([], jnp.int32), jax.random.key(0), ()
+    )
+    return chain.sent_numbers(state, tree, matrices=matrices, **kwargs)
+
+  @parameterized.parameters((16, 1.0), (16, 0.0), (3000, 1.0), (3000, 0.0))
+  def test_sent_numbers_are_exact_without_coins(self, rank, prob):
+    experts, m, n, rest = (32, 8), 4096, 14336, 2**31 + 5
+    spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    tree = {'up': spec(*experts, m, n), 'rest': spec(rest), 'rate': 0.1}
+    rule = bl.Rule('up', (2,), (3,), (0, 1))
+    side = n if prob else m
+    expected = 256 * rank * side + rest + 1
+    found = self.sent(tree, (rule,), rank=rank, prob=prob)
+    self.assertEqual(float(found), np.float32(expected))
+
+  def test_sent_numbers_with_coins(self):
+    spec = jax.ShapeDtypeStruct((32, 64, 4096, 14336), jnp.float32)
+    rule = bl.Rule('up', (2,), (3,), (0, 1))
+    found = float(self.sent({'up': spec}, (rule,), rank=3000, prob=0.5))
+    left, right = 3000 * 14336, 3000 * 4096
+    num_left = (found - 2048 * right) / (left - right)
+    # Half of 2048 coins, within five standard deviations; float32 sums.
+    self.assertAlmostEqual(num_left, 1024, delta=5 * 2048**0.5 / 2)
+    self.assertAlmostEqual(num_left, round(num_left), delta=0.02)

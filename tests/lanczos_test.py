@@ -1,5 +1,6 @@
 """Tests of Lanczos against dense eigenvalues."""
 
+import collections
 import functools
 import math
 
@@ -8,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from bernoulli_lora_jax.theory import lanczos
 
@@ -170,3 +172,16 @@ class HessianProductTest(parameterized.TestCase):
       )(params, jax.random.key(0))
       np.testing.assert_allclose(found.high, 6, rtol=1e-12)
       np.testing.assert_allclose(found.low, -2 * math.sin(1), rtol=1e-12)
+
+
+def test_a_product_in_another_container():
+  """An OrderedDict lists its leaves in another order."""
+  like = {'a': jnp.zeros(2), 'b': jnp.zeros(3)}
+  scale = {'a': jnp.array([1.0, 2.0]), 'b': jnp.array([3.0, 4.0, 7.0])}
+  product = lambda v: collections.OrderedDict(
+      (name, scale[name] * v[name]) for name in ('b', 'a')
+  )
+  found = lanczos.extremes(product, like, jax.random.key(0))
+  np.testing.assert_allclose((found.low, found.high), (1, 7), rtol=1e-5)
+  with pytest.raises(ValueError, match="got 'b' in like alone"):
+    lanczos.extremes(lambda v: {'a': v['a']}, like, jax.random.key(0))

@@ -1,11 +1,15 @@
 """Tests of which leaves are matrices, their views, and their identities."""
 
 import collections
+import dataclasses
 import hashlib
+import itertools
 import re
+from typing import Any
 
 from absl.testing import parameterized
 import chex
+import flax
 from flax import linen as nn
 from flax import nnx
 import jax
@@ -236,7 +240,7 @@ class RejectsTest(parameterized.TestCase):
       ),
   )
   def test_leaves_that_would_share_their_draws(self, tree, rules):
-    with self.assertRaisesRegex(ValueError, 'w with the same name and layer'):
+    with self.assertRaisesRegex(ValueError, 'w.* with the same name'):
       matrices.find(tree, Matrices(rules=rules))
 
   def test_layers_beyond_a_stack_have_draws_of_their_own(self):
@@ -519,3 +523,273 @@ class UnmaskedTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'page to stand outermost'):
       matrices.check_unmasked(tree, 'page')
     matrices.check_unmasked({'a': jnp.ones(2)}, 'page')
+
+
+Box = collections.namedtuple('Box', 'kernel')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Registered:
+  kernel: Any
+  rate: Any
+
+
+@dataclasses.dataclass
+class Unregistered:
+  kernel: Any
+
+
+class LegitimateTest(parameterized.TestCase):
+  """What people keep in their params is a matrix, passes, or is named."""
+
+  @parameterized.named_parameters(
+      ('float', 0.5),
+      ('int', 3),
+      ('bool', True),
+      ('complex', 1j),
+      ('numpy_scalar', np.float32(0.5)),
+      ('numpy_array', np.ones((4, 3), np.int32)),
+      ('integers', spec(4, 3, dtype=jnp.int32)),
+      ('booleans', spec(4, 3, dtype=bool)),
+      ('complex_matrix', spec(4, 3, dtype=jnp.complex64)),
+      ('empty', spec(0, 3)),
+      ('empty_other_side', spec(3, 0)),
+      ('empty_stack', spec(0, 3, 4)),
+      ('vector', spec(3)),
+      ('none', None),
+      ('key', jax.eval_shape(lambda: jax.random.key(0))),
+  )
+  def test_others_are_passed_over(self, other):
+    tree = {'a': other, 'w': spec(4, 3)}
+    self.assertEqual(paths(tree), ['w'])
+    mask = [leaf for leaf in jax.tree.leaves(matrices.mask(tree)) if leaf]
+    self.assertLen(mask, 1)
+
+  @parameterized.named_parameters(
+      ('list', [spec(4, 3)], '0'),
+      ('tuple', (spec(4, 3),), '0'),
+      ('named_tuple', Box(spec(4, 3)), 'kernel'),
+      ('dataclass', Registered(spec(4, 3), 0.1), 'kernel'),
+      ('whole_numbers', {7: spec(4, 3)}, '7'),
+      ('nothing_around_it', spec(4, 3), ''),
+      ('numpy', {'w': np.ones((4, 3), np.float64)}, 'w'),
+      ('one_row', {'w': spec(1, 3)}, 'w'),
+      ('one_column', {'w': spec(4, 1)}, 'w'),
+      ('float8', {'w': spec(4, 3, dtype=jnp.float8_e4m3fn)}, 'w'),
+      ('slash', {'a/b': spec(4, 3)}, 'a/b'),
+  )
+  def test_containers_and_leaves(self, tree, path):
+    self.assertEqual(paths(tree), [path])
+
+  @parameterized.named_parameters(
+      ('array', lambda x: x),
+      ('list', lambda x: [x, {'a': [x]}]),
+      ('dataclass', lambda x: Registered(x, 0.5)),
+      ('whole_numbers', lambda x: {1: x, 0: 2.0 * x}),
+      ('numpy', lambda x: {'w': np.asarray(x), 'n': np.float32(2)}),
+      ('empty', lambda x: {'w': x, 'e': jnp.zeros((0, 3))}),
+      ('row', lambda x: {'w': x[:1], 'v': x[:, :1]}),
+  )
+  def test_the_chain_moves_them(self, make):
+    tree = make(jnp.arange(12.0).reshape(4, 3))
+    tx = bl.bernoulli_lora(1.0, jax.random.key(0), rank=1, prob=1.0)
+    updates, _ = tx.update(tree, tx.init(tree), tree)
+    self.assertEqual(jax.tree.structure(updates), jax.tree.structure(tree))
+    moved = optax.apply_updates(tree, updates)
+    for old, new in zip(
+        jax.tree.leaves(tree), jax.tree.leaves(moved), strict=True
+    ):
+      self.assertEqual(np.shape(old), np.shape(new))
+      if np.ndim(old) == 2 and min(np.shape(old)) > 1:
+        self.assertEqual(np.linalg.matrix_rank(np.asarray(new - old)), 1)
+
+  def test_a_class_that_is_no_pytree_is_named(self):
+    tree = {'block': Unregistered(spec(4, 3)), 'w': spec(4, 3)}
+    with self.assertRaisesRegex(TypeError, 'block of type Unreg.*dataclass'):
+      matrices.find(tree)
+
+  @parameterized.named_parameters(
+      ('slash', {'a/b': spec(4, 3), 'a': {'b': spec(3)}}, 'a/b'),
+      ('collection', {'params': {'w': spec(4, 3)}, 'w': spec(3)}, 'w'),
+  )
+  def test_two_leaves_of_one_path_are_refused(self, tree, path):
+    with self.assertRaisesRegex(ValueError, f'with the same name, {path}'):
+      matrices.find(tree)
+
+  def test_a_layer_number_beyond_the_words(self):
+    with self.assertRaisesRegex(ValueError, 'below 2.32 in layers_9'):
+      matrices.find({'layers_99999999999': {'w': spec(4, 3)}})
+
+  def test_a_kernel_of_three_axes_is_told_of_all_linear(self):
+    with self.assertRaisesRegex(
+        ValueError, r'bl\.inject\.all_linear\(loss, params, batch\)'
+    ):
+      matrices.find({'query': {'kernel': spec(4, 2, 3)}})
+
+
+class RulesOfModulesTest(parameterized.TestCase):
+  """A rule for a module is a rule for its kernels."""
+
+  @parameterized.named_parameters(
+      ('mlp', matrices.stacked('^layers/mlp/'), (2, 4, 3), (2, 3)),
+      ('heads', matrices.heads_out('^layers/mlp/'), (4, 2, 3), (2, 3)),
+      ('conv', matrices.conv('^layers/mlp/'), (3, 3, 4, 5), (5,)),
+      # As many axes as the rule has: (layers, heads, head_dim).
+      ('by_name', matrices.stacked('^layers/mlp/'), (2, 4, 3), (2, 4, 3)),
+      ('any', matrices.stacked('.'), (2, 4, 3), (2, 4, 3)),
+  )
+  def test_biases_and_scales_are_left_alone(self, rule, kernel, bias):
+    module = {'kernel': spec(*kernel), 'bias': spec(*bias)}
+    tree = {'layers': {'mlp': {**module, 'scale': spec(*bias)}}}
+    for select in (None, 'mlp', '.'):
+      found = paths(tree, Matrices(select=select, rules=(rule,)))
+      self.assertEqual(found, ['layers/mlp/kernel'])
+
+  def test_a_bias_that_a_rule_names(self):
+    tree = {'mlp': {'kernel': spec(4, 3), 'bias': spec(2, 4, 3)}}
+    rule = matrices.stacked('mlp/bias')
+    found = paths(tree, Matrices(rules=(rule,)))
+    self.assertEqual(found, ['mlp/bias', 'mlp/kernel'])
+
+  def test_a_rule_for_nothing_but_biases(self):
+    tree = {'mlp': {'bias': spec(2, 4, 3)}, 'w': {'kernel': spec(4, 3)}}
+    with self.assertRaisesRegex(ValueError, "rule pattern 'mlp'"):
+      matrices.find(tree, Matrices(rules=(matrices.stacked('mlp'),)))
+
+  def test_a_rule_for_no_floats(self):
+    tree = {'w': spec(2, 4, 3, dtype=jnp.int8), 'v': spec(4, 3)}
+    with self.assertRaisesRegex(ValueError, r"pattern 'w'(.|\n)*int8"):
+      matrices.find(tree, Matrices(rules=(matrices.stacked('w'),)))
+
+
+class LayersOfDifferentSizesTest(parameterized.TestCase):
+  """Layers may differ in their number of experts."""
+
+  rules = (matrices.stacked('kernel'),)
+
+  def tree(self, sizes):
+    return {
+        f'layers_{i}': {'kernel': spec(size, 4, 5)}
+        for i, size in enumerate(sizes)
+    }
+
+  def identities(self, tree, select=None):
+    return {
+        (matrix.path, place): (matrix.words, int(number))
+        for matrix in matrices.find(tree, Matrices(select, self.rules))
+        for place, number in np.ndenumerate(matrix.entries)
+    }
+
+  @parameterized.parameters(*itertools.product((1, 2, 3), repeat=3))
+  def test_no_two_draws_coincide(self, *sizes):
+    found = self.identities(self.tree(sizes))
+    self.assertLen(set(found.values()), sum(sizes))
+
+  def test_layers_of_equal_sizes_are_numbered_as_ever(self):
+    tree = self.tree((3, 3, 3))
+    stack = {'layers': {'kernel': spec(3, 3, 4, 5)}}
+    (matrix,) = matrices.find(
+        stack, Matrices(rules=(Rule('kernel', (2,), (3,), (0, 1)),))
+    )
+    expected = [(matrix.words, int(number)) for number in matrix.entries.flat]
+    self.assertEqual([*self.identities(tree).values()], expected)
+
+  def test_selecting_a_sibling_changes_nothing(self):
+    tree = self.tree((2, 3, 2))
+    every = self.identities(tree)
+    for layer in range(3):
+      alone = self.identities(tree, f'layers_{layer}')
+      self.assertEqual(alone, {key: every[key] for key in alone})
+      self.assertLen(alone, (2, 3, 2)[layer])
+
+
+class AlignTest(parameterized.TestCase):
+  """Two trees are paired by path."""
+
+  def setUp(self):
+    super().setUp()
+    self.tree = {
+        'b': {'kernel': np.full((2, 3), 1.0)},
+        'a': {'kernel': np.full((2, 3), 2.0), 'bias': np.full(3, 3.0)},
+    }
+
+  @parameterized.named_parameters(
+      ('ordered', lambda tree: collections.OrderedDict(tree)),
+      (
+          'ordered_below',
+          lambda tree: {
+              name: collections.OrderedDict(reversed(part.items()))
+              for name, part in tree.items()
+          },
+      ),
+      ('frozen', flax.core.freeze),
+      ('collection', lambda tree: {'params': tree}),
+      (
+          'boxed',
+          lambda tree: jax.tree.map(lambda x: nn.Partitioned(x, ()), tree),
+      ),
+      ('nnx_variables', lambda tree: jax.tree.map(nnx.Param, tree)),
+      ('nnx_state', lambda tree: nnx.State(jax.tree.map(nnx.Param, tree))),
+  )
+  def test_containers(self, wrap):
+    other = wrap(self.tree)
+    for first, second in ((self.tree, other), (other, self.tree)):
+      got = matrices.align(first, second)
+      self.assertEqual(jax.tree.structure(got), jax.tree.structure(first))
+      chex.assert_trees_all_equal(
+          matrices.named_leaves(got), matrices.named_leaves(self.tree)
+      )
+
+  @parameterized.parameters('base', 'tuned')
+  def test_a_path_that_only_one_has(self, owner):
+    more = {**self.tree, 'c': {'kernel': np.ones((2, 3))}}
+    pair = (more, self.tree) if owner == 'base' else (self.tree, more)
+    with self.assertRaisesRegex(
+        ValueError, f"in base and tuned, got 'c/kernel' in {owner} alone"
+    ):
+      matrices.align(*pair, ('base', 'tuned'))
+
+
+class EightBitsTest(parameterized.TestCase):
+  """Weights of 8 bits: factors, frames and sums in float32."""
+
+  @parameterized.product(
+      dtype=['float8_e4m3fn', 'float8_e5m2'],
+      sketch=['gaussian', 'coordinate', 'srht'],
+      prob=[0.5, 1.0],
+  )
+  def test_chain(self, dtype, sketch, prob):
+    tree = {'w': jnp.ones((6, 4), dtype)}
+    tx = bl.scale_by_bernoulli_chain(
+        jax.random.key(0),
+        rank=2,
+        prob=prob,
+        sketch=getattr(bl.sketches, sketch)(),
+    )
+    updates, _ = jax.jit(tx.update)(tree, tx.init(tree))
+    wide = {'w': jnp.ones((6, 4))}
+    expected, _ = jax.jit(tx.update)(wide, tx.init(wide))
+    self.assertEqual(updates['w'].dtype, dtype)
+    # Rounded once, to 2 or 3 bits of mantissa.
+    np.testing.assert_allclose(
+        updates['w'].astype(jnp.float32), expected['w'], rtol=0.13, atol=0.01
+    )
+
+  @parameterized.parameters('nearest', 'stochastic', 'compensated')
+  def test_adapters(self, rounding):
+    policy = bl.adapters.bernoulli_lora(2, 1, rounding=rounding)
+    chain = bl.adapters.make_chain(policy, optax.sgd(1.0))
+    params = {'w': jnp.zeros((6, 4), 'float8_e5m2')}
+    loss = lambda params, batch: (
+        jnp.sum((params['w'].astype(jnp.float32) - 1) ** 2),
+        None,
+    )
+    loss = bl.inject.by_addition(loss)
+    state = jax.jit(chain.init)(jax.random.key(0), params)
+    step = jax.jit(lambda state: chain.step(state, loss, None))
+    for _ in range(2):
+      state, _ = step(state)
+    self.assertEqual(state.factors['w']['left'].dtype, jnp.float32)
+    self.assertEqual(state.params['w'].dtype, 'float8_e5m2')
+    self.assertGreater(float(jnp.abs(state.params['w'].astype('f4')).max()), 0)

@@ -568,6 +568,11 @@ class RejectsTest(TemporaryTest):
     message = r'right:b of shape \(2, 6\) in link 1, got None'
     self.check_replay(message, recipe=self.links_with(1, 'right:b', None))
 
+  def test_a_factor_of_no_matrix(self):
+    factor = np.zeros((2, 6), np.float32)
+    message = r"in link 1, got also \['right:z'\]"
+    self.check_replay(message, recipe=self.links_with(1, 'right:z', factor))
+
   @parameterized.parameters(((2, 5),), ((6, 2),), ((1, 2, 6),), ((),))
   def test_a_factor_of_another_shape(self, shape):
     factor = np.zeros(shape, np.float32)
@@ -625,6 +630,17 @@ class RejectsTest(TemporaryTest):
   def test_damaged_json(self, text):
     recipes.save_recipe(self.directory, self.recipe)
     (self.directory / 'recipe.json').write_text(text)
+    self.check_load(ValueError, 'Expected .*recipe.json to be JSON: ')
+
+  @parameterized.parameters('[]', '3', 'null', '"a"')
+  def test_json_of_another_kind(self, text):
+    recipes.save_recipe(self.directory, self.recipe)
+    (self.directory / 'recipe.json').write_text(text)
+    self.check_load(ValueError, 'recipe.json to hold the fields of a recipe')
+
+  def test_no_text(self):
+    recipes.save_recipe(self.directory, self.recipe)
+    (self.directory / 'recipe.json').write_bytes(b'\xff\xfe\x00')
     self.check_load(ValueError, 'Expected .*recipe.json to be JSON: ')
 
   def changed(self, change):

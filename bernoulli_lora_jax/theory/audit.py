@@ -291,6 +291,7 @@ def realised_eigenvalues(
 
 
 def _minus(a: Any, b: Any) -> Any:
+  b = matrices_lib.align(a, b, ('one point or gradient', 'the other'))
   return jax.tree.map(jnp.subtract, a, b)
 
 

@@ -20,7 +20,6 @@ import inspect
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -108,9 +107,9 @@ def tree_spectrum(
   """
   found = matrices_lib.find(params, matrices)
   floating = [
-      x
-      for x in jax.tree.leaves(params)
-      if jnp.issubdtype(x.dtype, jnp.floating)
+      path
+      for path, x in matrices_lib.named_leaves(params).items()
+      if jnp.issubdtype(matrices_lib.shape_of(x, path).dtype, jnp.floating)
   ]
   paths = [one.path for one in found]
 

@@ -14,6 +14,8 @@ import jax
 from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 
+from bernoulli_lora_jax import matrices
+
 
 class Extremes(NamedTuple):
   """Least and largest Ritz value of an operator, with their directions."""
@@ -54,7 +56,11 @@ def extremes(
   flat, unravel = ravel_pytree(zeros)
   size, dtype = flat.shape[0], flat.dtype
   num_steps = min(num_steps, size)
-  apply = lambda v: ravel_pytree(product(unravel(v)))[0]
+
+  def apply(v):
+    result = matrices.align(like, product(unravel(v)), ('like', 'a product'))
+    return ravel_pytree(result)[0]
+
   tiny = 100 * jnp.finfo(dtype).eps
 
   def orthogonal(w, basis):

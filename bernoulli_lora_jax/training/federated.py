@@ -24,8 +24,8 @@ from bernoulli_lora_jax.training import parallel
 ESTIMATORS = ('qgd', 'marina', 'ef21')
 
 
-class Traffic(NamedTuple):
-  """A sum of bits over rounds, with the part that rounding has lost."""
+class Total(NamedTuple):
+  """A sum over rounds, with the part that rounding has lost."""
 
   total: jax.Array  # shape=(), float.
   rest: jax.Array  # shape=(), float.
@@ -35,10 +35,14 @@ class FederatedState(NamedTuple):
   """State of the federated methods."""
 
   inner: Any  # (params, state of the optimiser), or the state of the rounds.
-  up: Traffic
-  down: Traffic
-  data_passes: jax.Array  # shape=(), float32; gradients of one example / N.
+  up: Total  # Bits.
+  down: Total  # Bits.
+  passes: Total  # Gradients of one example / N.
   lr_scale: jax.Array  # shape=(), float32; multiplies the updates.
+
+  @property
+  def data_passes(self) -> jax.Array:
+    return self.passes.total
 
 
 class Cohort(NamedTuple):
@@ -160,17 +164,13 @@ def estimator_method(
     if estimator == 'marina' and cohort.size is not None:
       cost = jnp.where(new[0].is_full, 1.0, 2 * cohort.share)
     params = averaging.joined(params, optax.apply_updates(ours, updates))
-    return _finish(
-        state, (params, new), sent, _bits(numbers, ours, cohort), cost
-    ), {'loss': value, **metrics}
+    down = _bits(numbers, ours, cohort)
+    state, traffic = _finish(state, (params, new), sent, down, cost)
+    return state, {'loss': value, **metrics, **traffic}
 
   passes = cohort.share
   if estimator == 'marina' and cohort.size is not None:
     passes *= 2  # But for the rounds of whole gradients.
-
-  def counted(state, batch, key, full):
-    new, metrics = step(state, batch, key, full)
-    return new, {**metrics, **_traffic(state, new)}
 
   def per_client(state):
     flags = jax.tree.map(lambda _: False, state)
@@ -180,7 +180,7 @@ def estimator_method(
 
   return methods.Method(
       init,
-      counted,
+      step,
       lambda state: state.inner[0],
       methods.all_true if trained is None else trained,
       passes,
@@ -240,8 +240,8 @@ def rounds_method(
     )
     numbers = rounds.sent_numbers(rounds.begin(state.inner))
     bits = _bits(numbers, rounds.trained(inner), cohort)
-    new = _finish(state, inner, cohort.share * bits, bits, passes)
-    return new, {'loss': value, **metrics, **_traffic(state, new)}
+    new, traffic = _finish(state, inner, cohort.share * bits, bits, passes)
+    return new, {'loss': value, **metrics, **traffic}
 
   def trained(params):
     if rounds.chain is None:
@@ -275,45 +275,43 @@ def _who(cohort: Cohort, driver: parallel.Driver):
 
 def _start(inner: Any) -> FederatedState:
   zero = lambda: jnp.zeros([], jnp.result_type(float))
-  traffic = lambda: Traffic(zero(), zero())
-  return FederatedState(
-      inner, traffic(), traffic(), jnp.zeros([]), jnp.ones([])
-  )
+  total = lambda: Total(zero(), zero())
+  return FederatedState(inner, total(), total(), total(), jnp.ones([]))
 
 
 def _finish(
     state: FederatedState, inner: Any, up: Any, down: Any, passes: Any
-) -> FederatedState:
-  return FederatedState(
+) -> tuple[FederatedState, dict[str, jax.Array]]:
+  """Returns the state after a round and the metrics of what it took."""
+  new = FederatedState(
       inner,
       _add(state.up, up),
       _add(state.down, down),
-      (state.data_passes + passes).astype(state.data_passes.dtype),
+      _add(state.passes, passes),
       state.lr_scale,
   )
+  dtype = new.up.total.dtype
+  return new, {
+      'data_passes': new.passes.total,
+      'bits_up': new.up.total,
+      'bits_down': new.down.total,
+      # No differences of totals, which are rounded to more than a round.
+      'round_bits_up': jnp.asarray(up, dtype),
+      'round_bits_down': jnp.asarray(down, dtype),
+  }
 
 
-def _add(traffic: Traffic, bits: Any) -> Traffic:
-  """Adds as Kahan does: thousands of rounds lose nothing."""
-  bits = jnp.asarray(bits, traffic.total.dtype) - traffic.rest
-  total = traffic.total + bits
-  return Traffic(total, (total - traffic.total) - bits)
+def _add(total: Total, x: Any) -> Total:
+  """Adds as Kahan does: millions of rounds lose nothing."""
+  x = jnp.asarray(x, total.total.dtype) - total.rest
+  new = total.total + x
+  return Total(new, (new - total.total) - x)
 
 
 def _bits(numbers: jax.Array, like: Any, cohort: Cohort) -> jax.Array:
   """Returns the bits of some numbers sent to or by all clients."""
   width = 8 * jax.tree.leaves(like)[0].dtype.itemsize
-  return numbers * (width * cohort.num_clients)
-
-
-def _traffic(old: FederatedState, new: FederatedState) -> dict[str, jax.Array]:
-  return {
-      'data_passes': new.data_passes,
-      'bits_up': new.up.total,
-      'bits_down': new.down.total,
-      'round_bits_up': new.up.total - old.up.total,
-      'round_bits_down': new.down.total - old.down.total,
-  }
+  return numbers * float(width * cohort.num_clients)
 
 
 def _pick(tree: Any, like: Any) -> Any:
