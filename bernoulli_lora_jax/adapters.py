@@ -24,7 +24,7 @@ Malinovsky et al., RAC-LoRA, arXiv 2410.08305; Sokolov et al., Bernoulli-LoRA,
 arXiv 2508.03820.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import math
 from typing import Any, NamedTuple
@@ -33,11 +33,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bernoulli_lora_jax import estimators
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import merging
+from bernoulli_lora_jax import parts
 from bernoulli_lora_jax import policies
 from bernoulli_lora_jax import rounding as rounding_lib
 from bernoulli_lora_jax import sketches
@@ -93,7 +93,8 @@ def make_chain(
     matrices: Matrices | None = None,
     *,
     num_micro_batches: int = 1,
-    average: Callable[[Any], Any] | None = None,
+    average: Callable[[Any], Any] | str | None = None,
+    reductions: Mapping[str, str] | None = None,
 ) -> Chain:
   """Returns a chain of adapters as pure functions.
 
@@ -106,8 +107,13 @@ def make_chain(
     matrices: what is a matrix, see `Matrices`; its `select` must be None where
       the policy has targets.
     num_micro_batches: parts of a batch whose gradients are averaged in float32,
-      one after another.
-    average: mean over data-parallel devices of ((value, aux), gradients).
+      one after another, by the weight that a loss returns (`parts.Weighted` in
+      place of aux), else as equal parts; see `parts.accumulate`.
+    average: name of the mapped axis of data-parallel devices, whose parts are
+      combined likewise, or a function, the mean over them of ((value, aux),
+      gradients), where aux holds nothing but means.
+    reductions: {pattern of a path in aux: 'mean', 'sum', 'max', 'min', 'any' or
+      'all'}, how the parts of what a loss returns are combined.
 
   Returns:
     A `Chain`. step(state, loss, batch, *args, scale=1.0) ends a link that is
@@ -134,6 +140,7 @@ def make_chain(
         'Expected num_micro_batches >= 1, got'
         f' num_micro_batches={num_micro_batches}.'
     )
+  parts.check_reductions(reductions)
   tx = optax.with_extra_args_support(tx)
   resolve = functools.partial(
       policies.resolve, policy=policy, matrices=matrices
@@ -206,10 +213,13 @@ def make_chain(
       return result
 
     value_and_grad = jax.value_and_grad(value_of, has_aux=True)
-    if num_micro_batches > 1:
-      value_and_grad = estimators.accumulate(value_and_grad, num_micro_batches)
-    out = value_and_grad(trained, batch, *args)
-    value, grads = out if average is None else average(out)
+    axis_name = average if isinstance(average, str) else None
+    value_and_grad = parts.accumulate(
+        value_and_grad, num_micro_batches, reductions, axis_name
+    )
+    if callable(average):
+      value_and_grad = parts.averaged(value_and_grad, average)
+    value, grads = value_and_grad(trained, batch, *args)
     moves = moving(trained, state.coins)
     grads = where(moves, grads, jax.tree.map(jnp.zeros_like, grads))
     updates, opt_state = tx.update(
