@@ -209,6 +209,39 @@ def averaged(
   return mean
 
 
+def over_devices(tree: Any, axis_name: str) -> Any:
+  """Returns what devices hold combined: means by weight, sums of counts.
+
+  Args:
+    tree: floats and integers; none of them follows the examples.
+    axis_name: the mapped axis of the devices.
+
+  Raises:
+    ValueError: a boolean.
+  """
+  place = _weight_place(tree)
+  leaves, treedef = jax.tree.flatten(tree)
+  weight = jnp.ones([]) if place is None else _wide(leaves[place])
+  total = jax.lax.psum(weight, axis_name)
+
+  def combine(i, x):
+    x = jnp.asarray(x)
+    if i == place or jnp.issubdtype(x.dtype, jnp.integer):
+      return jax.lax.psum(x, axis_name)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+      raise ValueError(
+          'Expected numbers to average over devices, got an array of dtype'
+          f' {x.dtype}: count with jnp.sum(..., dtype=int).'
+      )
+    if place is None:
+      return jax.lax.pmean(x, axis_name)
+    terms = jax.lax.psum(_term(x, weight), axis_name)
+    scale = jnp.where(total > 0, total, 1).astype(terms.dtype)
+    return (terms / scale).astype(x.dtype)
+
+  return treedef.unflatten([combine(i, x) for i, x in enumerate(leaves)])
+
+
 def batch_size(batch: Any) -> int:
   """Returns the number of examples, the one leading axis of a batch.
 
