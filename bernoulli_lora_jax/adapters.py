@@ -362,7 +362,11 @@ def draw_link(
     A `Link`. The product of each pair is zero.
   """
   link_key = jax.random.fold_in(key, link)
-  matrices = [one.matrix for one in found]
+  # Of the factors' dtype: float8 promotes to nothing by itself.
+  matrices = [
+      one.matrix._replace(dtype=policies.wide(one.matrix.dtype))
+      for one in found
+  ]
   if policy.side is None:
     factors = [_both(link_key, one, policy) for one in found]
     return Link(dict(zip([m.path for m in matrices], factors, strict=True)), {})

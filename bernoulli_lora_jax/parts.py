@@ -449,7 +449,9 @@ def _over_devices(kind: str, total: jax.Array, axis_name: str) -> jax.Array:
   if kind in ('mean', 'sum'):
     return jax.lax.psum(total, axis_name)
   if kind in ('any', 'max'):
-    return jax.lax.pmax(total.astype('i4') if kind == 'any' else total, axis_name)
+    return jax.lax.pmax(
+        total.astype('i4') if kind == 'any' else total, axis_name
+    )
   return jax.lax.pmin(total.astype('i4') if kind == 'all' else total, axis_name)
 
 
