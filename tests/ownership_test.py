@@ -186,7 +186,7 @@ class OthersTest(parameterized.TestCase):
         'bias': expected['rest']['bias'],
         'scale': expected['rest']['list'][0],
     }
-    txs = dict(zip(names, chain.others.values()))
+    txs = dict(zip(names, chain.others.values(), strict=True))
     states = {n: txs[n].init(rest[n]) for n in names}
 
     def value(rest):
