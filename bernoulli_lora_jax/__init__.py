@@ -13,6 +13,7 @@ from bernoulli_lora_jax import federated
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import matrices
 from bernoulli_lora_jax import merging
+from bernoulli_lora_jax import parts
 from bernoulli_lora_jax import policies
 from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax import rounding
@@ -28,7 +29,6 @@ from bernoulli_lora_jax.chain import rac_lora
 from bernoulli_lora_jax.chain import scale_by_bernoulli_chain
 from bernoulli_lora_jax.chain import ScaleByBernoulliChainState
 from bernoulli_lora_jax.chain import trained_parameters
-from bernoulli_lora_jax.estimators import accumulate
 from bernoulli_lora_jax.estimators import mvr
 from bernoulli_lora_jax.estimators import MvrState
 from bernoulli_lora_jax.estimators import page
@@ -41,6 +41,8 @@ from bernoulli_lora_jax.federated import qgd
 from bernoulli_lora_jax.federated import QgdState
 from bernoulli_lora_jax.matrices import Matrices
 from bernoulli_lora_jax.matrices import Rule
+from bernoulli_lora_jax.parts import accumulate
+from bernoulli_lora_jax.parts import Weighted
 from bernoulli_lora_jax.sketches import Sketch
 
 __version__ = '0.1.0'

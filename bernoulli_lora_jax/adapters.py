@@ -24,20 +24,22 @@ Malinovsky et al., RAC-LoRA, arXiv 2410.08305; Sokolov et al., Bernoulli-LoRA,
 arXiv 2508.03820.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import math
+import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from bernoulli_lora_jax import estimators
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import merging
+from bernoulli_lora_jax import parts
 from bernoulli_lora_jax import policies
 from bernoulli_lora_jax import rounding as rounding_lib
 from bernoulli_lora_jax import sketches
@@ -69,6 +71,7 @@ class AdapterState(NamedTuple):
   remainders: dict[str, jax.Array]  # {path: (*batch, m, n)}; 'compensated'.
   count: Any  # shape=(), dtype=int32; steps done.
   key: jax.Array  # shape=(), typed PRNG key; folded with the link.
+  other_states: Any = ()  # {pattern: optimiser's state} of `others`.
 
 
 class Chain(NamedTuple):
@@ -77,7 +80,8 @@ class Chain(NamedTuple):
   policy: ChainPolicy
   matrices: Matrices | None
   adapted: Callable[[Any], list[Adapted]]  # (params) -> what is adapted.
-  init: Callable[[jax.Array, Any], AdapterState]  # (key, params) -> state.
+  # (key, params, copy=True) -> state; see `make_chain`.
+  init: Callable[..., AdapterState]
   # (state, loss, batch, *args, scale=1) -> (state, (value, aux)); see `make_chain`.
   step: Callable[..., tuple[AdapterState, Any]]
   # A step's two halves: end the link that is over, if one is; move the factors.
@@ -85,6 +89,7 @@ class Chain(NamedTuple):
   move: Callable[..., tuple[AdapterState, Any]]
   params: Callable[[AdapterState], Any]  # (state) -> merged weights.
   merge: Callable[[AdapterState], AdapterState]  # The same, kept as the base.
+  others: Mapping[str, optax.GradientTransformation] | None = None
 
 
 def make_chain(
@@ -93,7 +98,9 @@ def make_chain(
     matrices: Matrices | None = None,
     *,
     num_micro_batches: int = 1,
-    average: Callable[[Any], Any] | None = None,
+    average: Callable[[Any], Any] | str | None = None,
+    reductions: Mapping[str, str] | None = None,
+    others: Mapping[str, optax.GradientTransformation] | None = None,
 ) -> Chain:
   """Returns a chain of adapters as pure functions.
 
@@ -106,19 +113,35 @@ def make_chain(
     matrices: what is a matrix, see `Matrices`; its `select` must be None where
       the policy has targets.
     num_micro_batches: parts of a batch whose gradients are averaged in float32,
-      one after another.
-    average: mean over data-parallel devices of ((value, aux), gradients).
+      one after another, by the weight that a loss returns (`parts.Weighted` in
+      place of aux), else as equal parts; see `parts.accumulate`.
+    average: name of the mapped axis of data-parallel devices, whose parts are
+      combined likewise, or a function, the mean over them of ((value, aux),
+      gradients), where aux holds nothing but means.
+    reductions: {pattern of a path in aux: 'mean', 'sum', 'max', 'min', 'any' or
+      'all'}, how the parts of what a loss returns are combined.
+    others: {regular expression searched in a path: transformation} of leaves that
+      are trained at full size beside the factors (a new head, norms, biases),
+      learning rate included. Each sees {path: leaf} of its own leaves alone, so
+      norms for clipping are separate; links never restart them, and the policy's
+      warmup is not theirs. None: all that is not adapted is frozen.
 
   Returns:
     A `Chain`. step(state, loss, batch, *args, scale=1.0) ends a link that is
     over, then moves the trained factors by scale times the optimiser's updates.
     loss: (params, factors, batch, *args) -> (scalar, aux), see `inject`.
+    init(key, params, copy=False) takes params over instead of copying them: once
+    a state is donated they are deleted. All that is returned else is a copy of
+    its own, which no later donation deletes (free in a jitted step whose state is
+    donated). merge is the end of a link for the optimiser too.
 
   Raises:
     ValueError: at init, a pattern that matches nothing, targets that disagree
       about a matrix, a rank above both sides, one array in two places (tied
-      weights) of which one is selected, a chain that merges into quantised
-      weights.
+      weights) of which one is selected (under `jit`, where the first call of the
+      compiled function has them among its arguments), a chain that merges into
+      quantised weights, a pattern of others that selects nothing, an adapted leaf
+      or one of another pattern.
 
   Guarantees:
     The base weights are not differentiated and change at links only.
@@ -134,26 +157,38 @@ def make_chain(
         'Expected num_micro_batches >= 1, got'
         f' num_micro_batches={num_micro_batches}.'
     )
+  parts.check_reductions(reductions)
   tx = optax.with_extra_args_support(tx)
+  others = dict(others or {})
+  for pattern in others:
+    matrices_lib.check_pattern('a pattern of others', pattern)
+  other_txs = {
+      pattern: optax.with_extra_args_support(one)
+      for pattern, one in others.items()
+  }
   resolve = functools.partial(
       policies.resolve, policy=policy, matrices=matrices
   )
 
-  def init(key, params):
+  def init(key, params, copy=True):
     if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
       raise TypeError(
           'Expected a typed key, jax.random.key(seed), got an array of dtype'
           f' {key.dtype}: wrap it with jax.random.wrap_key_data.'
       )
     found = resolve(params)
-    _check_base(params, found, policy)
-    base = jax.tree.map(jnp.copy, params)  # A caller may donate the state.
+    chosen = policies.resolve_others(params, found, tuple(others))
+    _check_base(params, found, chosen, policy)
+    # Copies: a caller may donate the state.
+    base = jax.tree.map(jnp.array if copy else jnp.asarray, params)
     # Compiled: op by op, frames would round otherwise than in later links.
     drawn = jax.jit(lambda key: draw_link(key, 0, found, policy))(key)
     # Copies: some optimisers keep what they are given (Prodigy, L-BFGS), and a
     # buffer cannot be donated twice.
     trained = trained_pairs(drawn.factors, found)
-    opt_state = jax.tree.map(jnp.copy, tx.init(trained))
+    opt_state = owned(tx.init(trained))
+    leaves = _other_leaves(base, chosen)
+    other_states = {p: owned(other_txs[p].init(leaves[p])) for p in others}
     if policy.period is not None and policy.reset_optimizer:
       _check_optimizer(opt_state)
     remainders = {}
@@ -169,6 +204,7 @@ def make_chain(
         remainders=remainders,
         count=jnp.zeros([], jnp.int32),
         key=jnp.copy(key),
+        other_states=other_states or (),
     )
 
   def begin_link(state):
@@ -177,13 +213,15 @@ def make_chain(
     state = _merge(state, found, policy)
     link = state.count // policy.period if policy.resample else 0
     drawn = draw_link(state.key, link, found, policy)
-    opt_state = state.opt_state
-    if policy.reset_optimizer:
-      fresh = tx.init(trained_pairs(drawn.factors, found))
-      opt_state = restart(fresh, opt_state)
-    return state._replace(
-        factors=drawn.factors, coins=drawn.coins, opt_state=opt_state
+    return restarted(
+        state._replace(factors=drawn.factors, coins=drawn.coins), found
     )
+
+  def restarted(state, found):
+    if not policy.reset_optimizer:
+      return state
+    fresh = tx.init(trained_pairs(state.factors, found))
+    return state._replace(opt_state=restart(fresh, state.opt_state))
 
   def begin(state):
     if policy.period is None:
@@ -194,11 +232,14 @@ def make_chain(
   def move(state, loss, batch, *args, scale=1.0):
     found = resolve(state.params)
     trained = trained_pairs(state.factors, found)
+    chosen = policies.resolve_others(state.params, found, tuple(others))
+    rest = _other_leaves(state.params, chosen)
 
-    def value_of(trained, batch, *args):
-      factors = joined(state.factors, trained)
-      result = loss(state.params, scaled(factors, found), batch, *args)
-      if not isinstance(result, tuple) or len(result) != 2:
+    def value_of(moved, batch, *args):
+      factors = joined(state.factors, moved[0])
+      params = _with_others(state.params, chosen, moved[1])
+      result = loss(params, scaled(factors, found), batch, *args)
+      if type(result) is not tuple or len(result) != 2:
         raise TypeError(
             'Expected a loss that returns (scalar, aux), got'
             f' {type(result).__name__}: return None for aux if there is none.'
@@ -206,22 +247,34 @@ def make_chain(
       return result
 
     value_and_grad = jax.value_and_grad(value_of, has_aux=True)
-    if num_micro_batches > 1:
-      value_and_grad = estimators.accumulate(value_and_grad, num_micro_batches)
-    out = value_and_grad(trained, batch, *args)
-    value, grads = out if average is None else average(out)
+    axis_name = average if isinstance(average, str) else None
+    value_and_grad = parts.accumulate(
+        value_and_grad, num_micro_batches, reductions, axis_name
+    )
+    if callable(average):
+      value_and_grad = parts.averaged(value_and_grad, average)
+    value, (grads, rest_grads) = value_and_grad((trained, rest), batch, *args)
     moves = moving(trained, state.coins)
     grads = where(moves, grads, jax.tree.map(jnp.zeros_like, grads))
     updates, opt_state = tx.update(
         grads, state.opt_state, trained, value=value[0]
     )
+    moved_rest, other_states = {}, {}
+    for pattern, one in other_txs.items():
+      changes, other_states[pattern] = one.update(
+          rest_grads[pattern],
+          state.other_states[pattern],
+          rest[pattern],
+          value=value[0],
+      )
+      moved_rest[pattern] = _moved(rest[pattern], changes, scale)
     if policy.warmup:
       place = state.count % policy.period if policy.period else state.count
       scale = scale * jnp.minimum(1.0, (place + 1) / policy.warmup)
-    moved = jax.tree.map(
-        lambda w, u: w + (scale * u).astype(w.dtype), trained, updates
-    )
+    moved = _moved(trained, updates, scale)
     state = state._replace(
+        params=_with_others(state.params, chosen, moved_rest),
+        other_states=other_states or (),
         factors=joined(state.factors, where(moves, moved, trained)),
         opt_state=_keep_frozen(moves, opt_state, state.opt_state),
         count=optax.safe_increment(state.count),
@@ -231,20 +284,64 @@ def make_chain(
   def step(state, loss, batch, *args, scale=1.0):
     return move(begin(state), loss, batch, *args, scale=scale)
 
-  def merged(state):
-    return _merge(state, resolve(state.params), policy)
+  def params(state):
+    return _merge(state, resolve(state.params), policy).params
+
+  def merge(state):
+    found = resolve(state.params)
+    return restarted(_merge(state, found, policy), found)
 
   return Chain(
       policy,
       matrices,
       resolve,
       init,
-      step,
-      begin,
-      move,
-      lambda state: merged(state).params,
-      merged,
+      _owning(step),
+      _owning(begin),
+      _owning(move),
+      _owning(params),
+      _owning(merge),
+      others or None,
   )
+
+
+def owned(tree: Any) -> Any:
+  """Returns a tree in buffers of its own; `jit` would hand on its arguments."""
+  return jax.tree.map(jnp.copy, tree)
+
+
+def _owning(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns a function that returns no buffer of its arguments."""
+
+  @functools.wraps(function)
+  def owning(*args, **kwargs):
+    return owned(function(*args, **kwargs))
+
+  return owning
+
+
+def _moved(leaves: Any, updates: Any, scale: Any) -> Any:
+  return jax.tree.map(
+      lambda w, u: w + (scale * u).astype(w.dtype), leaves, updates
+  )
+
+
+def _other_leaves(params: Any, chosen: Mapping[str, Any]) -> Any:
+  """Returns {pattern: {path: leaf}} of the leaves trained at full size."""
+  leaves = jax.tree.leaves(params, is_leaf=inject.is_quantized)
+  return {
+      pattern: {path: leaves[index] for path, index in places.items()}
+      for pattern, places in chosen.items()
+  }
+
+
+def _with_others(params: Any, chosen: Mapping[str, Any], moved: Any) -> Any:
+  """Returns params with the leaves of `_other_leaves` replaced."""
+  leaves, treedef = jax.tree.flatten(params, is_leaf=inject.is_quantized)
+  for pattern, places in chosen.items():
+    for path, index in places.items():
+      leaves[index] = moved[pattern][path]
+  return treedef.unflatten(leaves)
 
 
 def draw_link(
@@ -265,7 +362,11 @@ def draw_link(
     A `Link`. The product of each pair is zero.
   """
   link_key = jax.random.fold_in(key, link)
-  matrices = [one.matrix for one in found]
+  # Of the factors' dtype: float8 promotes to nothing by itself.
+  matrices = [
+      one.matrix._replace(dtype=policies.wide(one.matrix.dtype))
+      for one in found
+  ]
   if policy.side is None:
     factors = [_both(link_key, one, policy) for one in found]
     return Link(dict(zip([m.path for m in matrices], factors, strict=True)), {})
@@ -336,27 +437,95 @@ def restart(fresh: Any, old: Any) -> Any:
 
 
 def _check_base(
-    params: Any, found: Sequence[Adapted], policy: ChainPolicy
+    params: Any,
+    found: Sequence[Adapted],
+    others: Mapping[str, Mapping[str, int]],
+    policy: ChainPolicy,
 ) -> None:
   """Raises for tied weights, and for merges into quantised ones."""
-  leaves, _ = jax.tree.flatten(params, is_leaf=inject.is_quantized)
   flat = jax.tree_util.tree_flatten_with_path(
       params, is_leaf=inject.is_quantized
   )[0]
+  leaves = [leaf for _, leaf in flat]
   paths = matrices_lib.path_names([path for path, _ in flat])
-  for one in found:
-    leaf = leaves[one.matrix.index]
-    if inject.is_quantized(leaf) and policy.period is not None:
+  moves = [one.matrix.index for one in found]
+  for i in moves:
+    if inject.is_quantized(leaves[i]) and policy.period is not None:
       raise ValueError(
-          f'Expected period=None over the quantised {one.matrix.path}, got'
+          f'Expected period=None over the quantised {paths[i]}, got'
           f' period={policy.period}: a merge would quantise it again.'
       )
-    for i, other in enumerate(leaves):
-      if i != one.matrix.index and other is leaf:
-        raise ValueError(
-            f'Expected {one.matrix.path} to be an array of its own, but it is'
-            f' tied to {paths[i]}: adapting one of them would untie them.'
+  moves += [i for places in others.values() for i in places.values()]
+  for given in (leaves, *_arguments_like(params)):
+    owners = [_buffer(leaf) for leaf in given]
+    for i in moves:
+      for j, owner in enumerate(owners):
+        if i != j and owner is not None and owner == owners[i]:
+          raise ValueError(
+              f'Expected {paths[i]} to be an array of its own, but it is tied'
+              f' to {paths[j]}: adapting one of them would untie them.'
+          )
+
+
+def _buffer(leaf: Any) -> Any:
+  """Returns what two leaves have in common if they are one array, or None."""
+  if isinstance(leaf, jax.core.Tracer):
+    return id(leaf)
+  if isinstance(leaf, np.ndarray):
+    return (leaf.ctypes.data, leaf.nbytes) if leaf.size else None
+  if not isinstance(leaf, jax.Array) or not leaf.size:
+    return id(leaf) if inject.is_quantized(leaf) else None
+  try:
+    shard = leaf.addressable_shards[0].data
+    return (shard.unsafe_buffer_pointer(), leaf.nbytes)
+  except (AttributeError, IndexError, NotImplementedError, RuntimeError):
+    return id(leaf)
+
+
+def _arguments_like(params: Any) -> list[list[Any]]:
+  """Returns the leaves of what enclosing `jax.jit`s got in place of params.
+
+  A trace sees one array in two places as two tracers, and only the frames of the
+  call that traces hold the arrays. Where they do not (another version of JAX,
+  weights from within the program) nothing is returned.
+  """
+  leaves, treedef = jax.tree.flatten(params)
+  if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    return []
+  shapes = list(map(jnp.shape, leaves))
+  result = []
+  frame = sys._getframe()
+  while frame is not None:
+    if frame.f_globals.get('__name__', '').startswith('jax.'):
+      given = frame.f_locals.get('args'), frame.f_locals.get('kwargs')
+      for value in [*_nodes(given, treedef)]:
+        arrays, _ = jax.tree.flatten(value, is_leaf=inject.is_quantized)
+        is_concrete = not any(
+            isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value)
         )
+        if is_concrete and shapes == [
+            jnp.shape(x) for x in jax.tree.leaves(value)
+        ]:
+          result.append(arrays)
+    frame = frame.f_back
+  return result
+
+
+def _nodes(tree: Any, treedef: Any) -> list[Any]:
+  """Returns the subtrees of a structure."""
+  found = []
+
+  def visit(node):
+    is_it = jax.tree.structure(node) == treedef
+    if is_it:
+      found.append(node)
+    return is_it
+
+  try:
+    jax.tree.leaves(tree, is_leaf=visit)
+  except (TypeError, ValueError):  # Arguments that are no trees.
+    return []
+  return found
 
 
 def _check_optimizer(opt_state: Any) -> None:
@@ -511,7 +680,9 @@ def _merge(
     leaves[m.index] = m.unview(total)
     if rest is not None:
       remainders[m.path] = rest
-    factors[m.path] = _without_product(one, factors[m.path], state.coins)
+    factors[m.path] = _without_product(
+        one, factors[m.path], state.coins, policy.zero
+    )
   return state._replace(
       params=treedef.unflatten(leaves), factors=factors, remainders=remainders
   )
@@ -524,12 +695,15 @@ def _round_keys(link_key: jax.Array, matrix: Matrix) -> jax.Array:
 
 
 def _without_product(
-    one: Adapted, pair: dict[str, jax.Array], coins: dict[str, jax.Array]
+    one: Adapted,
+    pair: dict[str, jax.Array],
+    coins: dict[str, jax.Array],
+    zero: str,
 ) -> dict[str, jax.Array]:
-  """Returns a pair with L R = 0: its trained factor, or the right one, zero."""
+  """Returns a pair with L R = 0: what started from zero is zero again."""
   zeros = jax.tree.map(jnp.zeros_like, pair)
   if one.prob is None:
-    return {**pair, 'right': zeros['right']}
+    return {**pair, zero: zeros[zero]}
   moves = moving({one.matrix.path: {s: pair[s] for s in one.trained}}, coins)
   moves = moves[one.matrix.path]
   return {**pair, **{s: jnp.where(moves[s], zeros[s], pair[s]) for s in moves}}

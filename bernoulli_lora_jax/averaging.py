@@ -37,6 +37,7 @@ import optax
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import clients as clients_lib
 from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax import parts
 
 _LOCAL, _ROUND = range(2)  # Purposes folded into the key of `step`.
 _BITS = 8
@@ -50,7 +51,9 @@ class Rounds(NamedTuple):
   """
 
   num_local_steps: int
-  init: Callable[[jax.Array, Any], Any]  # (key, params) -> state.
+  # (key, params, copy=True) -> state. With copy=False params become the state's:
+  # a donation deletes them. What is returned elsewhere is never deleted by one.
+  init: Callable[..., Any]
   begin: Callable[[Any], Any]  # (state) -> state: merges, draws the next link.
   # (state, loss, client, key) -> (trained, (value, aux)): K steps of one client,
   # from a state that has begun; values are means over the steps.
@@ -103,7 +106,9 @@ def federated_adapters(
     axis_name: the mapped axis over which clients are split, if there is one.
 
   Returns:
-    `Rounds`. loss(params, factors, client, key) -> (scalar, aux) sees one
+    `Rounds`. loss(params, factors, client, key) -> (scalar, aux), or
+    `parts.Weighted` in place of aux, whose weight multiplies the client's; counts
+    (integers) beside the value are summed over steps and clients. It sees one
     client's entry of `clients` and a key for its step and number, with which it
     may draw a minibatch. A round without any participant changes no weight.
 
@@ -134,8 +139,8 @@ def federated_adapters(
   clients = clients_lib.make_clients(num_clients, weights, cohort, axis_name)
   chain = adapters.make_chain(policy, tx, matrices)
 
-  def init(key, params):
-    state = chain.init(key, params)
+  def init(key, params, copy=True):
+    state = chain.init(key, params, copy)
     _check_optimizer(state.opt_state)
     return state
 
@@ -158,19 +163,20 @@ def federated_adapters(
     carry, values = jax.lax.scan(
         one, (start, opt_state, state.count), None, length=num_steps
     )
-    return carry[0], jax.tree.map(lambda x: jnp.mean(x, 0), values)
+    return adapters.owned((carry[0], _mean_values(values)))
 
   def finish(state, mean):
     found = chain.adapted(state.params)
     start = adapters.trained_pairs(state.factors, found)
     moves = adapters.moving(start, state.coins)  # The frozen stay to the bit.
-    return state._replace(
+    state = state._replace(
         factors=adapters.joined(
             state.factors, adapters.where(moves, mean, start)
         ),
         opt_state=_advanced(tx, start, state.opt_state, num_steps),
         count=state.count + num_steps,
     )
+    return adapters.owned(state)
 
   def sent_numbers(state):
     total = jnp.zeros([], jnp.result_type(float))
@@ -187,7 +193,8 @@ def federated_adapters(
     return total
 
   def trained(state):
-    return adapters.trained_pairs(state.factors, chain.adapted(state.params))
+    found = chain.adapted(state.params)
+    return adapters.owned(adapters.trained_pairs(state.factors, found))
 
   return Rounds(
       num_steps,
@@ -240,12 +247,12 @@ def federated_weights(
 
   moving = lambda params: trained_part(params, trained)
 
-  def init(key, params):
+  def init(key, params, copy=True):
     del key
-    copy = jax.tree.map(jnp.copy, params)
-    opt_state = jax.tree.map(jnp.copy, tx.init(moving(copy)))
+    base = jax.tree.map(jnp.array if copy else jnp.asarray, params)
+    opt_state = adapters.owned(tx.init(moving(base)))
     _check_optimizer(opt_state)
-    return WeightsState(copy, opt_state, jnp.zeros([], jnp.int32))
+    return WeightsState(base, opt_state, jnp.zeros([], jnp.int32))
 
   def local(state, loss, client, key):
     start = moving(state.params)
@@ -265,22 +272,23 @@ def federated_weights(
     carry, values = jax.lax.scan(
         one, (start, opt_state), jnp.arange(num_local_steps)
     )
-    return carry[0], jax.tree.map(lambda x: jnp.mean(x, 0), values)
+    return adapters.owned((carry[0], _mean_values(values)))
 
   def finish(state, mean):
     opt_state = _advanced(
         tx, moving(state.params), state.opt_state, num_local_steps
     )
-    return WeightsState(
+    state = WeightsState(
         joined(state.params, mean), opt_state, state.count + num_local_steps
     )
+    return adapters.owned(state)
 
   def sent_numbers(state):
     size = sum(x.size for x in jax.tree.leaves(moving(state.params)))
     return jnp.asarray(size, jnp.result_type(float))
 
-  begin = lambda state: state
-  moved_of = lambda state: moving(state.params)
+  begin = adapters.owned
+  moved_of = lambda state: adapters.owned(moving(state.params))
   return Rounds(
       num_local_steps,
       init,
@@ -288,7 +296,7 @@ def federated_weights(
       local,
       finish,
       _make_step(begin, local, finish, moved_of, clients),
-      lambda state: state.params,
+      lambda state: adapters.owned(state.params),
       moved_of,
       sent_numbers,
       None,
@@ -333,7 +341,7 @@ def catch_up(rounds: Rounds, state: Any, means: Iterable[Any]) -> Any:
   """
   for mean in means:
     state = rounds.finish(rounds.begin(state), mean)
-  return state
+  return adapters.owned(state)  # Where nothing was missed too.
 
 
 def join(rounds: Rounds, key: jax.Array, params: Any, num_rounds: int) -> Any:
@@ -385,7 +393,7 @@ def to_wire(rounds: Rounds, state: Any, trained: Any) -> dict[str, np.ndarray]:
   """
   if rounds.chain is None:
     return {
-        path: np.asarray(leaf).reshape(-1)
+        path: np.array(leaf).reshape(-1)  # No view of a donated buffer.
         for path, leaf in _paths(trained).items()
     }
   arrays = {}
@@ -481,7 +489,7 @@ def _make_step(
         ours, loss, client, client_key(key, number)
     )
     trained, values = jax.vmap(run)(numbers, stack)
-    mean, values = clients_lib.weighted_sum((trained, values), weights, clients)
+    mean, values = _combined(trained, values, weights, clients)
     is_empty = ~jnp.any(weights > 0)
     mean = jax.tree.map(
         lambda new, old: jnp.where(is_empty, old, new), mean, start(state)
@@ -489,6 +497,68 @@ def _make_step(
     return finish(state, mean), values
 
   return step
+
+
+def _mean_values(values: Any) -> Any:
+  """Returns values of steps over them: means by weight, sums of counts."""
+  _, aux = values
+  weights = None
+  if isinstance(aux, parts.Weighted):
+    weights = aux.weight.astype(jnp.promote_types(aux.weight.dtype, 'f4'))
+    total = jnp.sum(weights)
+    shares = weights / jnp.where(total > 0, total, 1)
+
+  def mean(x):
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+      _check_counts(x)
+      return jnp.sum(x, 0, dtype=x.dtype)
+    if weights is None:
+      return jnp.mean(x, 0)
+    spread = shares.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.sum(jnp.where(spread == 0, 0, spread * x), 0)
+
+  means = jax.tree.map(mean, values)
+  if weights is None:
+    return means
+  return means[0], means[1]._replace(weight=jnp.sum(aux.weight, 0))
+
+
+def _combined(
+    trained: Any, values: Any, weights: jax.Array, clients: clients_lib.Clients
+) -> tuple[Any, Any]:
+  """Returns the clients' means by weight, and sums of counts.
+
+  The weight that a loss returns multiplies the client's own.
+  """
+  present = (weights > 0).astype(weights.dtype)
+  sums = lambda x: clients_lib.weighted_sum(x, present, clients)
+  _, aux = values
+  weight = None
+  if isinstance(aux, parts.Weighted):
+    weight = aux.weight
+    if clients.axis_name is not None:
+      weight = jax.lax.all_gather(weight, clients.axis_name, tiled=True)
+    weights = weights * weight
+    total = jnp.sum(weights)
+    weights = weights / jnp.where(total > 0, total, 1)
+  is_count = lambda x: not jnp.issubdtype(x.dtype, jnp.inexact)
+  means = clients_lib.weighted_sum((trained, values), weights, clients)
+  mean, means = means
+  means = jax.tree.map(
+      lambda x, m: sums(_check_counts(x)) if is_count(x) else m, values, means
+  )
+  if weight is not None:
+    means = means[0], means[1]._replace(weight=sums(aux.weight))
+  return mean, means
+
+
+def _check_counts(x: jax.Array) -> jax.Array:
+  if not jnp.issubdtype(x.dtype, jnp.integer):
+    raise ValueError(
+        'Expected counts or numbers beside the value of a loss of clients, got'
+        f' dtype {x.dtype}: count them, jnp.sum(..., dtype=int).'
+    )
+  return x
 
 
 def _own(state: Any, clients: clients_lib.Clients) -> Any:

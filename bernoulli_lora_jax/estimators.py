@@ -30,8 +30,10 @@ import jax.numpy as jnp
 import optax
 
 from bernoulli_lora_jax import matrices
+from bernoulli_lora_jax import parts
 
 GradFn = Callable[[Any], Any]
+accumulate = parts.accumulate
 
 
 def page_estimate(grad: Any, previous_grad: Any, estimate: Any) -> Any:
@@ -195,60 +197,6 @@ def mvr(
     return estimate, MvrState(count, params, estimate)
 
   return optax.GradientTransformationExtraArgs(init, update)
-
-
-def accumulate(
-    grad_fn: Callable[..., Any], num_micro_batches: int
-) -> Callable[..., Any]:
-  """Averages a gradient over micro-batches, one after another.
-
-  Args:
-    grad_fn: (params, batch, *args) -> gradient, a mean over the examples of the
-      batch.
-    num_micro_batches: n >= 1; divides the leading axis of every array of the
-      batch.
-
-  Returns:
-    (params, batch, *args) -> the mean over the n equal parts of the batch,
-    summed in promote_types(dtype, float32) and returned in the gradient's dtype.
-    Pass it to estimators in place of `grad_fn`: both points then see the same
-    accumulated batch.
-
-  Raises:
-    ValueError: num_micro_batches < 1, or a batch that it does not divide.
-  """
-  if num_micro_batches < 1:
-    raise ValueError(
-        'Expected num_micro_batches >= 1, got'
-        f' num_micro_batches={num_micro_batches}.'
-    )
-
-  def split(x):
-    if x.shape[0] % num_micro_batches:
-      raise ValueError(
-          f'Expected num_micro_batches={num_micro_batches} to divide the batch,'
-          f' got a leading axis of {x.shape[0]}.'
-      )
-    return x.reshape(num_micro_batches, -1, *x.shape[1:])
-
-  def accumulated(params, batch, *args):
-    parts = jax.tree.map(split, batch)
-    first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(grad_fn, params, first, *args)
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)),
-        shapes,
-    )
-
-    def add(total, part):
-      grad = grad_fn(params, part, *args)
-      return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grad), None
-
-    total, _ = jax.lax.scan(add, zeros, parts)
-    mean = lambda t, s: (t / num_micro_batches).astype(s.dtype)
-    return jax.tree.map(mean, total, shapes)
-
-  return accumulated
 
 
 def _like(updates: Any, grad: Any) -> Any:

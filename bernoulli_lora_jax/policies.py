@@ -11,7 +11,7 @@ Malinovsky et al., RAC-LoRA, arXiv 2410.08305; Sokolov et al., Bernoulli-LoRA,
 arXiv 2508.03820.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import math
 import re
@@ -199,6 +199,10 @@ def resolve(
 ) -> list[Adapted]:
   """Returns what is adapted, in the order of the leaves."""
   spec = Matrices() if matrices is None else matrices
+  # Python numbers count as arrays.
+  params = jax.tree.map(
+      lambda x: x if hasattr(x, 'dtype') else np.asarray(x), params
+  )
   if policy.targets:
     if spec.select is not None:
       raise ValueError(
@@ -222,10 +226,75 @@ def resolve(
   return [_adapted(matrix, policy) for matrix in found]
 
 
+def resolve_others(
+    params: Any, found: Sequence[Adapted], patterns: Sequence[str]
+) -> dict[str, dict[str, int]]:
+  """Returns {pattern: {path: index of the leaf}} of what trains at full size.
+
+  Args:
+    params: tree of arrays or shapes.
+    found: what is adapted.
+    patterns: regular expressions, searched in the normalised path.
+
+  Raises:
+    ValueError: a pattern that selects nothing, an adapted leaf, one of another
+      pattern, or one that is not of floating point; by path.
+  """
+  if not patterns:
+    return {}
+  flat = jax.tree_util.tree_flatten_with_path(
+      params, is_leaf=inject.is_quantized
+  )[0]
+  paths = matrices_lib.path_names([path for path, _ in flat])
+  adapted = {one.matrix.index for one in found}
+  chosen: dict[str, dict[str, int]] = {}
+  owner: dict[int, str] = {}
+  for pattern in patterns:
+    places = {p: i for i, p in enumerate(paths) if re.search(pattern, p)}
+    if not places:
+      raise ValueError(
+          f'Expected the pattern {pattern!r} of others to match a leaf; the'
+          f' paths are {paths}.'
+      )
+    for path, i in places.items():
+      leaf = flat[i][1]
+      dtype = getattr(leaf, 'dtype', None)
+      if i in adapted:
+        raise ValueError(
+            f'Expected others to select what is not adapted, got {pattern!r},'
+            f' which selects {path}.'
+        )
+      if i in owner:
+        raise ValueError(
+            f'Expected one pattern of others for {path}, got {owner[i]!r} and'
+            f' {pattern!r}.'
+        )
+      if (
+          inject.is_quantized(leaf)
+          or dtype is None
+          or not np.issubdtype(dtype, np.inexact)
+          and not jax.dtypes.issubdtype(dtype, np.inexact)
+      ):
+        raise ValueError(
+            f'Expected others to select arrays of floating point, got'
+            f' {pattern!r}, which selects {path} of dtype {dtype}.'
+        )
+      owner[i] = pattern
+    chosen[pattern] = places
+  return chosen
+
+
+def wide(dtype: Any) -> Any:
+  """Returns the dtype of factors: float32 or wider, float8 included."""
+  is_narrow = np.dtype(dtype).itemsize < 4
+  return np.dtype(np.float32) if is_narrow else dtype
+
+
 def describe(
     params: Any,
     policy: ChainPolicy,
     matrices: Matrices | None = None,
+    others: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
   """Returns a table of what a policy adapts, one row a matrix.
 
@@ -233,6 +302,7 @@ def describe(
     params: tree of arrays or shapes.
     policy: see `ChainPolicy`.
     matrices: what is a matrix.
+    others: patterns of what trains at full size, see `adapters.make_chain`.
 
   Returns:
     Rows {'matrix', 'shape', 'rank', 'P(left)', 'scale', 'stored', 'trained'}:
@@ -240,7 +310,8 @@ def describe(
     over all entries of a stack. A rank above a side says '(clipped)'.
   """
   rows = []
-  for one in resolve(params, policy, matrices):
+  found = resolve(params, policy, matrices)
+  for one in found:
     m = one.matrix
     entries = ''.join(f'{size} x ' for size in m.batch)
     rows.append(
@@ -254,6 +325,22 @@ def describe(
             'trained': m.entries.size * trained_numbers(one),
         }
     )
+  leaves = jax.tree.leaves(params, is_leaf=inject.is_quantized)
+  for places in resolve_others(params, found, tuple(others)).values():
+    for path, index in places.items():
+      shape = leaves[index].shape
+      size = math.prod(shape)
+      rows.append(
+          {
+              'matrix': path,
+              'shape': ' x '.join(map(str, shape)),
+              'rank': 'full',
+              'P(left)': '-',
+              'scale': '-',
+              'stored': size,
+              'trained': size,
+          }
+      )
   return rows
 
 

@@ -68,12 +68,13 @@ def trained_factors(
   Raises:
     ValueError: a factor that is not finite, by path.
   """
+  _check_others(chain)
   adapters.check_factors(state.factors)
   factors = {}
   for one in chain.adapted(state.params):
     path = one.matrix.path
     for side in one.trained:
-      factor = np.asarray(state.factors[path][side])
+      factor = np.array(state.factors[path][side])  # No view of the state.
       if path in state.coins:
         is_left = np.asarray(state.coins[path])[..., None, None]
         factor = np.where(is_left == (side == 'right'), factor, 0)
@@ -151,6 +152,7 @@ def make_recipe(
     ValueError: a base of other paths or shapes than the state's.
   """
   adapters.check_shapes(final.params, base)
+  _check_others(chain)
   return Recipe(
       checksum(base),
       checksum(jax.jit(chain.params)(final)),
@@ -160,6 +162,14 @@ def make_recipe(
       int(final.count),
       tuple(links),
   )
+
+
+def _check_others(chain: adapters.Chain) -> None:
+  if chain.others:
+    raise ValueError(
+        'Expected a chain without others for a recipe, which stores factors'
+        f' alone, got others={list(chain.others)}: keep a checkpoint.'
+    )
 
 
 def save_recipe(directory: str | os.PathLike[str], recipe: Recipe) -> None:

@@ -65,7 +65,7 @@ class Problem:
       x, y = (jnp.take(part, rows, axis=-2) for part in client[path])
       rest = jnp.matmul(x, w.astype(x.dtype)) - y
       total += 0.5 * jnp.sum(rest**2) / BATCH
-    return total, {'first': rows[0]}
+    return total, {'first': rows[0].astype(total.dtype)}
 
   def inputs(self):
     return jax.tree.map(jnp.asarray, (self.params, self.clients))

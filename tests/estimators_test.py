@@ -524,12 +524,6 @@ class AccumulateTest(parameterized.TestCase):
     self.assertEqual(accumulated.dtype, jnp.bfloat16)
     self.assertEqual(accumulated, 1.0)
 
-  def test_batches_that_cannot_be_split(self):
-    accumulated = bl.accumulate(lambda params, batch: params, 3)
-    message = 'num_micro_batches=3 to divide the batch.*leading axis of 8'
-    with self.assertRaisesRegex(ValueError, message):
-      accumulated(jnp.ones(2), {'x': jnp.ones((9, 2)), 'y': jnp.ones(8)})
-
   @parameterized.parameters(0, -1)
   def test_number_of_micro_batches(self, num):
     message = f'num_micro_batches >= 1, got num_micro_batches={num}'

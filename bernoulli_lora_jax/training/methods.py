@@ -229,12 +229,14 @@ def adapter_method(
       tx,
       matrices,
       num_micro_batches=num_micro_batches,
-      average=driver.average,
+      average=driver.axis_name,
   )
+  # The key within the batch: noise is keyed by example, not by micro-batch.
+  keyed = lambda params, both: loss(params, *both)
   adapted = (
-      inject.by_addition(loss, matrices)
+      inject.by_addition(keyed, matrices)
       if additive
-      else inject.by_product(loss)
+      else inject.by_product(keyed)
   )
 
   def init(key, params):
@@ -245,7 +247,7 @@ def adapter_method(
   def step(state, batch, key, full):
     del full
     inner, (value, metrics) = links.step(
-        state.chain, adapted, driver.shard(batch), key, scale=state.lr_scale
+        state.chain, adapted, (driver.shard(batch), key), scale=state.lr_scale
     )
     passes = state.data_passes + batch_size / num_samples
     state = AdapterMethodState(inner, passes, state.lr_scale)

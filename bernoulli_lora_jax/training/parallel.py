@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bernoulli_lora_jax import parts
+
 _P = jax.sharding.PartitionSpec
 _AXIS = 'data'
 
@@ -19,7 +21,8 @@ class Driver(NamedTuple):
 
   num_devices: int
   shard: Callable[[Any], Any]  # Inside a step: batch -> this device's part.
-  average: Callable[[Any], Any]  # Inside a step: mean over the devices' parts.
+  # Inside a step: mean over the devices' parts, by weight; counts are summed.
+  average: Callable[[Any], Any]
   # (tree, marks=None): host or one-device tree -> as `compile` wants it. marks is
   # a tree of bool: leaves whose leading axis is split over the devices.
   put: Callable[..., Any]
@@ -158,7 +161,7 @@ def _pmap(devices: list[Any]) -> Driver:
   return Driver(
       num_devices=count,
       shard=shard,
-      average=lambda tree: jax.lax.pmean(tree, _AXIS),
+      average=lambda tree: parts.over_devices(tree, _AXIS),
       put=put,
       get=get,
       compile=compile_,
