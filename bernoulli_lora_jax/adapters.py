@@ -39,6 +39,7 @@ from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import merging
 from bernoulli_lora_jax import policies
+from bernoulli_lora_jax import restart as restart_lib
 from bernoulli_lora_jax import rounding as rounding_lib
 from bernoulli_lora_jax import sketches
 
@@ -94,6 +95,7 @@ def make_chain(
     *,
     num_micro_batches: int = 1,
     average: Callable[[Any], Any] | None = None,
+    restart: restart_lib.Restart | None = None,
 ) -> Chain:
   """Returns a chain of adapters as pure functions.
 
@@ -108,6 +110,9 @@ def make_chain(
     num_micro_batches: parts of a batch whose gradients are averaged in float32,
       one after another.
     average: mean over data-parallel devices of ((value, aux), gradients).
+    restart: (fresh, old) -> the optimiser's state at the start of a link, where
+      `policy.reset_optimizer`. None: what holds leaves of factors is fresh,
+      schedules and the like go on, see `restart.restart`.
 
   Returns:
     A `Chain`. step(state, loss, batch, *args, scale=1.0) ends a link that is
@@ -118,7 +123,7 @@ def make_chain(
     ValueError: at init, a pattern that matches nothing, targets that disagree
       about a matrix, a rank above both sides, one array in two places (tied
       weights) of which one is selected, a chain that merges into quantised
-      weights.
+      weights, an optimiser that links cannot restart (see `restart.check`).
 
   Guarantees:
     The base weights are not differentiated and change at links only.
@@ -154,8 +159,8 @@ def make_chain(
     # buffer cannot be donated twice.
     trained = trained_pairs(drawn.factors, found)
     opt_state = jax.tree.map(jnp.copy, tx.init(trained))
-    if policy.period is not None and policy.reset_optimizer:
-      _check_optimizer(opt_state)
+    if policy.period and policy.reset_optimizer and restart is None:
+      restart_lib.check(tx, opt_state, trained)
     remainders = {}
     if policy.rounding == 'compensated':
       for one in found:
@@ -179,8 +184,9 @@ def make_chain(
     drawn = draw_link(state.key, link, found, policy)
     opt_state = state.opt_state
     if policy.reset_optimizer:
-      fresh = tx.init(trained_pairs(drawn.factors, found))
-      opt_state = restart(fresh, opt_state)
+      trained = trained_pairs(drawn.factors, found)
+      rule = restart or functools.partial(restart_lib.restart, trained=trained)
+      opt_state = rule(tx.init(trained), opt_state)
     return state._replace(
         factors=drawn.factors, coins=drawn.coins, opt_state=opt_state
     )
@@ -303,37 +309,6 @@ def scaled(factors: Pairs, found: Sequence[Adapted]) -> Pairs:
   }
 
 
-def restart(fresh: Any, old: Any) -> Any:
-  """Returns an optimiser's fresh state with the learning rate's state kept.
-
-  Kept are the counts of schedules, of `optax.inject_hyperparams` and of
-  `optax.contrib.reduce_on_plateau`, and the key of `optax.add_noise`, which would
-  repeat its noise; moments and their own counts restart.
-
-  Args:
-    fresh: what the optimiser's init returns.
-    old: its state so far.
-  """
-  kept = (
-      optax.AddNoiseState,
-      optax.ScaleByScheduleState,
-      optax.contrib.ReduceLROnPlateauState,
-  )
-  is_injected = lambda node: hasattr(node, 'hyperparams')
-
-  def choose(new, old):
-    if is_injected(old):
-      return old._replace(inner_state=restart(new.inner_state, old.inner_state))
-    return old if isinstance(old, kept) else new
-
-  return jax.tree.map(
-      choose,
-      fresh,
-      old,
-      is_leaf=lambda node: isinstance(node, kept) or is_injected(node),
-  )
-
-
 def _check_base(
     params: Any, found: Sequence[Adapted], policy: ChainPolicy
 ) -> None:
@@ -356,16 +331,6 @@ def _check_base(
             f'Expected {one.matrix.path} to be an array of its own, but it is'
             f' tied to {paths[i]}: adapting one of them would untie them.'
         )
-
-
-def _check_optimizer(opt_state: Any) -> None:
-  """Raises for an optimiser that links would restart before it has moved."""
-  is_multi = lambda node: isinstance(node, optax.MultiStepsState)
-  if any(map(is_multi, jax.tree.leaves(opt_state, is_leaf=is_multi))):
-    raise ValueError(
-        'Expected num_micro_batches in place of optax.MultiSteps in a chain that'
-        ' merges: a link that ends drops the gradients accumulated so far.'
-    )
 
 
 def _both(key: jax.Array, one: Adapted, policy: ChainPolicy) -> dict[str, Any]:

@@ -181,7 +181,9 @@ def find(tree: Any, matrices: Matrices | None = None) -> list[Matrix]:
   spec = Matrices() if matrices is None else matrices
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   paths = path_names([path for path, _ in leaves])
-  named = list(zip(paths, (leaf for _, leaf in leaves), strict=True))
+  # Python numbers among the leaves have no dtype.
+  arrays = (x if hasattr(x, 'dtype') else np.asarray(x) for _, x in leaves)
+  named = list(zip(paths, arrays, strict=True))
   for rule in spec.rules:
     if not any(re.search(rule.pattern, path) for path in paths):
       raise ValueError(_no_match(f'rule pattern {rule.pattern!r}', named))
