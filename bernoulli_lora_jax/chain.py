@@ -15,7 +15,6 @@ RAC-LoRA, arXiv 2410.08305 (prob 0 or 1).
 
 from collections.abc import Sequence
 import functools
-import operator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -461,21 +460,10 @@ def _without_matrices(tree: Any, found: Sequence[Matrix]) -> Any:
 
 
 def _checked_rank(rank: Any) -> int:
-  """Returns a rank as a Python int; arrays of known value are welcome."""
-  if isinstance(rank, jax.core.Tracer):
-    raise TypeError(
-        f'Expected rank to be an int, got the traced {rank}: it gives shapes.'
-        " Under optax.inject_hyperparams write static_args=('rank',)."
-    )
-  try:
-    number = None if isinstance(rank, bool) else operator.index(rank)
-  except TypeError:
-    number = None
-  if number is None:
-    raise TypeError(f'Expected rank to be an int, got {rank!r}.')
-  if number < 1:
+  rank = matrices_lib.static_int('rank', rank)
+  if rank < 1:
     raise ValueError(f'Expected rank >= 1, got rank={rank}.')
-  return number
+  return rank
 
 
 def _check_period(period: Any) -> None:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bernoulli_lora_jax import matrices
+
 _COHORT = 2  # Purpose folded into a round's key; 0, 1: federated.py.
 
 
@@ -111,10 +113,13 @@ def make_clients(
   Raises:
     ValueError: an argument outside its range.
   """
+  num_clients = matrices.static_int('num_clients', num_clients)
   if num_clients < 1:
     raise ValueError(
         f'Expected num_clients >= 1, got num_clients={num_clients}.'
     )
+  if cohort is not None:
+    cohort = matrices.static_int('cohort', cohort)
   if cohort is not None and not 1 <= cohort <= num_clients:
     raise ValueError(
         f'Expected cohort in [1, {num_clients}], got cohort={cohort}.'

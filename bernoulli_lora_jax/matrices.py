@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import dataclasses
 import hashlib
 import math
+import operator
 import re
 from typing import Any, NamedTuple
 
@@ -139,6 +140,26 @@ def check_pattern(name: str, pattern: str) -> None:
     raise ValueError(
         f'Expected {name} to be a regular expression, got {pattern!r}: {e}.'
     ) from e
+
+
+def static_int(name: str, value: Any) -> int:
+  """Returns a number that gives shapes: of an int, or of an array of known value.
+
+  Raises:
+    TypeError: no integer, or one that is traced.
+  """
+  if isinstance(value, jax.core.Tracer):
+    raise TypeError(
+        f'Expected {name} to be an int, got {value}, which is traced: it gives'
+        f" shapes. Under optax.inject_hyperparams write static_args=('{name}',)."
+    )
+  try:
+    number = None if isinstance(value, bool) else operator.index(value)
+  except TypeError:
+    number = None
+  if number is None:
+    raise TypeError(f'Expected {name} to be an int, got {value!r}.')
+  return number
 
 
 def path_names(paths: Sequence[Sequence[Any]]) -> list[str]:
