@@ -253,7 +253,8 @@ def bernoulli_lora(
     sketch: as for `scale_by_bernoulli_chain`, like the arguments below.
     period: updates of a link.
     inner: transformation of the r-dimensional gradients.
-    others: what moves the leaves that are no matrices; gamma is theirs too.
+    others: what moves the leaves that are no matrices; gamma is theirs too, so
+      `optax.scale_by_adam()` and not `optax.adam(...)`.
     matrices: what is a matrix.
     shared_coin: one coin for all matrices.
     restart: what of the state of `inner` restarts.
@@ -261,9 +262,16 @@ def bernoulli_lora(
   Returns:
     An `optax.GradientTransformationExtraArgs`.
 
+  Raises:
+    ValueError: as `scale_by_bernoulli_chain`, and an `inner` or `others` with a
+      learning rate of its own, which would climb.
+
   References:
     Sokolov et al., Bernoulli-LoRA, arXiv 2508.03820, Algorithm 1.
   """
+  for name, tx in (('inner', inner), ('others', others)):
+    if isinstance(tx, optax.GradientTransformation):
+      _check_sign(name, tx)
   return optax.chain(
       scale_by_bernoulli_chain(
           key,
@@ -449,6 +457,24 @@ def _others(others: Any) -> optax.GradientTransformationExtraArgs:
       "Expected others to be None, 'freeze' or a GradientTransformation, got"
       f' {others!r}.'
   )
+
+
+def _check_sign(name: str, tx: optax.GradientTransformation) -> None:
+  """Raises for an optimiser that descends, where gamma turns the sign again."""
+  gradient = {'w': jnp.full((2, 2), 1e6)}  # Any noise is small beside it.
+  with jax.ensure_compile_time_eval():
+    try:
+      update = optax.with_extra_args_support(tx).update
+      moved = update(gradient, tx.init(gradient), gradient)[0]['w']
+      descends = bool(jnp.sum(moved) < 0)
+    except Exception:  # It wants a tree, arguments or values not known here.
+      return
+  if descends:
+    raise ValueError(
+        f'Expected {name} without a learning rate, as optax.scale_by_adam(), got'
+        ' an optimiser whose updates descend: multiplied by -learning_rate they'
+        ' would climb.'
+    )
 
 
 def _without_matrices(tree: Any, found: Sequence[Matrix]) -> Any:
