@@ -165,7 +165,8 @@ def scale_by_bernoulli_chain(
     inner_state = ()
     if inner_tx is not None:
       zeros = links_lib.zero_factors(found, rank, prob)
-      inner_state = inner_tx.init(zeros)
+      # Copies: some keep what they are given, and a caller may donate the state.
+      inner_state = jax.tree.map(jnp.copy, inner_tx.init(zeros))
       if restart is None:
         restart_lib.check(inner_tx, inner_state, zeros)
     rest = _without_matrices(params, found)
@@ -173,7 +174,6 @@ def scale_by_bernoulli_chain(
         count=jnp.zeros([], jnp.int32),
         key=jnp.copy(key),  # A caller may donate the state.
         inner_state=inner_state,
-        # Copies, where a transformation keeps the params.
         others_state=jax.tree.map(jnp.copy, others_tx.init(rest))
         if jax.tree.leaves(rest)
         else (),

@@ -154,6 +154,14 @@ class GradientMethodTest(parameterized.TestCase):
     shapes = {x.shape for x in jax.tree.leaves(state.opt_state)}
     self.assertLessEqual(shapes, {(), (6, 4)})
 
+  def test_params_outlive_a_donated_state(self):
+    method = self.method('mvr')
+    state = method.init(jax.random.key(0), self.params)
+    kept = method.params(state)
+    step = jax.jit(self.step, static_argnums=0, donate_argnums=1)
+    step(method, state)
+    chex.assert_trees_all_equal(kept, self.params)
+
   def test_data_passes_do_not_stop_growing(self):
     method = self.method('sgd')
     state = method.init(jax.random.key(0), self.params)

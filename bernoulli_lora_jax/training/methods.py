@@ -209,7 +209,7 @@ def gradient_method(
   return Method(
       init,
       step,
-      lambda state: state.params,
+      lambda state: jax.tree.map(jnp.copy, state.params),  # A donated state's.
       all_true if trained is None else trained,
       mean_cost,
   )
