@@ -100,6 +100,24 @@ REFUSED = {
         'constant alpha of optax.contrib.simplified_ademamix'
     ),
 }
+# A member of every kind; the rest of the table is slow, all together.
+QUICK = (
+    'adamw',
+    'add_decayed_weights',
+    'ademamix',
+    'apply_every',
+    'chain',
+    'dpsgd',
+    'flatten',
+    'inject_hyperparams',
+    'masked',
+    'momo',
+    'partition',
+    'prodigy',
+    'sam',
+    'schedule_free',
+    'scale_by_sm3',
+)
 # What optax refuses under a chain of adapters, which gives params and value.
 NOT_FOR_FACTORS = {
     'hutchinson_estimator_diag_hessian': 'obj_fn',
@@ -206,8 +224,16 @@ class RestartTest(parameterized.TestCase):
     )
     self.assertGreater(len(FACTORIES), 100)
 
-  @parameterized.parameters(*sorted(FACTORIES))
+  @parameterized.parameters(*QUICK)
   def test_restarted_is_fresh_with_schedules_gone_on(self, name):
+    self.check_restarted(name)
+
+  @parameterized.parameters(*sorted(set(FACTORIES) - set(QUICK)))
+  @pytest.mark.slow
+  def test_restarted_is_fresh_with_schedules_gone_on_otherwise(self, name):
+    self.check_restarted(name)
+
+  def check_restarted(self, name):
     tx = make(name, FACTORIES[name], 0)
     if name in NOT_FOR_FACTORS:
       with self.assertRaises((TypeError, ValueError, AttributeError)):
