@@ -41,6 +41,7 @@ from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import merging
 from bernoulli_lora_jax import parts
 from bernoulli_lora_jax import policies
+from bernoulli_lora_jax import restart as restart_lib
 from bernoulli_lora_jax import rounding as rounding_lib
 from bernoulli_lora_jax import sketches
 
@@ -101,6 +102,7 @@ def make_chain(
     average: Callable[[Any], Any] | str | None = None,
     reductions: Mapping[str, str] | None = None,
     others: Mapping[str, optax.GradientTransformation] | None = None,
+    restart: restart_lib.Restart | None = None,
 ) -> Chain:
   """Returns a chain of adapters as pure functions.
 
@@ -125,6 +127,9 @@ def make_chain(
       learning rate included. Each sees {path: leaf} of its own leaves alone, so
       norms for clipping are separate; links never restart them, and the policy's
       warmup is not theirs. None: all that is not adapted is frozen.
+    restart: (fresh, old) -> the optimiser's state at the start of a link, where
+      `policy.reset_optimizer`. None: what holds leaves of factors is fresh,
+      schedules and the like go on, see `restart.restart`.
 
   Returns:
     A `Chain`. step(state, loss, batch, *args, scale=1.0) ends a link that is
@@ -140,7 +145,8 @@ def make_chain(
       about a matrix, a rank above both sides, one array in two places (tied
       weights) of which one is selected (under `jit`, where the first call of the
       compiled function has them among its arguments), a chain that merges into
-      quantised weights, a pattern of others that selects nothing, an adapted leaf
+      quantised weights, an optimiser that links cannot restart (see
+      `restart.check`), a pattern of others that selects nothing, an adapted leaf
       or one of another pattern.
 
   Guarantees:
@@ -189,8 +195,8 @@ def make_chain(
     opt_state = owned(tx.init(trained))
     leaves = _other_leaves(base, chosen)
     other_states = {p: owned(other_txs[p].init(leaves[p])) for p in others}
-    if policy.period is not None and policy.reset_optimizer:
-      _check_optimizer(opt_state)
+    if policy.period and policy.reset_optimizer and restart is None:
+      restart_lib.check(tx, opt_state, trained)
     remainders = {}
     if policy.rounding == 'compensated':
       for one in found:
@@ -220,8 +226,9 @@ def make_chain(
   def restarted(state, found):
     if not policy.reset_optimizer:
       return state
-    fresh = tx.init(trained_pairs(state.factors, found))
-    return state._replace(opt_state=restart(fresh, state.opt_state))
+    trained = trained_pairs(state.factors, found)
+    rule = restart or functools.partial(restart_lib.restart, trained=trained)
+    return state._replace(opt_state=rule(tx.init(trained), state.opt_state))
 
   def begin(state):
     if policy.period is None:
@@ -405,37 +412,6 @@ def scaled(factors: Pairs, found: Sequence[Adapted]) -> dict[str, inject.Pair]:
   }
 
 
-def restart(fresh: Any, old: Any) -> Any:
-  """Returns an optimiser's fresh state with the learning rate's state kept.
-
-  Kept are the counts of schedules, of `optax.inject_hyperparams` and of
-  `optax.contrib.reduce_on_plateau`, and the key of `optax.add_noise`, which would
-  repeat its noise; moments and their own counts restart.
-
-  Args:
-    fresh: what the optimiser's init returns.
-    old: its state so far.
-  """
-  kept = (
-      optax.AddNoiseState,
-      optax.ScaleByScheduleState,
-      optax.contrib.ReduceLROnPlateauState,
-  )
-  is_injected = lambda node: hasattr(node, 'hyperparams')
-
-  def choose(new, old):
-    if is_injected(old):
-      return old._replace(inner_state=restart(new.inner_state, old.inner_state))
-    return old if isinstance(old, kept) else new
-
-  return jax.tree.map(
-      choose,
-      fresh,
-      old,
-      is_leaf=lambda node: isinstance(node, kept) or is_injected(node),
-  )
-
-
 def _check_base(
     params: Any,
     found: Sequence[Adapted],
@@ -526,16 +502,6 @@ def _nodes(tree: Any, treedef: Any) -> list[Any]:
   except (TypeError, ValueError):  # Arguments that are no trees.
     return []
   return found
-
-
-def _check_optimizer(opt_state: Any) -> None:
-  """Raises for an optimiser that links would restart before it has moved."""
-  is_multi = lambda node: isinstance(node, optax.MultiStepsState)
-  if any(map(is_multi, jax.tree.leaves(opt_state, is_leaf=is_multi))):
-    raise ValueError(
-        'Expected num_micro_batches in place of optax.MultiSteps in a chain that'
-        ' merges: a link that ends drops the gradients accumulated so far.'
-    )
 
 
 def _both(key: jax.Array, one: Adapted, policy: ChainPolicy) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import clients as clients_lib
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import parts
+from bernoulli_lora_jax import restart as restart_lib
 
 _LOCAL, _ROUND = range(2)  # Purposes folded into the key of `step`.
 _BITS = 8
@@ -147,7 +148,7 @@ def federated_adapters(
   def local(state, loss, client, key):
     found = chain.adapted(state.params)
     start = adapters.trained_pairs(state.factors, found)
-    opt_state = adapters.restart(tx.init(start), state.opt_state)
+    opt_state = restart_lib.restart(tx.init(start), state.opt_state, start)
 
     def one(carry, _):
       trained, opt_state, count = carry
@@ -252,11 +253,12 @@ def federated_weights(
     base = jax.tree.map(jnp.array if copy else jnp.asarray, params)
     opt_state = adapters.owned(tx.init(moving(base)))
     _check_optimizer(opt_state)
+    restart_lib.check(tx, opt_state, moving(base))
     return WeightsState(base, opt_state, jnp.zeros([], jnp.int32))
 
   def local(state, loss, client, key):
     start = moving(state.params)
-    opt_state = adapters.restart(tx.init(start), state.opt_state)
+    opt_state = restart_lib.restart(tx.init(start), state.opt_state, start)
 
     def one(carry, step):
       moved, opt_state = carry
@@ -593,7 +595,7 @@ def _advanced(tx: Any, trained: Any, opt_state: Any, num_steps: int) -> Any:
   value = jnp.zeros([], jnp.result_type(float))
   one = lambda _, state: tx.update(zeros, state, trained, value=value)[1]
   later = jax.lax.fori_loop(0, num_steps, one, opt_state)
-  return adapters.restart(tx.init(trained), later)
+  return restart_lib.restart(tx.init(trained), later, trained)
 
 
 def _numbers(one: adapters.Adapted) -> dict[str, int]:

@@ -14,8 +14,9 @@ RAC-LoRA, arXiv 2410.08305 (prob 0 or 1).
 """
 
 from collections.abc import Sequence
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,13 @@ import optax
 
 from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax import restart as restart_lib
 from bernoulli_lora_jax import sketches
 
 Matrices = matrices_lib.Matrices
 Matrix = matrices_lib.Matrix
 Sketch = sketches.Sketch
+Others = optax.GradientTransformation | Literal['freeze'] | None
 ScalarOrSchedule = float | jax.Array | optax.Schedule
 
 
@@ -38,6 +41,7 @@ class ScaleByBernoulliChainState(NamedTuple):
   count: jax.typing.ArrayLike  # shape=(), int32; updates applied so far.
   key: jax.Array  # shape=(), typed PRNG key; folded with the link.
   inner_state: Any  # State of `inner` over {left: (r, n), right: (m, r)}.
+  others_state: Any = ()  # State of `others` over the other leaves.
 
 
 def project(
@@ -69,7 +73,8 @@ def project(
     E[HG] = lmin G for isotropic sketches, with
       lmin = prob min(rank, m)/m + (1 - prob) min(rank, n)/n.
   """
-  _check(rank, prob, 1)
+  rank = _checked_rank(rank)
+  _check_prob(prob)
   if g.ndim != 2:
     raise ValueError(f'Expected g to have shape (m, n), got {g.shape}.')
   found = matrices_lib.find({'g': g})
@@ -92,19 +97,20 @@ def scale_by_bernoulli_chain(
     rank: int,
     prob: float | jax.Array = 0.5,
     sketch: Sketch | None = None,
-    period: int = 1,
+    period: int | jax.Array = 1,
     inner: optax.GradientTransformation | None = None,
+    others: Others = None,
     matrices: Matrices | None = None,
     shared_coin: bool = False,
-) -> optax.GradientTransformation:
+    restart: restart_lib.Restart | None = None,
+) -> optax.GradientTransformationExtraArgs:
   """Projects each matrix of the updates on a random subspace (A1).
-
-  Leaves that are not matrices pass through unchanged.
 
   Args:
     key: typed PRNG key; with it and the step all draws are determined.
     rank: dimension of the subspaces, clipped to each side, at least 1 and at
-      most the longer side of every matrix.
+      most the longer side of every matrix. It gives shapes: under
+      `optax.inject_hyperparams` and `jit`, static_args=('rank',) is needed.
     prob: P(left), in [0, 1]. A left link sketches R^m and trains the right
       factor. A Python 0 or 1 compiles without a coin.
     sketch: law of the subspaces, default `sketches.gaussian()`.
@@ -112,18 +118,27 @@ def scale_by_bernoulli_chain(
     inner: transformation of the r-dimensional gradients, for example
       `optax.scale_by_adam()` or `optax.trace(0.9)`. It sees, for each matrix, a
       leaf {'left': (r, n), 'right': (m, r)} with the unchosen one zero, must
-      not need params, and restarts at each link; its state is O(r(m + n)) a
-      matrix. Learning-rate schedules stay outside.
+      not need params, and restarts at each link (what belongs to factors does:
+      schedules in it go on, see `restart.restart`); its state is O(r(m + n)) a
+      matrix.
+    others: what moves the leaves that are no matrices. None: `inner` at their
+      full size, or nothing where there is no `inner`; no link restarts it.
+      'freeze': zero updates and no state. Or a transformation of its own; it
+      sees the tree with `optax.MaskedNode` in place of the matrices.
     matrices: what is a matrix, see `Matrices`.
     shared_coin: one coin for all matrices; by default every matrix and every
       entry of a stack tosses its own.
+    restart: (fresh, old) -> the state of `inner` at the start of a link, in
+      place of the rule; static under `optax.inject_hyperparams`.
 
   Returns:
-    An `optax.GradientTransformation`.
+    An `optax.GradientTransformationExtraArgs`; extra arguments of its update go
+    to `inner` and `others`.
 
   Raises:
     ValueError: an argument outside its range; at init, a selection that matches
-      nothing or a rank above both sides of a matrix.
+      nothing, a rank above both sides of a matrix, or an `inner` that links
+      cannot restart (see `restart.check`).
 
   Guarantees:
     With inner=None each update is H_L G or G H_R with H an orthogonal
@@ -138,22 +153,44 @@ def scale_by_bernoulli_chain(
   References:
     Sokolov et al., Bernoulli-LoRA, arXiv 2508.03820, Algorithm 1.
   """
-  _check(rank, prob, period)
+  rank = _checked_rank(rank)
+  _check_prob(prob)
+  _check_period(period)
   sketch = sketches.gaussian() if sketch is None else sketch
+  inner_tx = inner and optax.with_extra_args_support(inner)
+  others_tx = _others(inner if others is None else others)
 
   def init(params):
     found = matrices_lib.find(params, matrices)
     _check_ranks(found, rank)
+    inner_state = ()
+    if inner_tx is not None:
+      zeros = links_lib.zero_factors(found, rank, prob)
+      # Copies: some keep what they are given, and a caller may donate the state.
+      inner_state = jax.tree.map(jnp.copy, inner_tx.init(zeros))
+      if restart is None:
+        restart_lib.check(inner_tx, inner_state, zeros)
+    rest = _without_matrices(params, found)
     return ScaleByBernoulliChainState(
         count=jnp.zeros([], jnp.int32),
         key=jnp.copy(key),  # A caller may donate the state.
-        inner_state=()
-        if inner is None
-        else inner.init(links_lib.zero_factors(found, rank, prob)),
+        inner_state=inner_state,
+        others_state=jax.tree.map(jnp.copy, others_tx.init(rest))
+        if jax.tree.leaves(rest)
+        else (),
     )
 
-  def update(updates, state, params=None):
-    del params
+  def begin(inner_state, count, found):
+    """Returns the state of `inner`, restarted where a link starts."""
+    zeros = links_lib.zero_factors(found, rank, prob)
+    rule = restart or functools.partial(restart_lib.restart, trained=zeros)
+    return jax.tree.map(
+        lambda new, old: new if new is old else jnp.where(count == 0, new, old),
+        rule(inner_tx.init(zeros), inner_state),
+        inner_state,
+    )
+
+  def update(updates, state, params=None, **extra):
     found = matrices_lib.find(updates, matrices)
     links = links_lib.draw_links(
         jax.random.fold_in(state.key, state.count // period),
@@ -168,24 +205,29 @@ def scale_by_bernoulli_chain(
         matrix.path: links_lib.compress(link, matrix.view(leaves[matrix.index]))
         for matrix, link in zip(found, links, strict=True)
     }
-    inner_state = state.inner_state
-    if inner is not None:
-      start = state.count % period == 0
-      inner_state = jax.tree.map(
-          lambda fresh, old: jnp.where(start, fresh, old),
-          inner.init(links_lib.zero_factors(found, rank, prob)),
-          inner_state,
+    inner_state, others_state = state.inner_state, state.others_state
+    if inner_tx is not None:
+      inner_state = begin(inner_state, state.count % period, found)
+      factors, inner_state = inner_tx.update(
+          factors, inner_state, None, **extra
       )
-      factors, inner_state = inner.update(factors, inner_state)
+    rest = _without_matrices(updates, found)
+    if jax.tree.leaves(rest):
+      params = None if params is None else _without_matrices(params, found)
+      rest, others_state = others_tx.update(rest, others_state, params, **extra)
+      chosen = {matrix.index for matrix in found}
+      places = [i for i in range(len(leaves)) if i not in chosen]
+      for i, leaf in zip(places, jax.tree.leaves(rest), strict=True):
+        leaves[i] = leaf
     for matrix, link in zip(found, links, strict=True):
       moved = links_lib.expand(link, factors[matrix.path], matrix.m, matrix.n)
       leaves[matrix.index] = matrix.unview(moved).astype(matrix.dtype)
     count = optax.safe_increment(state.count)
     return treedef.unflatten(leaves), ScaleByBernoulliChainState(
-        count, state.key, inner_state
+        count, state.key, inner_state, others_state
     )
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def bernoulli_lora(
@@ -194,8 +236,14 @@ def bernoulli_lora(
     *,
     rank: int,
     prob: float | jax.Array = 0.5,
-    **kwargs: Any,
-) -> optax.GradientTransformation:
+    sketch: Sketch | None = None,
+    period: int | jax.Array = 1,
+    inner: optax.GradientTransformation | None = None,
+    others: Others = None,
+    matrices: Matrices | None = None,
+    shared_coin: bool = False,
+    restart: restart_lib.Restart | None = None,
+) -> optax.GradientTransformationExtraArgs:
   """Returns Bernoulli-LoRA as an optimiser: W <- W - gamma H_L G or G H_R.
 
   Args:
@@ -203,16 +251,41 @@ def bernoulli_lora(
     key: typed PRNG key.
     rank: dimension of the subspaces.
     prob: P(left), in [0, 1].
-    **kwargs: as for `scale_by_bernoulli_chain`.
+    sketch: as for `scale_by_bernoulli_chain`, like the arguments below.
+    period: updates of a link.
+    inner: transformation of the r-dimensional gradients.
+    others: what moves the leaves that are no matrices; gamma is theirs too, so
+      `optax.scale_by_adam()` and not `optax.adam(...)`.
+    matrices: what is a matrix.
+    shared_coin: one coin for all matrices.
+    restart: what of the state of `inner` restarts.
 
   Returns:
-    An `optax.GradientTransformation`.
+    An `optax.GradientTransformationExtraArgs`.
+
+  Raises:
+    ValueError: as `scale_by_bernoulli_chain`, and an `inner` or `others` with a
+      learning rate of its own, which would climb.
 
   References:
     Sokolov et al., Bernoulli-LoRA, arXiv 2508.03820, Algorithm 1.
   """
+  for name, tx in (('inner', inner), ('others', others)):
+    if isinstance(tx, optax.GradientTransformation):
+      _check_sign(name, tx)
   return optax.chain(
-      scale_by_bernoulli_chain(key, rank=rank, prob=prob, **kwargs),
+      scale_by_bernoulli_chain(
+          key,
+          rank=rank,
+          prob=prob,
+          sketch=sketch,
+          period=period,
+          inner=inner,
+          others=others,
+          matrices=matrices,
+          shared_coin=shared_coin,
+          restart=restart,
+      ),
       optax.scale_by_learning_rate(learning_rate),
   )
 
@@ -223,8 +296,13 @@ def rac_lora(
     *,
     rank: int,
     side: str,
-    **kwargs: Any,
-) -> optax.GradientTransformation:
+    sketch: Sketch | None = None,
+    period: int | jax.Array = 1,
+    inner: optax.GradientTransformation | None = None,
+    others: Others = None,
+    matrices: Matrices | None = None,
+    restart: restart_lib.Restart | None = None,
+) -> optax.GradientTransformationExtraArgs:
   """Returns RAC-LoRA: the chain whose coin always falls the same way.
 
   Args:
@@ -232,10 +310,15 @@ def rac_lora(
     key: typed PRNG key.
     rank: dimension of the subspaces.
     side: the sketched side: 'left' (prob 1) or 'right' (prob 0).
-    **kwargs: as for `scale_by_bernoulli_chain`.
+    sketch: as for `scale_by_bernoulli_chain`, like the arguments below.
+    period: updates of a link.
+    inner: transformation of the r-dimensional gradients.
+    others: what moves the leaves that are no matrices; gamma is theirs too.
+    matrices: what is a matrix.
+    restart: what of the state of `inner` restarts.
 
   Returns:
-    An `optax.GradientTransformation`.
+    An `optax.GradientTransformationExtraArgs`.
 
   Raises:
     ValueError: another side.
@@ -246,7 +329,18 @@ def rac_lora(
   if side not in ('left', 'right'):
     raise ValueError(f"Expected side to be 'left' or 'right', got {side!r}.")
   prob = 1.0 if side == 'left' else 0.0
-  return bernoulli_lora(learning_rate, key, rank=rank, prob=prob, **kwargs)
+  return bernoulli_lora(
+      learning_rate,
+      key,
+      rank=rank,
+      prob=prob,
+      sketch=sketch,
+      period=period,
+      inner=inner,
+      others=others,
+      matrices=matrices,
+      restart=restart,
+  )
 
 
 def states(opt_state: Any) -> list[ScaleByBernoulliChainState]:
@@ -358,12 +452,64 @@ def describe(
   return rows
 
 
-def _check(rank: int, prob: float | jax.Array, period: int) -> None:
-  for name, value in (('rank', rank), ('period', period)):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-      raise TypeError(f'Expected {name} to be an int, got {value!r}.')
-    if value < 1:
-      raise ValueError(f'Expected {name} >= 1, got {name}={value}.')
+def _others(others: Any) -> optax.GradientTransformationExtraArgs:
+  """Returns the transformation of the leaves that are no matrices."""
+  if others is None:
+    return optax.with_extra_args_support(optax.identity())
+  if isinstance(others, str) and others == 'freeze':
+    return optax.with_extra_args_support(optax.set_to_zero())
+  if isinstance(others, optax.GradientTransformation):
+    return optax.with_extra_args_support(others)
+  raise TypeError(
+      "Expected others to be None, 'freeze' or a GradientTransformation, got"
+      f' {others!r}.'
+  )
+
+
+def _check_sign(name: str, tx: optax.GradientTransformation) -> None:
+  """Raises for an optimiser that descends, where gamma turns the sign again."""
+  gradient = {'w': jnp.full((2, 2), 1e6)}  # Any noise is small beside it.
+  with jax.ensure_compile_time_eval():
+    try:
+      update = optax.with_extra_args_support(tx).update
+      moved = update(gradient, tx.init(gradient), gradient)[0]['w']
+      descends = bool(jnp.sum(moved) < 0)
+    except Exception:  # It wants a tree, arguments or values not known here.
+      return
+  if descends:
+    raise ValueError(
+        f'Expected {name} without a learning rate, as optax.scale_by_adam(), got'
+        ' an optimiser whose updates descend: multiplied by -learning_rate they'
+        ' would climb.'
+    )
+
+
+def _without_matrices(tree: Any, found: Sequence[Matrix]) -> Any:
+  """Returns the tree with `optax.MaskedNode` in place of its matrices."""
+  leaves, treedef = jax.tree.flatten(tree)
+  for matrix in found:
+    leaves[matrix.index] = optax.MaskedNode()
+  return treedef.unflatten(leaves)
+
+
+def _checked_rank(rank: Any) -> int:
+  rank = matrices_lib.static_int('rank', rank)
+  if rank < 1:
+    raise ValueError(f'Expected rank >= 1, got rank={rank}.')
+  return rank
+
+
+def _check_period(period: Any) -> None:
+  is_number = isinstance(period, (int, np.integer))
+  if isinstance(period, jax.Array):
+    is_number = jnp.issubdtype(period.dtype, jnp.integer)
+  if isinstance(period, bool) or not is_number:
+    raise TypeError(f'Expected period to be an int, got {period!r}.')
+  if not isinstance(period, jax.Array) and period < 1:
+    raise ValueError(f'Expected period >= 1, got period={period}.')
+
+
+def _check_prob(prob: float | jax.Array) -> None:
   if not isinstance(prob, jax.Array) and not 0 <= prob <= 1:
     raise ValueError(f'Expected prob in [0, 1], got prob={prob}.')
 

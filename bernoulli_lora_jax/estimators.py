@@ -13,7 +13,10 @@ the full gradient, from two evaluations on the same minibatch:
         full_grad_fn=full_grad_fn)  # the gradient of the whole objective
 
 Symbols: W the params, g(W; I) the minibatch gradient, q = prob. Both keep the
-previous params and G: two copies of the params. They refuse `optax.masked`,
+previous params and G: two copies of the params, never the caller's own arrays.
+The estimate is returned in the dtype of the incoming gradient; the state keeps it
+in the dtype of the params or in `accumulator_dtype`, whatever the gradient's. They
+refuse `optax.masked`,
 `optax.partition` and `optax.MultiSteps`, under which W and g(W; I) would no
 longer belong together.
 
@@ -47,11 +50,15 @@ def mvr_estimate(
     grad: Any, previous_grad: Any, estimate: Any, momentum: float | jax.Array
 ) -> Any:
   """Returns g(W+; xi) + momentum (G - g(W; xi)), E4 with b = 1 - momentum."""
-  return jax.tree.map(
-      lambda new, old, g: (new + momentum * (g - old)).astype(new.dtype),
+  return _wide(
       grad,
-      previous_grad,
       estimate,
+      jax.tree.map(
+          lambda new, old, g: new + momentum * (g - old),
+          grad,
+          previous_grad,
+          estimate,
+      ),
   )
 
 
@@ -74,7 +81,10 @@ class MvrState(NamedTuple):
 
 
 def page(
-    key: jax.Array, *, prob: float | jax.Array
+    key: jax.Array,
+    *,
+    prob: float | jax.Array,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Estimates the gradient by PAGE (E3).
 
@@ -86,6 +96,9 @@ def page(
   Args:
     key: typed PRNG key of the coins.
     prob: q in (0, 1]; customary is batch_size / (batch_size + num_samples).
+    accumulator_dtype: of the estimate in the state; None: that of the params. Over
+      params in low precision with gradients in float32, float32 keeps what a sum
+      of small differences would lose. Static under `optax.inject_hyperparams`.
 
   Returns:
     A transformation whose `update(updates, state, params, *, grad_fn,
@@ -114,8 +127,8 @@ def page(
         jnp.zeros([], jnp.int32),
         jnp.copy(key),  # Copies, so that a caller may donate the state.
         jnp.zeros([], bool),
-        jax.tree.map(jnp.copy, params),
-        optax.tree.zeros_like(params),
+        _owned(params),
+        optax.tree.zeros_like(_owned(params), accumulator_dtype),
     )
 
   def update(
@@ -125,25 +138,34 @@ def page(
     params = _given('page', 'params', params)
     grad_fn = _given('page', 'grad_fn', grad_fn)
     full_grad_fn = _given('page', 'full_grad_fn', full_grad_fn)
+    updates = jax.tree.map(jnp.asarray, updates)  # Python numbers too.
     coin = jax.random.bernoulli(
         jax.random.fold_in(state.key, state.count), prob
     )
     is_full = coin | (state.count == 0)
     estimate = jax.lax.cond(
         is_full,
-        lambda: _like(updates, full_grad_fn(params)),
+        lambda: _wide(updates, state.estimate, full_grad_fn(params)),
         lambda: page_estimate(
             updates, _like(updates, grad_fn(state.params)), state.estimate
         ),
     )
     count = optax.safe_increment(state.count)
-    return estimate, PageState(count, state.key, is_full, params, estimate)
+    return _like(updates, estimate), PageState(
+        count,
+        state.key,
+        is_full,
+        _owned(params),
+        _owned(_like(state.estimate, estimate)),
+    )
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
 def mvr(
-    *, momentum: float | jax.Array
+    *,
+    momentum: float | jax.Array,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Estimates the gradient by momentum variance reduction (MVR, STORM; E4).
 
@@ -152,6 +174,9 @@ def mvr(
 
   Args:
     momentum: 1 - b in [0, 1), where b is the papers' parameter.
+    accumulator_dtype: of the estimate in the state; None: that of the params. Over
+      params in low precision with gradients in float32, float32 keeps what a sum
+      of small differences would lose. Static under `optax.inject_hyperparams`.
 
   Returns:
     A transformation whose `update(updates, state, params, *, grad_fn)` takes
@@ -175,17 +200,18 @@ def mvr(
     check_outermost(params, 'mvr')
     return MvrState(
         jnp.zeros([], jnp.int32),
-        jax.tree.map(jnp.copy, params),
-        optax.tree.zeros_like(params),
+        _owned(params),
+        optax.tree.zeros_like(_owned(params), accumulator_dtype),
     )
 
   def update(updates, state, params=None, *, grad_fn=None, **extra):
     del extra
     params = _given('mvr', 'params', params)
     grad_fn = _given('mvr', 'grad_fn', grad_fn)
+    updates = jax.tree.map(jnp.asarray, updates)  # Python numbers too.
     estimate = jax.lax.cond(
         state.count == 0,
-        lambda: updates,
+        lambda: _wide(updates, state.estimate, updates),
         lambda: mvr_estimate(
             updates,
             _like(updates, grad_fn(state.params)),
@@ -194,14 +220,28 @@ def mvr(
         ),
     )
     count = optax.safe_increment(state.count)
-    return estimate, MvrState(count, params, estimate)
+    return _like(updates, estimate), MvrState(
+        count, _owned(params), _owned(_like(state.estimate, estimate))
+    )
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _like(updates: Any, grad: Any) -> Any:
   """Casts a gradient to the dtypes of the updates."""
-  return jax.tree.map(lambda u, g: g.astype(u.dtype), updates, grad)
+  cast = lambda u, g: jnp.asarray(g, jnp.result_type(u))
+  return jax.tree.map(cast, updates, grad)
+
+
+def _wide(grad: Any, estimate: Any, tree: Any) -> Any:
+  """Casts a tree to the wider of the dtypes of a gradient and of its estimate."""
+  cast = lambda g, e, x: jnp.asarray(x, jnp.promote_types(g.dtype, e.dtype))
+  return jax.tree.map(cast, grad, estimate, tree)
+
+
+def _owned(tree: Any) -> Any:
+  """Returns copies as arrays: a state that is donated deletes what it holds."""
+  return jax.tree.map(lambda x: jnp.array(x, jnp.result_type(x)), tree)
 
 
 def _given(name: str, argument: str, value: Any) -> Any:

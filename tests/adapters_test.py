@@ -801,24 +801,6 @@ class RestartTest(parameterized.TestCase):
     (_, state), _ = self.final(tx)
     self.assertLess(state.best_value, np.inf)
 
-  def test_restart_of_nested_states(self):
-    params = {'w': jnp.ones((2, 3))}
-    tx = optax.chain(
-        optax.clip(1.0),
-        optax.masked(optax.adamw(lambda count: 0.1), {'w': True}),
-        optax.inject_hyperparams(optax.sgd)(lambda count: 0.1, momentum=0.9),
-    )
-    fresh = old = tx.init(params)
-    for _ in range(5):
-      _, old = tx.update(params, old, params)
-    state = adapters.restart(fresh, old)
-    adam, _, schedule = state[1].inner_state
-    self.assertEqual((adam.count, schedule.count), (0, 5))
-    np.testing.assert_array_equal(adam.mu['w'], 0)
-    self.assertEqual(state[2].count, 5)
-    np.testing.assert_array_equal(state[2].inner_state[0].trace['w'], 0)
-    chex.assert_trees_all_equal_structs(state, old)
-
 
 class CoinTest(parameterized.TestCase):
 

@@ -646,6 +646,41 @@ class PeriodTest(parameterized.TestCase):
       updates.append(jax.jit(tx.update)(tree, tx.init(tree))[0])
     chex.assert_trees_all_equal(*updates)
 
+  @parameterized.parameters(1, 2)
+  def test_a_schedule_in_inner_goes_on(self, period):
+    """Moments restart at each link; the rate is that of the step of the run."""
+    grads = {'w': jnp.ones((4, 3))}
+    make = lambda inner: bl.scale_by_bernoulli_chain(
+        jax.random.key(0), rank=2, period=period, inner=inner
+    )
+    rate = lambda count: 1.0 / (1.0 + count)
+    plain = make(optax.trace(0.9))
+    tx = make(optax.chain(optax.trace(0.9), optax.scale_by_schedule(rate)))
+    state, other = tx.init(grads), plain.init(grads)
+    for step in range(5):
+      updates, state = tx.update(grads, state)
+      wanted, other = plain.update(grads, other)
+      scaled = jax.tree.map(lambda u, s=step: u * rate(s), wanted)
+      # Products of float32 that cancel.
+      chex.assert_trees_all_close(updates, scaled, rtol=1e-6, atol=1e-7)
+
+  def test_restart_of_inner_is_the_users(self):
+    grads = {'w': jnp.ones((4, 3))}
+    tx = bl.scale_by_bernoulli_chain(
+        jax.random.key(0),
+        rank=2,
+        inner=optax.scale_by_adam(),
+        restart=lambda fresh, old: fresh._replace(count=old.count),
+    )
+    state = tx.init(grads)
+    for _ in range(3):
+      _, state = tx.update(grads, state)
+    self.assertEqual(state.inner_state.count, 3)
+    with self.assertRaisesRegex(ValueError, 'in place of optax.apply_every'):
+      bl.scale_by_bernoulli_chain(
+          jax.random.key(0), rank=2, inner=optax.apply_every(2)
+      ).init(grads)
+
   def test_inner_sees_the_unchosen_factor_as_zero(self):
     seen = []
 
@@ -672,6 +707,96 @@ class PeriodTest(parameterized.TestCase):
       chex.assert_shape(factor['right'], (3, 2))
       self.assertEqual(bool(jnp.any(factor['left'])), bool(link.coin))
       self.assertEqual(bool(jnp.any(factor['right'])), not link.coin)
+
+
+class OthersTest(parameterized.TestCase):
+  """What moves the leaves that are no matrices."""
+
+  def setUp(self):
+    super().setUp()
+    self.params = {
+        'a': {'kernel': jnp.ones((4, 3)), 'bias': jnp.zeros(3)},
+        'scale': jnp.ones(2),
+        'step': 2.0,
+    }
+    rng = np.random.default_rng(0)
+    self.grads = jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=jnp.shape(p)), jnp.float32),
+        self.params,
+    )
+    self.matrix = {'a': {'kernel': self.params['a']['kernel']}}
+    self.rest = self.without_matrix(self.params)
+
+  def without_matrix(self, tree):
+    return {'a': {'bias': tree['a']['bias']}} | {
+        name: tree[name] for name in ('scale', 'step')
+    }
+
+  def run_chain(self, params, grads, num_steps=4, **kwargs):
+    tx = bl.scale_by_bernoulli_chain(jax.random.key(0), rank=2, **kwargs)
+    state = tx.init(params)
+    for _ in range(num_steps):
+      updates, state = tx.update(grads, state, params, value=1.0)
+    return updates, state
+
+  @parameterized.named_parameters(
+      ('none', None, None, optax.identity()),
+      ('inner', None, optax.scale_by_adam(), optax.scale_by_adam()),
+      ('own', optax.scale_by_adam(), None, optax.scale_by_adam()),
+      ('both', optax.trace(0.9), optax.scale_by_adam(), optax.trace(0.9)),
+      (
+          'schedule',
+          None,
+          optax.scale_by_schedule(lambda count: 1.0 + count),
+          optax.scale_by_schedule(lambda count: 1.0 + count),
+      ),
+      (
+          'params',
+          optax.add_decayed_weights(0.1),
+          None,
+          optax.add_decayed_weights(0.1),
+      ),
+      ('value', optax.scale_by_polyak(), None, optax.scale_by_polyak()),
+      ('freeze', 'freeze', optax.scale_by_adam(), optax.set_to_zero()),
+  )
+  def test_others_are_moved_as_alone(self, others, inner, reference):
+    """Four steps over four links: no link restarts what moves the others."""
+    updates, state = self.run_chain(
+        self.params, self.grads, others=others, inner=inner
+    )
+    update = optax.with_extra_args_support(reference).update
+    grads, alone = self.without_matrix(self.grads), reference.init(self.rest)
+    for _ in range(4):
+      wanted, alone = update(grads, alone, self.rest, value=1.0)
+    chex.assert_trees_all_close(self.without_matrix(updates), wanted, rtol=1e-6)
+    chex.assert_trees_all_equal_shapes(
+        jax.tree.leaves(state.others_state), jax.tree.leaves(alone)
+    )
+    # The matrix moves as without the others.
+    only, _ = self.run_chain(
+        self.matrix, {'a': {'kernel': self.grads['a']['kernel']}}, inner=inner
+    )
+    chex.assert_trees_all_equal(updates['a']['kernel'], only['a']['kernel'])
+
+  def test_the_rate_is_that_of_the_matrices(self):
+    tx = bl.bernoulli_lora(
+        0.1, jax.random.key(0), rank=2, inner=optax.scale_by_adam()
+    )
+    updates, _ = tx.update(self.grads, tx.init(self.params), self.params)
+    np.testing.assert_allclose(
+        updates['scale'], -0.1 * np.sign(self.grads['scale']), rtol=1e-4
+    )
+
+  @parameterized.parameters('inner', 'others')
+  def test_an_optimiser_that_would_climb_is_refused(self, name):
+    with self.assertRaisesRegex(ValueError, f'{name} without a learning rate'):
+      bl.bernoulli_lora(
+          0.1, jax.random.key(0), rank=2, **{name: optax.adam(0.1)}
+      )
+
+  def test_others_is_checked(self):
+    with self.assertRaisesRegex(TypeError, "others to be None, 'freeze' or"):
+      bl.scale_by_bernoulli_chain(jax.random.key(0), rank=2, others='frozen')
 
 
 class NumericsTest(parameterized.TestCase):

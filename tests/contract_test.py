@@ -40,6 +40,7 @@ def estimator_of(make, with_chain):
 
 page = functools.partial(bl.page, prob=0.4)
 mvr = lambda key: bl.mvr(momentum=0.9)
+IDENTITY = bl.compressors.identity()
 
 
 def stacked(make, compressor, **kwargs):
@@ -583,3 +584,119 @@ class CompositionTest(parameterized.TestCase):
     )(grads)
     norm = optax.tree.norm(updates)
     self.assertAlmostEqual(norm / 1e-3, 1.0, places=4)
+
+
+INJECTED = {
+    'bernoulli_lora': (bl.bernoulli_lora, dict(learning_rate=0.1, rank=2)),
+    'schedule': (
+        bl.bernoulli_lora,
+        dict(learning_rate=lambda count: 0.1 / (1 + count), rank=2, period=2),
+    ),
+    'rac_lora': (
+        bl.rac_lora,
+        dict(learning_rate=0.1, rank=2, side='left', inner=optax.trace(0.9)),
+    ),
+    'scale_by_bernoulli_chain': (
+        bl.scale_by_bernoulli_chain,
+        dict(rank=2, prob=0.3),
+    ),
+    'page': (bl.page, dict(prob=0.4)),
+    'mvr': (bl.mvr, dict(momentum=0.9)),
+    'qgd': (bl.qgd, dict(compressor=IDENTITY, num_clients=2)),
+    'marina': (bl.marina, dict(compressor=IDENTITY, num_clients=2, prob=0.4)),
+    'ef21': (bl.ef21, dict(compressor=IDENTITY, num_clients=2)),
+}
+
+
+class InputsTest(parameterized.TestCase):
+  """What optax's own transformations take, ours do."""
+
+  @parameterized.product(
+      name=list(INJECTED), static_key=(False, True), is_jitted=(False, True)
+  )
+  def test_inject_hyperparams(self, name, static_key, is_jitted):
+    factory, kwargs = INJECTED[name]
+    if name != 'mvr':
+      kwargs = {'key': jax.random.key(0), **kwargs}
+    shapes = tuple({'rank', 'num_clients'} & set(kwargs)) if is_jitted else ()
+    static = shapes + (('key',) if static_key and 'key' in kwargs else ())
+    params = {'w': jnp.ones((4, 3)), 'b': jnp.zeros(3)}
+    grad_fn = lambda p: jax.tree.map(lambda x: 1.0 + 0.1 * x, p)
+    if 'num_clients' in kwargs:
+      alone = grad_fn
+      grad_fn = lambda p: jax.tree.map(
+          lambda x: jnp.stack([x, 2 * x]), alone(p)
+      )
+    wrap = jax.jit if is_jitted else lambda f: f
+
+    def updates_of(tx):
+      update = optax.with_extra_args_support(tx).update
+      step = wrap(
+          lambda state: update(
+              grad_fn(params),
+              state,
+              params,
+              grad_fn=grad_fn,
+              full_grad_fn=grad_fn,
+          )
+      )
+      state = wrap(tx.init)(params)
+      found = []
+      for _ in range(2):
+        updates, state = step(state)
+        found.append(updates)
+      return found
+
+    injected = optax.inject_hyperparams(factory, static_args=static)
+    chex.assert_trees_all_close(
+        updates_of(injected(**kwargs)), updates_of(factory(**kwargs)), rtol=1e-6
+    )
+
+  @parameterized.parameters('bernoulli_lora', 'rac_lora', 'qgd')
+  def test_what_gives_shapes_must_be_static(self, name):
+    factory, kwargs = INJECTED[name]
+    tx = optax.inject_hyperparams(factory)(key=jax.random.key(0), **kwargs)
+    argument = 'rank' if 'rank' in kwargs else 'num_clients'
+    with self.assertRaisesRegex(TypeError, rf"static_args=\('{argument}',\)"):
+      jax.eval_shape(tx.init, {'w': jnp.ones((4, 3))})
+
+  @parameterized.named_parameters(
+      ('plain', lambda: bl.bernoulli_lora(0.1, jax.random.key(0), rank=2)),
+      (
+          'inner',
+          lambda: bl.bernoulli_lora(
+              0.1, jax.random.key(0), rank=2, inner=optax.scale_by_adam()
+          ),
+      ),
+      ('page', lambda: optax.chain(page(jax.random.key(0)), optax.sgd(0.1))),
+      ('mvr', lambda: optax.chain(mvr(None), optax.sgd(0.1))),
+  )
+  def test_numbers_and_empty_leaves_among_the_params(self, make):
+    numbers = {
+        'w': jnp.ones((4, 3)),
+        'python': 1.0,
+        'numpy': np.float32(2.0),
+        'array': np.ones(2, np.float32),
+        'empty': jnp.zeros((0,)),
+        'flat': jnp.zeros((0, 5)),
+    }
+    arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), numbers)
+
+    def run_steps(params):
+      tx = optax.with_extra_args_support(make())
+      state = tx.init(params)
+      grad_fn = lambda p: jax.tree.map(lambda x: 0.5 * x, p)
+      for _ in range(2):
+        updates, state = tx.update(
+            grad_fn(params),
+            state,
+            params,
+            grad_fn=grad_fn,
+            full_grad_fn=grad_fn,
+        )
+        params = optax.apply_updates(params, updates)
+      return params
+
+    chex.assert_trees_all_close(
+        run_steps(numbers), run_steps(arrays), rtol=1e-6
+    )

@@ -567,6 +567,47 @@ class AccumulateTest(parameterized.TestCase):
 
 class StateTest(parameterized.TestCase):
 
+  @parameterized.product(
+      name=('page', 'mvr'),
+      params=('float32', 'bfloat16'),
+      grads=('float32', 'bfloat16'),
+      kept=(None, 'float32'),
+      is_jitted=(False, True),
+  )
+  def test_state_keeps_its_dtypes_and_its_own_arrays(
+      self, name, params, grads, kept, is_jitted
+  ):
+    """Over params of any dtype; a donated state deletes nothing else."""
+    tx = {
+        'page': bl.page(jax.random.key(0), prob=0.4, accumulator_dtype=kept),
+        'mvr': bl.mvr(momentum=0.9, accumulator_dtype=kept),
+    }[name]
+    grad_fn = lambda tree: jax.tree.map(
+        lambda x: jnp.asarray(0.37 * x, grads), tree
+    )
+
+    def step(state, tree):
+      return tx.update(
+          grad_fn(tree), state, tree, grad_fn=grad_fn, full_grad_fn=grad_fn
+      )
+
+    tree = {'w': jnp.ones((4, 3), params)}
+    state = tx.init(tree)
+    wanted = jax.tree.map(jax.typeof, state)
+    step = jax.jit(step) if is_jitted else step
+    for _ in range(2):
+      updates, state = step(state, tree)
+      self.assertEqual(updates['w'].dtype, grads)
+      # The first step is the gradient itself, not rounded to the state's dtype.
+      if state.count == 1:
+        chex.assert_trees_all_equal(updates, grad_fn(tree))
+      self.assertEqual(jax.tree.map(jax.typeof, state), wanted)
+      for leaf in jax.tree.leaves((state.params, state.estimate)):
+        mine = leaf.unsafe_buffer_pointer()
+        for other in jax.tree.leaves((updates, tree)):
+          self.assertNotEqual(mine, other.unsafe_buffer_pointer())
+    self.assertEqual(state.estimate['w'].dtype, kept or params)
+
   @parameterized.parameters(jnp.float32, jnp.bfloat16)
   def test_bytes_of_state_are_two_copies_of_the_params(self, dtype):
     params = {

@@ -139,6 +139,43 @@ class GradientMethodTest(parameterized.TestCase):
         jnp.abs(state.params['w'] - self.params['w']).max(), 1e-3
     )
 
+  @parameterized.parameters('gd', 'sgd', 'page', 'mvr')
+  def test_frozen_leaves_get_no_gradient_and_no_copy(self, estimator):
+    """An integer would refuse its gradient; the state has one leaf's shapes."""
+    params = {'w': self.params['w'], 'bias': jnp.ones(4, jnp.int32)}
+    method = self.method(
+        estimator,
+        trained=lambda p: {'w': True, 'bias': False},
+        num_micro_batches=2,
+    )
+    state = method.init(jax.random.key(0), params)
+    state, _ = self.step(method, state)
+    chex.assert_trees_all_equal(state.params['bias'], params['bias'])
+    shapes = {x.shape for x in jax.tree.leaves(state.opt_state)}
+    self.assertLessEqual(shapes, {(), (6, 4)})
+
+  def test_params_outlive_a_donated_state(self):
+    method = self.method('mvr')
+    state = method.init(jax.random.key(0), self.params)
+    kept = method.params(state)
+    step = jax.jit(self.step, static_argnums=0, donate_argnums=1)
+    step(method, state)
+    chex.assert_trees_all_equal(kept, self.params)
+
+  def test_data_passes_do_not_stop_growing(self):
+    method = self.method('sgd')
+    state = method.init(jax.random.key(0), self.params)
+    many = jnp.int32(2**30)
+    state = state._replace(steps=methods.Steps(many, many))
+    _, metrics = self.step(method, state)
+    np.testing.assert_allclose(metrics['data_passes'], 1.2 * 2**30, rtol=1e-6)
+    # A sum of costs in float32 would have stopped.
+    later = state._replace(steps=methods.Steps(many, many + 2**20))
+    _, grown = self.step(method, later)
+    np.testing.assert_allclose(
+        grown['data_passes'] - metrics['data_passes'], 0.2 * 2**20, rtol=1e-3
+    )
+
   def test_micro_batches_are_the_batch(self):
     whole, _ = self.step(self.method('sgd'))
     parts, _ = self.step(self.method('sgd', num_micro_batches=2))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from bernoulli_lora_jax import adapters
+from bernoulli_lora_jax import averaging
 from bernoulli_lora_jax import chain
 from bernoulli_lora_jax import estimators
 from bernoulli_lora_jax import inject
@@ -51,13 +52,21 @@ class Method(NamedTuple):
   per_client: Callable[[Any], Any] | None = None
 
 
+class Steps(NamedTuple):
+  """Steps so far by their cost: a sum of costs in float32 would stop growing."""
+
+  full: jax.typing.ArrayLike  # shape=(), int32; at one data pass each.
+  small: jax.typing.ArrayLike  # shape=(), int32; at a minibatch's cost.
+
+
 class GradientState(NamedTuple):
   """State of `gradient_method`."""
 
   params: Any
-  opt_state: Any  # State of the chain (estimator, transformation).
+  opt_state: Any  # Of the chain (estimator, transformation), trained leaves.
   data_passes: jax.Array  # shape=(), float32; gradients of one example / N.
   lr_scale: jax.Array  # shape=(), float32; multiplies the updates.
+  steps: Steps  # What data_passes is made of.
 
 
 class AdapterMethodState(NamedTuple):
@@ -93,7 +102,8 @@ def gradient_method(
     page_prob: q of PAGE in (0, 1]; None for b / (b + N).
     momentum: 1 - b of MVR in [0, 1).
     num_micro_batches: parts in which a minibatch's gradient is accumulated.
-    trained: params -> tree of bool; other leaves are frozen. None: all move.
+    trained: params -> tree of bool; other leaves are frozen: they get no
+      gradient, and neither moments nor a copy in an estimator. None: all move.
     driver: None for one device.
 
   Returns:
@@ -109,17 +119,15 @@ def gradient_method(
         f'Expected method.estimator in {ESTIMATORS}, got {estimator!r}.'
     )
   driver = parallel.make_driver('none') if driver is None else driver
-  trained = all_true if trained is None else trained
   part = batch_size / num_samples
   prob = batch_size / (batch_size + num_samples)
   prob = prob if page_prob is None else page_prob
-  value_and_grad = jax.value_and_grad(loss, has_aux=True)
+  small_cost = part if estimator == 'sgd' else 2 * part
   mean_cost = {
       'gd': 1.0,
-      'sgd': part,
-      'page': prob + (1 - prob) * 2 * part,
-      'mvr': 2 * part,
-  }
+      'page': prob + (1 - prob) * small_cost,
+  }.get(estimator, small_cost)
+  moving = lambda params: averaging.trained_part(params, trained)
 
   def tx(key: jax.Array) -> optax.GradientTransformationExtraArgs:
     first = {
@@ -128,69 +136,94 @@ def gradient_method(
     }.get(estimator, optax.identity)
     return optax.chain(first(), make_tx(jax.random.fold_in(key, 1)))
 
-  def mean_of(batch, key):
-    """Returns params -> ((value, metrics), gradient), means over the batch."""
+  def value_and_grad(ours, params, batch, key):
+    """Differentiates by the trained leaves `ours` of the params."""
+    value_of = lambda ours: loss(averaging.joined(params, ours), batch, key)
+    return jax.value_and_grad(value_of, has_aux=True)(ours)
 
-    def whole(params, batch):
-      value, grads = value_and_grad(params, batch, key)
-      return value, _freeze(grads, trained(params))
-
+  def mean_of(params, batch, key):
+    """Returns ours -> ((value, metrics), gradient), means over the batch."""
+    whole = lambda ours, batch: value_and_grad(ours, params, batch, key)
     if num_micro_batches > 1:
       whole = estimators.accumulate(whole, num_micro_batches)
-    return lambda params: driver.average(whole(params, batch))
+    return lambda ours: driver.average(whole(ours, batch))
 
-  def full_mean_of(full, key):
+  def full_mean_of(params, full, key):
     main, rest = _split(full, driver.num_devices)
 
-    def mean(params, batch):
-      value, grads = value_and_grad(params, batch, key)
-      return value, _freeze(grads, trained(params))
-
-    def full_mean(params):
-      first = driver.average(mean(params, driver.shard(main)))
+    def full_mean(ours):
+      first = driver.average(
+          value_and_grad(ours, params, driver.shard(main), key)
+      )
       if rest is None:
         return first
       weight = _size(rest) / _size(full)
       return jax.tree.map(
-          lambda a, b: (1 - weight) * a + weight * b, first, mean(params, rest)
+          lambda a, b: (1 - weight) * a + weight * b,
+          first,
+          value_and_grad(ours, params, rest, key),
       )
 
     return full_mean
 
   def init(key, params):
-    copy = jax.tree.map(jnp.copy, params)  # The loop donates the state.
-    return GradientState(copy, tx(key).init(copy), jnp.zeros([]), jnp.ones([]))
+    copy = jax.tree.map(jnp.array, params)  # The loop donates the state.
+    zero = jnp.zeros([], jnp.int32)
+    return GradientState(
+        copy,
+        tx(key).init(moving(copy)),
+        jnp.zeros([]),
+        jnp.ones([]),
+        Steps(zero, jnp.copy(zero)),
+    )
 
   def step(state, batch, key, full):
-    mean = mean_of(driver.shard(batch), key)
-    full_mean = full_mean_of(full, key)
+    mean = mean_of(state.params, driver.shard(batch), key)
+    full_mean = full_mean_of(state.params, full, key)
     first = full_mean if estimator == 'gd' else mean
-    (value, metrics), grads = first(state.params)
+    ours = moving(state.params)
+    (value, metrics), grads = first(ours)
     updates, opt_state = tx(jax.random.key(0)).update(
         grads,
         state.opt_state,
-        state.params,
-        grad_fn=lambda params: mean(params)[1],
-        full_grad_fn=lambda params: full_mean(params)[1],
+        ours,
+        grad_fn=lambda ours: mean(ours)[1],
+        full_grad_fn=lambda ours: full_mean(ours)[1],
     )
-    cost = mean_cost[estimator]
+    is_full = estimator == 'gd'
     if estimator == 'page':
       is_full = optax.tree.get(opt_state, 'is_full')
-      cost = jnp.where(is_full, 1.0, 2 * part)
+    steps = counted(state.steps, is_full)
     updates = jax.tree.map(
         lambda u: state.lr_scale.astype(u.dtype) * u, updates
     )
     state = GradientState(
-        optax.apply_updates(state.params, updates),
+        averaging.joined(state.params, optax.apply_updates(ours, updates)),
         opt_state,
-        state.data_passes + cost,
+        data_passes_of(steps, small_cost),
         state.lr_scale,
+        steps,
     )
     return state, {'loss': value, **metrics, 'data_passes': state.data_passes}
 
   return Method(
-      init, step, lambda state: state.params, trained, mean_cost[estimator]
+      init,
+      step,
+      lambda state: jax.tree.map(jnp.copy, state.params),  # A donated state's.
+      all_true if trained is None else trained,
+      mean_cost,
   )
+
+
+def counted(steps: Steps, is_full: bool | jax.Array) -> Steps:
+  """Returns the steps with one more, at the cost of a full gradient or not."""
+  full = jnp.asarray(is_full, jnp.int32)
+  return Steps(steps.full + full, steps.small + (1 - full))
+
+
+def data_passes_of(steps: Steps, small_cost: float | jax.Array) -> jax.Array:
+  """Returns the data passes of some steps, shape ()."""
+  return (steps.full + steps.small * small_cost).astype(jnp.result_type(float))
 
 
 def adapter_method(
@@ -249,7 +282,7 @@ def adapter_method(
     inner, (value, metrics) = links.step(
         state.chain, adapted, (driver.shard(batch), key), scale=state.lr_scale
     )
-    passes = state.data_passes + batch_size / num_samples
+    passes = data_passes_of(Steps(0, inner.count), batch_size / num_samples)
     state = AdapterMethodState(inner, passes, state.lr_scale)
     return state, {'loss': value, **metrics, 'data_passes': passes}
 
@@ -384,12 +417,6 @@ def adapted_leaves(chain: adapters.Chain, params: Any) -> Any:
 def all_true(params: Any) -> Any:
   """Returns the `trained` tree of all leaves."""
   return jax.tree.map(lambda _: True, params)
-
-
-def _freeze(grads: Any, trained: Any) -> Any:
-  return jax.tree.map(
-      lambda moves, g: g if moves else jnp.zeros_like(g), trained, grads
-  )
 
 
 def _size(batch: Any) -> int:
