@@ -260,17 +260,6 @@ class LoopTest(parameterized.TestCase):
     with checkpoint.Checkpointer(self.tmp) as saver:
       self.assertEqual(saver.latest(), 16)
 
-  def test_damaged_checkpoint_is_refused(self):
-    config = small_config()
-    experiment.train(config, self.tmp)
-    for path in (self.tmp / 'checkpoints' / '24').rglob('*'):
-      if path.is_file() and 'd' in path.parent.name:
-        path.write_bytes(path.read_bytes()[:10])
-    with self.assertRaisesRegex(
-        ValueError, 'step 24, got one that does not restore'
-    ):
-      final_params(self.tmp, config)
-
   def test_checkpoint_of_other_shapes_is_named(self):
     experiment.train(small_config(), self.tmp)
     with self.assertRaisesRegex(
@@ -300,7 +289,13 @@ class LoopTest(parameterized.TestCase):
       experiment.train(config, self.tmp)
     for leaf in jax.tree.leaves(final_params(self.tmp, config)):
       self.assertTrue(np.isfinite(leaf).all())
-    self.assertFalse((self.tmp / 'summary.json').exists())
+    summary = json.loads((self.tmp / 'summary.json').read_text())
+    self.assertIn('at step', summary['diverged'])
+    self.assertEqual(summary['trained_parameters'], 1104)
+    self.assertGreater(summary['seconds'], 0)
+    # It does not diverge a second time: the run is over.
+    with self.assertRaisesRegex(loop.DivergedError, 'at step'):
+      experiment.train(config, self.tmp, experiment.make_program(config))
 
   def test_early_stopping_keeps_the_best(self):
     config = small_config(
@@ -459,7 +454,8 @@ class ConfigTest(parameterized.TestCase):
       ('method.stepsize_factor', 1.0, 'stepsize_factor.*knows L'),
       ('method.warmup_steps', 25, 'warmup_steps in .0, 24.*=25'),
       ('task.name', 'cifar', "task.name .*'cifar'"),
-      ('task.batch_size', 0, 'task.batch_size in .1, 549.*=0'),
+      ('task.batch_size', 0, 'task.batch_size >= 1.*=0'),
+      ('task.batch_size', 550, 'task.batch_size in .1, 549.*=550'),
       ('task.dropout', 1.0, 'dropout in .0, 1.*dropout=1.0'),
       ('training.num_evals', 0, 'training.num_evals >= 1'),
       ('training.parallel', 'tpu', "training.parallel .*'tpu'"),
@@ -475,7 +471,7 @@ class ConfigTest(parameterized.TestCase):
       experiment.make_program(config)
 
   def test_unknown_field(self):
-    with self.assertRaisesRegex(KeyError, 'rnak'):
+    with self.assertRaisesRegex(ValueError, 'rnak'):
       experiment.apply_overrides(small_config(), {'method.rnak': 2})
     config = base_config.get_config()
     config.method.rnak = 2
@@ -619,7 +615,7 @@ class LaunchTest(parameterized.TestCase):
 
   def test_bad_input_is_one_clear_message(self):
     self.check_bad_input_is_one_clear_message(
-        '--config.method.rank=0', 'Expected rank >= 1, got rank=0'
+        '--config.method.rank=0', 'Expected method.rank >= 1'
     )
 
   @parameterized.parameters(
