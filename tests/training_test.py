@@ -613,33 +613,6 @@ class LaunchTest(parameterized.TestCase):
     result = _launch(f'launch/{script}.py', '--help')
     self.assertIn(f'python launch/{script}.py', result.stdout)
 
-  def test_bad_input_is_one_clear_message(self):
-    self.check_bad_input_is_one_clear_message(
-        '--config.method.rank=0', 'Expected method.rank >= 1'
-    )
-
-  @parameterized.parameters(
-      ('--config.method.rnak=2', 'rnak'),
-      ('--config.method.rank=four', 'rank'),
-      ('--config.task.data_dir=/nowhere', 'task.data_dir'),
-  )
-  @pytest.mark.slow
-  def test_bad_input_is_one_clear_message_otherwise(self, flag, message):
-    self.check_bad_input_is_one_clear_message(flag, message)
-
-  def check_bad_input_is_one_clear_message(self, flag, message):
-    name = 'mnist' if 'data_dir' in flag else 'quadratic'
-    workdir = self.tmp
-    result = _launch(
-        'launch/train.py',
-        f'--config=configs/{name}.py:smoke',
-        f'--workdir={workdir}',
-        flag,
-    )
-    self.assertNotEqual(result.returncode, 0)
-    self.assertIn(message, result.stderr)
-    self.assertNotIn('Traceback', result.stderr)
-
   def test_an_unknown_variant_is_one_clear_message(self):
     result = _launch(
         'launch/train.py',

@@ -428,7 +428,10 @@ def make_compressor(
   try:
     compressor = compressors.by_name(f.compressor, f.argument or None)
   except ValueError as e:
-    raise ValueError(f'federated.compressor: {e}') from e
+    message = str(e).replace('Expected compressor', 'Expected')
+    raise ValueError(
+        message.replace('Expected', 'Expected federated.compressor', 1)
+    ) from e
   if f.compressor == 'powersgd' and f.concatenate:
     raise ValueError(
         'Expected federated.concatenate=False with powersgd, which sends vectors'

@@ -1,6 +1,7 @@
 """What the launch scripts share: user errors are one line, not a traceback."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import os
 import pathlib
 import runpy
@@ -17,10 +18,10 @@ from bernoulli_lora_jax.training import loop
 
 def run(main: Callable[[list[str]], None]) -> None:
   """Runs main([program]) after parsing the flags; exits 1 on a user's error."""
-  app.run(lambda argv: guarded(main, argv), flags_parser=_parse)
+  app.run(lambda argv: guarded(main, argv), flags_parser=parse)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except AttributeError as e:  # ml_collections: a field that does not exist.
@@ -63,8 +64,15 @@ def run_file(path: str | os.PathLike[str]) -> dict[str, Any]:
   """
   if not pathlib.Path(path).is_file():
     raise ValueError(f'Expected a Python file, got {path}.')
-  try:
+  with running(path):
     return runpy.run_path(os.fspath(path))
+
+
+@contextlib.contextmanager
+def running(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Turns whatever the code of a user's file raises into a ValueError."""
+  try:
+    yield
   except Exception as e:
     text = f'{type(e).__name__}: {_line(e)}{_place(e)}'
     raise ValueError(f'Expected {path} to run, got {text}') from e

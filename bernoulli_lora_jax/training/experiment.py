@@ -70,6 +70,8 @@ def check_workdir(
   checkpoint.compare_config(
       pathlib.Path(workdir), json.loads(config.to_json_best_effort())
   )
+  if (path := pathlib.Path(workdir, 'summary.json')).exists():
+    loop.read_summary(path)
 
 
 def make_program(

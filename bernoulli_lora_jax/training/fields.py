@@ -140,6 +140,11 @@ def check(config: config_dict.ConfigDict) -> None:
     ValueError: a field that is unknown, missing, of another type or outside its
       range, by name.
   """
+  if not isinstance(config, config_dict.ConfigDict):
+    raise ValueError(
+        f'Expected a ConfigDict from get_config(), got {config!r}: begin with'
+        ' base_config.get_config().'
+    )
   defaults = base_config.get_config()
   known = checkpoint.flatten(defaults.to_dict())
   given = checkpoint.flatten(config.to_dict())
@@ -168,7 +173,7 @@ def check(config: config_dict.ConfigDict) -> None:
     if not rule.holds(value):
       raise ValueError(f'Expected {field} {rule.text}, got {name}={value!r}.')
   parts, size = config.training.num_micro_batches, config.task.batch_size
-  if config.task.name != 'quadratic' and size % parts:
+  if size % parts and config.method.estimator != 'gd':
     raise ValueError(
         'Expected training.num_micro_batches to divide'
         f' task.batch_size={size}, got num_micro_batches={parts}.'

@@ -285,8 +285,9 @@ def train(
       saved.
   """
   with directory.hold(workdir):
-    checkpoint.check_config(workdir, config)
+    checkpoint.compare_config(workdir, config)
     summary = finished(workdir, program.settings.num_steps)
+    checkpoint.check_config(workdir, config)
     if summary is None:
       summary = _train(program, seed, workdir, facts)
   if 'diverged' in summary:

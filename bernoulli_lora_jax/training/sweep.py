@@ -52,7 +52,8 @@ def load(path: str, variant: str = '') -> list[dict[str, Any]]:
   if 'sweep' not in module:
     raise ValueError(f'Expected a function sweep() in {path}.')
   takes_variant = inspect.signature(module['sweep']).parameters
-  grid = module['sweep'](variant) if takes_variant else module['sweep']()
+  with cli.running(path):
+    grid = module['sweep'](variant) if takes_variant else module['sweep']()
   is_grid = isinstance(grid, (list, tuple)) and grid
   if not is_grid or not all(isinstance(run, Mapping) for run in grid):
     raise ValueError(
