@@ -5,15 +5,20 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import time
 
 from absl.testing import parameterized
+import jax
+import numpy as np
 import pytest
 
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import experiment
+from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import reporting
 from bernoulli_lora_jax.training import sweep
 
@@ -475,3 +480,59 @@ class ReportTest(parameterized.TestCase):
       path.write_text(content)
     with self.assertRaisesRegex(ValueError, message):
       reporting.comparison(reporting.load_runs([self.tmp]))
+
+
+class ResumeTest(parameterized.TestCase):
+
+  @pytest.fixture(autouse=True)
+  def _tmp(self, tmp_path):
+    self.tmp = tmp_path
+
+  def test_seconds_hold_no_compilation(self):
+    """A resumed run has compiled its evaluation before the clock starts."""
+    config = quadratic_config()
+    program = experiment.make_program(config)
+    cut = program._replace(
+        prepare=lambda state, key, start, num: (
+            program.prepare(state, key, start, num)
+            if start < 8
+            else self.fail('cut')
+        )
+    )
+    with self.assertRaisesRegex(AssertionError, 'cut'):
+      experiment.train(config, self.tmp, cut)
+    program = experiment.make_program(config)
+    calls = []
+
+    def slow(params):
+      time.sleep(0.0 if calls else 1.0)  # As the first one compiles.
+      calls.append(1)
+      return program.evaluate(params)
+
+    summary = experiment.train(
+        config, self.tmp, program._replace(evaluate=slow)
+    )
+    self.assertLess(summary['seconds'], 1.0)
+    self.assertEqual(summary['step'], 12)
+
+  def test_keys_of_a_run_have_one_purpose_each(self):
+    seen = []
+    key = jax.random.key(0)
+    task = experiment.make_program(quadratic_config()).task
+    init = lambda key: seen.append(key) or task.init(key)
+    loop.make_params(task._replace(init=init))(key)
+    keys = [*seen, loop.method_key(key), loop.noise_key(key, 0)]
+    keys += [jax.random.fold_in(key, purpose) for purpose in (1, 2)]
+    data = {tuple(np.asarray(jax.random.key_data(k))) for k in keys}
+    self.assertLen(data, len(keys))
+
+  @pytest.mark.slow
+  def test_kills(self):
+    result = subprocess.run(
+        [sys.executable, _ROOT / 'tests' / 'kill_runs.py', '--kills=6'],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+    self.assertIn('0 faults', result.stdout)

@@ -329,14 +329,15 @@ class LoopTest(parameterized.TestCase):
     self.assertEqual(alone['train_loss'], losses[1])
 
 
-class SigtermTest(parameterized.TestCase):
+class SignalTest(parameterized.TestCase):
 
   @pytest.fixture(autouse=True)
   def _tmp(self, tmp_path):
     self.tmp = tmp_path
 
+  @parameterized.parameters(signal.SIGTERM, signal.SIGINT)
   @pytest.mark.slow
-  def test_saves_before_it_ends(self):
+  def test_saves_before_it_ends(self, number):
     tmp = self.tmp
     command = [
         sys.executable,
@@ -356,9 +357,12 @@ class SigtermTest(parameterized.TestCase):
       if metrics.exists() and metrics.read_text().count('\n') > 3:
         break
       time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    self.assertEqual(process.returncode, 128 + signal.SIGTERM, errors)
+    self.assertEqual(process.returncode, 128 + number, errors)
+    self.assertRegex(
+        errors.decode(), rf'^Ended by {number.name}: a checkpoint.*saved\.\n$'
+    )
     with checkpoint.Checkpointer(tmp) as saver:
       last = json.loads(metrics.read_text().splitlines()[-1])['step']
       self.assertEqual(saver.latest(), last)

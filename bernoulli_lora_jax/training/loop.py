@@ -24,7 +24,7 @@ from bernoulli_lora_jax.training import methods
 from bernoulli_lora_jax.training import metrics_log
 from bernoulli_lora_jax.training import parallel
 
-_METHOD, _BATCH, _NOISE = range(3)  # Purposes folded into the run's key.
+_METHOD, _BATCH, _NOISE, _INIT = range(4)  # Purposes folded into the run's key.
 
 
 class DivergedError(FloatingPointError):
@@ -203,7 +203,7 @@ def make_start(
 
 def make_params(task: task_lib.Task) -> Callable[[jax.Array], Any]:
   """Returns (run's key) -> params at step 0."""
-  return lambda key: task.init(jax.random.fold_in(key, _METHOD))
+  return lambda key: task.init(jax.random.fold_in(key, _INIT))
 
 
 def test_split(task: task_lib.Task) -> str:
