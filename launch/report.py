@@ -3,15 +3,14 @@
   python launch/report.py runs/digits --figures=figures
   python launch/report.py runs/mnist --published=configs/mnist.py --csv=mnist.csv
 
-Run directories may be given in any number, at any depth. Runs that differ in
-the seed alone are one row and one curve; of several learning rates the one with
-the lowest mean validation loss is shown. --published names a config file with
+Run directories may be given in any number, at any depth; a run given twice counts
+once. Runs that differ in the seed alone are one row and one curve; of several
+learning rates the one with the lowest mean validation loss is shown. A line below
+the table counts diverged and unfinished runs. --published names a config file with
 published figures, which the table then compares with. Runs with clients get a
 second table, what they sent until they reached --target, and figures against
 megabytes.
 """
-
-import runpy
 
 from absl import flags
 
@@ -40,11 +39,12 @@ def main(argv: list[str]) -> None:
   runs = reporting.load_runs(argv[1:])
   published = None
   if _PUBLISHED.value:
-    published = runpy.run_path(_PUBLISHED.value).get('PUBLISHED')
+    published = cli.run_file(_PUBLISHED.value).get('PUBLISHED')
     if published is None:
       raise ValueError(f'Expected PUBLISHED in {_PUBLISHED.value}.')
   rows = reporting.comparison(runs, published)
   print(reporting.table(rows, _STYLE.value))
+  print('\n' + reporting.footer(runs, reporting.unfinished(argv[1:])))
   sent = reporting.traffic(runs, _TARGET.value)
   if sent:
     print('\n' + reporting.table(sent, _STYLE.value))

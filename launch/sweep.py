@@ -14,6 +14,7 @@ import jax
 from ml_collections import config_flags
 
 from bernoulli_lora_jax.training import cli
+from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import sweep
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -29,10 +30,14 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise ValueError(f'Expected flags only, got {argv[1:]}.')
   config = _CONFIG.value
+  directory.check(_WORKDIR.value)
   jax.config.update('jax_enable_x64', config.x64)
   filename = config_flags.get_config_filename(flags.FLAGS['config'])
   path, _, variant = filename.partition(':')
-  sweep.train(config, sweep.load(path, variant), _WORKDIR.value)
+  grid = sweep.load(path, variant)
+  given = config_flags.get_override_values(flags.FLAGS['config'])
+  sweep.check_flags(grid, given)
+  sweep.train(config, grid, _WORKDIR.value, progress=config.training.progress)
 
 
 if __name__ == '__main__':

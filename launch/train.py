@@ -7,7 +7,8 @@
 The part of --config after the colon is a variant (several with commas); the
 config's header lists them. Every field of the config can be set by a flag. A
 second call with the same workdir resumes, or prints the summary of a finished
-run.
+run. One process trains in a workdir at a time. SIGTERM and SIGINT (Ctrl-C) end a
+run after its next dispatch with a checkpoint.
 """
 
 from absl import flags
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise ValueError(f'Expected flags only, got {argv[1:]}.')
   config = _CONFIG.value
+  experiment.check_workdir(config, _WORKDIR.value)
   jax.config.update('jax_enable_x64', config.x64)
   program = experiment.make_program(config)
   print(reporting.table(experiment.selection(config, program.task)))

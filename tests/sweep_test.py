@@ -331,7 +331,7 @@ class SweepTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, 'Expected'):
         sweep.train(small_config(), [{'seed': 1}, bad], self.tmp)
     self.assertEqual(list(self.tmp.rglob('summary.json')), [])
-    with self.assertRaisesRegex(KeyError, 'rnak'):
+    with self.assertRaisesRegex(ValueError, 'rnak'):
       sweep.train(small_config(), [{'method.rnak': 1}], self.tmp)
 
 
@@ -462,7 +462,7 @@ class AdapterRunTest(parameterized.TestCase):
       ('method.name', 'dora', 'method.name in .*dora'),
       ('method.estimator', 'page', "method.estimator='sgd'.*'page'"),
       ('method.train_others', True, 'method.train_others=False'),
-      ('method.period', 0, 'method.period >= 1 for bernoulli, got 0'),
+      ('method.period', 0, 'method.period >= 1 for bernoulli'),
       ('method.period_passes', -1.0, 'method.period_passes > 0.*-1'),
       ('method.alpha', 0.0, 'alpha > 0, got alpha=0'),
       ('method.rank', 65, 'rank <= 64.*got rank=65'),
@@ -496,7 +496,8 @@ class AdapterRunTest(parameterized.TestCase):
       for array in np.load(path).values():
         self.assertTrue(np.isfinite(array).all())
     self.assertFalse((self.tmp / 'recipe' / 'recipe.json').exists())
-    self.assertFalse((self.tmp / 'summary.json').exists())
+    summary = json.loads((self.tmp / 'summary.json').read_text())
+    self.assertIn('diverged', summary)
 
 
 def test_settings_are_what_the_config_says():

@@ -297,17 +297,6 @@ class LoopTest(parameterized.TestCase):
     with checkpoint.Checkpointer(self.tmp) as saver:
       self.assertEqual(saver.latest(), 16)
 
-  def test_damaged_checkpoint_is_refused(self):
-    config = small_config()
-    experiment.train(config, self.tmp)
-    for path in (self.tmp / 'checkpoints' / '24').rglob('*'):
-      if path.is_file() and 'd' in path.parent.name:
-        path.write_bytes(path.read_bytes()[:10])
-    with self.assertRaisesRegex(
-        ValueError, 'step 24, got one that does not restore'
-    ):
-      final_params(self.tmp, config)
-
   def test_checkpoint_of_other_shapes_is_named(self):
     experiment.train(small_config(), self.tmp)
     with self.assertRaisesRegex(
@@ -337,7 +326,13 @@ class LoopTest(parameterized.TestCase):
       experiment.train(config, self.tmp)
     for leaf in jax.tree.leaves(final_params(self.tmp, config)):
       self.assertTrue(np.isfinite(leaf).all())
-    self.assertFalse((self.tmp / 'summary.json').exists())
+    summary = json.loads((self.tmp / 'summary.json').read_text())
+    self.assertIn('at step', summary['diverged'])
+    self.assertEqual(summary['trained_parameters'], 1104)
+    self.assertGreater(summary['seconds'], 0)
+    # It does not diverge a second time: the run is over.
+    with self.assertRaisesRegex(loop.DivergedError, 'at step'):
+      experiment.train(config, self.tmp, experiment.make_program(config))
 
   def test_early_stopping_keeps_the_best(self):
     config = small_config(
@@ -371,14 +366,15 @@ class LoopTest(parameterized.TestCase):
     self.assertEqual(alone['train_loss'], losses[1])
 
 
-class SigtermTest(parameterized.TestCase):
+class SignalTest(parameterized.TestCase):
 
   @pytest.fixture(autouse=True)
   def _tmp(self, tmp_path):
     self.tmp = tmp_path
 
+  @parameterized.parameters(signal.SIGTERM, signal.SIGINT)
   @pytest.mark.slow
-  def test_saves_before_it_ends(self):
+  def test_saves_before_it_ends(self, number):
     tmp = self.tmp
     command = [
         sys.executable,
@@ -398,9 +394,12 @@ class SigtermTest(parameterized.TestCase):
       if metrics.exists() and metrics.read_text().count('\n') > 3:
         break
       time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    self.assertEqual(process.returncode, 128 + signal.SIGTERM, errors)
+    self.assertEqual(process.returncode, 128 + number, errors)
+    self.assertRegex(
+        errors.decode(), rf'^Ended by {number.name}: a checkpoint.*saved\.\n$'
+    )
     with checkpoint.Checkpointer(tmp) as saver:
       last = json.loads(metrics.read_text().splitlines()[-1])['step']
       self.assertEqual(saver.latest(), last)
@@ -496,7 +495,8 @@ class ConfigTest(parameterized.TestCase):
       ('method.stepsize_factor', 1.0, 'stepsize_factor.*knows L'),
       ('method.warmup_steps', 25, 'warmup_steps in .0, 24.*=25'),
       ('task.name', 'cifar', "task.name .*'cifar'"),
-      ('task.batch_size', 0, 'task.batch_size in .1, 549.*=0'),
+      ('task.batch_size', 0, 'task.batch_size >= 1.*=0'),
+      ('task.batch_size', 550, 'task.batch_size in .1, 549.*=550'),
       ('task.dropout', 1.0, 'dropout in .0, 1.*dropout=1.0'),
       ('training.num_evals', 0, 'training.num_evals >= 1'),
       ('training.parallel', 'tpu', "training.parallel .*'tpu'"),
@@ -512,7 +512,7 @@ class ConfigTest(parameterized.TestCase):
       experiment.make_program(config)
 
   def test_unknown_field(self):
-    with self.assertRaisesRegex(KeyError, 'rnak'):
+    with self.assertRaisesRegex(ValueError, 'rnak'):
       experiment.apply_overrides(small_config(), {'method.rnak': 2})
     config = base_config.get_config()
     config.method.rnak = 2
@@ -653,33 +653,6 @@ class LaunchTest(parameterized.TestCase):
   def check_help(self, script):
     result = _launch(f'launch/{script}.py', '--help')
     self.assertIn(f'python launch/{script}.py', result.stdout)
-
-  def test_bad_input_is_one_clear_message(self):
-    self.check_bad_input_is_one_clear_message(
-        '--config.method.rank=0', 'Expected rank >= 1, got rank=0'
-    )
-
-  @parameterized.parameters(
-      ('--config.method.rnak=2', 'rnak'),
-      ('--config.method.rank=four', 'rank'),
-      ('--config.task.data_dir=/nowhere', 'task.data_dir'),
-  )
-  @pytest.mark.slow
-  def test_bad_input_is_one_clear_message_otherwise(self, flag, message):
-    self.check_bad_input_is_one_clear_message(flag, message)
-
-  def check_bad_input_is_one_clear_message(self, flag, message):
-    name = 'mnist' if 'data_dir' in flag else 'quadratic'
-    workdir = self.tmp
-    result = _launch(
-        'launch/train.py',
-        f'--config=configs/{name}.py:smoke',
-        f'--workdir={workdir}',
-        flag,
-    )
-    self.assertNotEqual(result.returncode, 0)
-    self.assertIn(message, result.stderr)
-    self.assertNotIn('Traceback', result.stderr)
 
   def test_an_unknown_variant_is_one_clear_message(self):
     result = _launch(

@@ -79,7 +79,7 @@ def estimate(
 
     def draw(i):
       one_key = jax.random.fold_in(key, i)
-      noise = loop.noise_key(key, i)
+      noise = loop.noise_key(one_key, 0)  # Apart from the batch's keys.
       if size == 1:
         rows = jax.random.randint(one_key, (1,), 0, task.num_samples)
         return {'batch': task_lib.take(data['train'], rows), 'key': noise}

@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import struct
+import zlib
 
 import numpy as np
 import sklearn.datasets
@@ -50,6 +51,7 @@ def load(
           for name, file in _FILES.items()
       }
   )
+  _check_shapes(arrays, folder, num_validation)
   scale = lambda x: (
       (x.reshape(len(x), -1) / np.float32(255) - np.float32(_MEAN))
       / np.float32(_STD)
@@ -70,6 +72,30 @@ def load(
   )
 
 
+def _check_shapes(
+    arrays: dict[str, np.ndarray],
+    folder: pathlib.Path | None,
+    num_validation: int,
+) -> None:
+  """Raises ValueError for files that do not fit each other."""
+  shapes = {name: array.shape for name, array in arrays.items()}
+  size = math.prod(shapes['train_x'][1:])
+  for split, least in (('train', num_validation + 1), ('test', 1)):
+    x, y = shapes[f'{split}_x'], shapes[f'{split}_y']
+    if (
+        len(x) < 2
+        or math.prod(x[1:]) != size
+        or y != x[:1]
+        or len(arrays[f'{split}_y']) < least
+        or arrays[f'{split}_y'].max() > 9
+    ):
+      raise ValueError(
+          f'Expected {least} or more images of {size} pixels with one label in'
+          f' 0..9 each in {_FILES[f"{split}_x"]} and {_FILES[f"{split}_y"]} of'
+          f' {folder}, got shapes {x} and {y}.'
+      )
+
+
 def read_idx(path: pathlib.Path) -> np.ndarray:
   """Returns the array of an IDX file of unsigned bytes, gzipped or not.
 
@@ -86,7 +112,7 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
   if raw[:2] == b'\x1f\x8b':
     try:
       raw = gzip.decompress(raw)
-    except (EOFError, OSError) as e:
+    except (EOFError, OSError, zlib.error) as e:
       raise ValueError(f'Expected {path} to be a whole gzip file: {e}.') from e
   if len(raw) < 4 or raw[:3] != b'\x00\x00\x08':
     raise ValueError(

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable
-import math
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from bernoulli_lora_jax.tasks import partition
 from bernoulli_lora_jax.tasks import quadratic
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import federated
+from bernoulli_lora_jax.training import fields
 from bernoulli_lora_jax.training import methods
 
 
@@ -35,8 +35,12 @@ def make_task(config: config_dict.ConfigDict) -> task_lib.Task:
   """Returns the task of a config; pre-trains if need be.
 
   With `config.federated.num_clients` its minibatches are the data of all clients.
+
+  Raises:
+    ValueError: a field outside its range, before anything is trained.
   """
-  task = _make_task(config)
+  fields.check(config)
+  task = _cast(_make_task(config), config.task.param_dtype)
   parts = make_parts(config, task)
   return task if parts is None else partition.federate(task, parts)
 
@@ -141,6 +145,20 @@ def _make_task(config: config_dict.ConfigDict) -> task_lib.Task:
   )
 
 
+def _cast(task: task_lib.Task, dtype: str) -> task_lib.Task:
+  """Returns the task with float weights of a dtype; '' leaves them."""
+  if not dtype:
+    return task
+
+  def init(key):
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if is_float(x) else x, task.init(key)
+    )
+
+  return task._replace(init=init)
+
+
 def _shape(dim: int, num_rows: int | None) -> tuple[int, int]:
   """Returns (num_rows, dim / num_rows), square where num_rows is None."""
   rows = round(dim**0.5) if num_rows is None else num_rows
@@ -181,11 +199,6 @@ def make_schedule(
         f'Expected method.warmup_steps in [0, {num_steps}], got'
         f' warmup_steps={c.warmup_steps}.'
     )
-  if c.schedule not in ('constant', 'cosine'):
-    raise ValueError(
-        "Expected method.schedule to be 'constant' or 'cosine', got"
-        f' {c.schedule!r}.'
-    )
   if c.schedule == 'constant' and c.warmup_steps == 0:
     return peak
   rest: optax.Schedule = optax.constant_schedule(peak)
@@ -202,7 +215,7 @@ def learning_rate_of(
   """Returns gamma, from the field that is set."""
   c = config.method
   if c.stepsize_factor is None:
-    field, value, result = 'learning_rate', c.learning_rate, c.learning_rate
+    result = c.learning_rate
   elif task.smoothness is None:
     raise ValueError(
         'Expected method.stepsize_factor with a task that knows L (quadratic,'
@@ -210,10 +223,7 @@ def learning_rate_of(
         f' {task.name}.'
     )
   else:
-    field, value = 'stepsize_factor', c.stepsize_factor
-    result = value / task.smoothness
-  if not (math.isfinite(value) and value > 0):
-    raise ValueError(f'Expected method.{field} > 0, got {field}={value}.')
+    result = c.stepsize_factor / task.smoothness
   return result
 
 
@@ -222,11 +232,6 @@ def period_of(config: config_dict.ConfigDict, task: task_lib.Task) -> int:
   c = config.method
   if c.period_passes is None:
     return c.period
-  if c.period_passes <= 0:
-    raise ValueError(
-        'Expected method.period_passes > 0, got'
-        f' period_passes={c.period_passes}.'
-    )
   steps_per_pass = task.num_samples // task.batch_size  # Of an epoch.
   return max(1, round(c.period_passes * steps_per_pass))
 
@@ -423,7 +428,10 @@ def make_compressor(
   try:
     compressor = compressors.by_name(f.compressor, f.argument or None)
   except ValueError as e:
-    raise ValueError(f'federated.compressor: {e}') from e
+    message = str(e).replace('Expected compressor', 'Expected')
+    raise ValueError(
+        message.replace('Expected', 'Expected federated.compressor', 1)
+    ) from e
   if f.compressor == 'powersgd' and f.concatenate:
     raise ValueError(
         'Expected federated.concatenate=False with powersgd, which sends vectors'

@@ -18,6 +18,8 @@ def get_config() -> config_dict.ConfigDict:
   config.task.name = 'digits'
   config.task.batch_size = 32  # Examples a minibatch.
   config.task.data_dir = ''  # mnist: folder of the files; '': see tasks/mnist.
+  # Of the weights: 'float32', 'bfloat16', 'float16'; '': as the task makes them.
+  config.task.param_dtype = ''
   config.task.hidden = (64, 64)  # digits, mnist: widths of the hidden layers.
   config.task.dropout = 0.0  # digits, mnist: rate after each hidden layer.
   config.task.split_seed = 0  # digits, mnist: of train, validation and test.

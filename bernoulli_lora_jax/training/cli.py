@@ -1,6 +1,13 @@
 """What the launch scripts share: user errors are one line, not a traceback."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import os
+import pathlib
+import runpy
+import sys
+import traceback
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -11,24 +18,24 @@ from bernoulli_lora_jax.training import loop
 
 def run(main: Callable[[list[str]], None]) -> None:
   """Runs main([program]) after parsing the flags; exits 1 on a user's error."""
-  app.run(lambda argv: guarded(main, argv), flags_parser=_parse)
+  app.run(lambda argv: guarded(main, argv), flags_parser=parse)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except AttributeError as e:  # ml_collections: a field that does not exist.
-    raise SystemExit(f'Unknown config field: {e}') from e
+    raise SystemExit(f'Unknown config field: {_line(e)}') from e
   except flags.Error as e:
     # ml_collections puts the traceback of a config file into the message: its
     # last line is the error.
     text = str(e)
     is_traced = 'Traceback' in text
     raise SystemExit(
-        text.strip().splitlines()[-1] if is_traced else text
+        text.strip().splitlines()[-1] if is_traced else _line(e)
     ) from e
-  except OSError as e:  # ml_collections: a config file that cannot be read.
-    raise SystemExit(' '.join(str(e).split())) from e
+  except Exception as e:  # The user's config file: whatever it raises is his.
+    raise SystemExit(f'{type(e).__name__}: {_line(e)}{_place(e)}') from e
 
 
 def guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
@@ -39,9 +46,43 @@ def guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
   except (
       ValueError,
       TypeError,
-      KeyError,
       OSError,
       loop.DivergedError,
   ) as e:
     logging.debug('Traceback:', exc_info=True)
-    raise SystemExit(f'{type(e).__name__}: {e}') from e
+    raise SystemExit(f'{type(e).__name__}: {_line(e)}') from e
+  except KeyboardInterrupt:  # Where nothing has begun that could be saved.
+    print('Ended by SIGINT.', file=sys.stderr)
+    raise SystemExit(130) from None
+
+
+def run_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """Returns what a user's Python file defines.
+
+  Raises:
+    ValueError: no such file, or one that raises; the line is named.
+  """
+  if not pathlib.Path(path).is_file():
+    raise ValueError(f'Expected a Python file, got {path}.')
+  with running(path):
+    return runpy.run_path(os.fspath(path))
+
+
+@contextlib.contextmanager
+def running(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Turns whatever the code of a user's file raises into a ValueError."""
+  try:
+    yield
+  except Exception as e:
+    text = f'{type(e).__name__}: {_line(e)}{_place(e)}'
+    raise ValueError(f'Expected {path} to run, got {text}') from e
+
+
+def _line(error: BaseException) -> str:
+  return ' '.join(str(error).split())
+
+
+def _place(error: BaseException) -> str:
+  """Returns the file and line that raised."""
+  frames = traceback.extract_tb(error.__traceback__)
+  return f' ({frames[-1].filename}, line {frames[-1].lineno})' if frames else ''

@@ -16,9 +16,10 @@ from bernoulli_lora_jax import chain
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import arguments
-from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
+from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import federated
+from bernoulli_lora_jax.training import fields
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import methods
 from bernoulli_lora_jax.training import parallel
@@ -30,24 +31,47 @@ def apply_overrides(
   """Returns a copy of the config with flat overrides {'method.rank': 4}.
 
   Raises:
-    KeyError: a field that does not exist.
+    ValueError: a field that does not exist.
     TypeError: a value of another type than the field's.
   """
   config = config.copy_and_resolve_references().lock()
-  config.update_from_flattened_dict(dict(overrides))
+  known = checkpoint.flatten(config.to_dict())
+  for field, value in overrides.items():
+    if field not in known:
+      raise ValueError(
+          f'Expected a field of base_config, got config.{field}={value!r}.'
+      )
+    try:
+      config.update_from_flattened_dict({field: value})
+    except TypeError as e:
+      raise TypeError(
+          f'Expected {field} of type {type(known[field]).__name__}, got'
+          f' {field}={value!r}: {e}'
+      ) from e
   return config
 
 
-def check_config(config: config_dict.ConfigDict) -> None:
-  """Raises ValueError unless the config has just the fields of base_config."""
-  known = checkpoint.flatten(base_config.get_config().to_dict())
-  given = checkpoint.flatten(config.to_dict())
-  for field in sorted(given.keys() - known.keys()):
-    raise ValueError(
-        f'Expected a field of base_config, got config.{field}={given[field]!r}.'
-    )
-  for field in sorted(known.keys() - given.keys()):
-    raise ValueError(f'Expected config.{field}, which is missing.')
+check_config = fields.check
+
+
+def check_workdir(
+    config: config_dict.ConfigDict, workdir: str | pathlib.Path
+) -> None:
+  """Raises unless the run of a config can begin or go on in a directory.
+
+  What it asks takes no time and writes nothing.
+
+  Raises:
+    ValueError: a field outside its range, a directory that cannot be written, is
+      of another configuration or has another process in it.
+  """
+  fields.check(config)
+  directory.check(workdir)
+  checkpoint.compare_config(
+      pathlib.Path(workdir), json.loads(config.to_json_best_effort())
+  )
+  if (path := pathlib.Path(workdir, 'summary.json')).exists():
+    loop.read_summary(path)
 
 
 def make_program(
@@ -62,17 +86,21 @@ def make_program(
   Raises:
     ValueError: a field outside its range, by name.
   """
-  check_config(config)
+  fields.check(config)
   task = arguments.make_task(config) if task is None else task
   t = config.training
   driver = parallel.make_driver(t.parallel, t.num_devices)
-  settings = make_settings(config, task)
-  method = make_method(config, task, driver=driver)
-  if t.recipe and method.chain is None:
-    raise ValueError(
-        'Expected training.recipe=False in gradient mode, got recipe=True.'
-    )
-  jax.eval_shape(method.init, jax.random.key(0), task.init(jax.random.key(0)))
+  try:
+    settings = make_settings(config, task)
+    method = make_method(config, task, driver=driver)
+    if t.recipe and method.chain is None:
+      raise ValueError(
+          'Expected training.recipe=False in gradient mode, got recipe=True.'
+      )
+    key = jax.random.key(0)
+    jax.eval_shape(method.init, key, jax.eval_shape(task.init, key))
+  except ValueError as e:
+    raise fields.named(e) from e
   return loop.make_program(task, method, settings, driver)
 
 

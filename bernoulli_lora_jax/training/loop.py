@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import signal
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -19,11 +19,12 @@ import tqdm
 from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import checkpoint
+from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import methods
 from bernoulli_lora_jax.training import metrics_log
 from bernoulli_lora_jax.training import parallel
 
-_METHOD, _BATCH, _NOISE = range(3)  # Purposes folded into the run's key.
+_METHOD, _BATCH, _NOISE, _INIT = range(4)  # Purposes folded into the run's key.
 
 
 class DivergedError(FloatingPointError):
@@ -202,7 +203,7 @@ def make_start(
 
 def make_params(task: task_lib.Task) -> Callable[[jax.Array], Any]:
   """Returns (run's key) -> params at step 0."""
-  return lambda key: task.init(jax.random.fold_in(key, _METHOD))
+  return lambda key: task.init(jax.random.fold_in(key, _INIT))
 
 
 def test_split(task: task_lib.Task) -> str:
@@ -276,18 +277,65 @@ def train(
     The summary, as in summary.json; a finished run is not run again.
 
   Raises:
-    ValueError: a workdir of another configuration.
+    ValueError: a workdir of another configuration, of more steps than this one
+      has, or with another process in it.
     DivergedError: a loss or parameter that is not finite, with the step; the
-      last good checkpoint stays.
-    SystemExit: 143 after a SIGTERM, once a checkpoint is saved.
+      last good checkpoint stays, and the summary says so.
+    SystemExit: 143 after a SIGTERM, 130 after a SIGINT, once a checkpoint is
+      saved.
   """
-  checkpoint.check_config(workdir, config)
-  summary_path = workdir / 'summary.json'
-  if summary_path.exists():
-    summary = json.loads(summary_path.read_text())
-    is_over = summary.get('step', 0) >= program.settings.num_steps
-    if is_over or summary.get('stopped'):
-      return summary
+  with directory.hold(workdir):
+    checkpoint.compare_config(workdir, config)
+    summary = finished(workdir, program.settings.num_steps)
+    checkpoint.check_config(workdir, config)
+    if summary is None:
+      summary = _train(program, seed, workdir, facts)
+  if 'diverged' in summary:
+    raise DivergedError(summary['diverged'])
+  return summary
+
+
+def finished(workdir: pathlib.Path, num_steps: int) -> dict[str, Any] | None:
+  """Returns the summary of a run that is over, None while there is work left.
+
+  Raises:
+    ValueError: a damaged summary, or one of a longer run.
+  """
+  path = workdir / 'summary.json'
+  if not path.exists():
+    return None
+  summary = read_summary(path)
+  _check_length(workdir, summary.get('step', 0), num_steps)
+  is_over = summary.get('step', 0) >= num_steps or summary.get('stopped')
+  return summary if is_over or 'diverged' in summary else None
+
+
+def read_summary(path: pathlib.Path) -> dict[str, Any]:
+  """Returns a summary; raises ValueError for a damaged one, with its name."""
+  summary = checkpoint.read_json(path)
+  if not isinstance(summary, dict) or not summary.keys() & {'step', 'diverged'}:
+    raise ValueError(
+        f'Expected a summary with step or diverged in {path}, got {summary!r}:'
+        ' remove it to resume from the checkpoints.'
+    )
+  return summary
+
+
+def _check_length(workdir: pathlib.Path, step: int, num_steps: int) -> None:
+  if step > num_steps:
+    raise ValueError(
+        f'Expected training.num_steps >= {step}, the steps done in {workdir}, got'
+        f' num_steps={num_steps}: choose another workdir, or remove this one.'
+    )
+
+
+def _train(
+    program: Program,
+    seed: int,
+    workdir: pathlib.Path,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Trains and writes the summary, of a diverged run too; returns it."""
   key = jax.random.key(seed)
   state = program.start(key)
   best = make_params(program.task)(key)
@@ -298,9 +346,12 @@ def train(
     )
     if saver.latest() is not None:
       state, best, progress = _restore(saver, state, best)
+    _check_length(workdir, progress.step, program.settings.num_steps)
     state = program.put(state)
+    # Of fewer steps: the run is not finished any more.
+    (workdir / 'summary.json').unlink(missing_ok=True)
     log = stack.enter_context(metrics_log.MetricsLog(workdir, progress.step))
-    terminated = stack.enter_context(_catch_sigterm())
+    terminated = stack.enter_context(_catch_signals())
     bar = stack.enter_context(
         tqdm.tqdm(
             total=program.settings.num_steps,
@@ -309,25 +360,33 @@ def train(
             disable=not program.settings.progress,
         )
     )
-    state, best, progress = _run_to_end(
-        program, key, state, best, progress, saver, log, bar, terminated
-    )
+    begun = time.perf_counter()
+    try:
+      state, best, progress = _run_to_end(
+          program, key, state, best, progress, saver, log, bar, terminated
+      )
+    except DivergedError as e:
+      spent = progress.seconds + time.perf_counter() - begun
+      summary = {'diverged': str(e), 'seconds': spent, **facts}
+      checkpoint.write_json(workdir / 'summary.json', summary)
+      return summary
     log.close()
-  if program.settings.recipe:
-    _save_recipe(program, workdir, base, state)
-  params = best if program.settings.patience else program.params(state)
-  summary = {
-      'step': progress.step,
-      'stopped': progress.step < program.settings.num_steps,
-      'best_step': progress.best_step,
-      'seconds': progress.seconds,
-      **facts,
-      'peak_memory_bytes': _peak_memory(),
-      'device': jax.devices()[0].device_kind,
-      **_floats(program.evaluate(params)),
-      **_floats(program.test(params)),
-  }
-  checkpoint.write_json(summary_path, summary)
+    if program.settings.recipe:
+      _save_recipe(program, workdir, base, state)
+    params = best if program.settings.patience else program.params(state)
+    summary = {
+        'step': progress.step,
+        'stopped': progress.step < program.settings.num_steps,
+        'best_step': progress.best_step,
+        'seconds': progress.seconds,
+        **facts,
+        'peak_memory_bytes': _peak_memory(),
+        'device': jax.devices()[0].device_kind,
+        **_floats(program.evaluate(params)),
+        **_floats(program.test(params)),
+    }
+    checkpoint.write_json(workdir / 'summary.json', summary)
+    _end_if_terminated(terminated, 'the run is finished')
   return summary
 
 
@@ -345,8 +404,10 @@ def _run_to_end(
   """Runs dispatches, evaluations and checkpoints until the run ends."""
   settings = program.settings
   last_save = progress.step
+  # After a resume, too: it compiles what `seconds` is not to hold.
+  first = _evaluate(program, state)
   if progress.step == 0:
-    log.write(0, _evaluate(program, state))
+    log.write(0, first)
   while progress.step < settings.num_steps:
     if settings.patience and progress.stale >= settings.patience:
       break
@@ -376,8 +437,8 @@ def _run_to_end(
     if is_due or terminated or step == settings.num_steps:
       _save(saver, program.get(state), best, progress)
       last_save = step
-    if terminated:
-      raise SystemExit(128 + signal.SIGTERM)
+    if step < settings.num_steps:
+      _end_if_terminated(terminated, f'a checkpoint of step {step} is saved')
   if last_save < progress.step:
     _save(saver, program.get(state), best, progress)
   return state, best, progress
@@ -521,18 +582,35 @@ def _peak_memory() -> int | None:
   return stats.get('peak_bytes_in_use') if stats else None
 
 
+def _end_if_terminated(received: list[int], what: str) -> None:
+  if received:
+    name = signal.Signals(received[0]).name
+    print(f'Ended by {name}: {what}.', file=sys.stderr)
+    raise SystemExit(128 + received[0])
+
+
 @contextlib.contextmanager
-def _catch_sigterm():
-  """Yields a list that a SIGTERM fills; the loop looks at it."""
+def _catch_signals():
+  """Yields a list that SIGTERM and SIGINT fill; the loop looks at it.
+
+  A second SIGINT ends the process at once.
+  """
   received: list[int] = []
+
+  def receive(number, _):
+    if received and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    received.append(number)
+
+  old = {}
   try:
-    old = signal.signal(
-        signal.SIGTERM, lambda number, _: received.append(number)
-    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+      old[number] = signal.signal(number, receive)
   except ValueError:  # Not the main thread: the caller handles signals.
     yield received
     return
   try:
     yield received
   finally:
-    signal.signal(signal.SIGTERM, old)
+    for number, handler in old.items():
+      signal.signal(number, handler)

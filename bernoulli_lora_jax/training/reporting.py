@@ -1,14 +1,17 @@
 """Finished runs: how they are grouped and named, and their tables."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import csv
 import json
 import math
+import os
 import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
 import tabulate
+
+from bernoulli_lora_jax.training import base_config
 
 
 class Run(NamedTuple):
@@ -23,44 +26,125 @@ class Run(NamedTuple):
 def load_runs(directories: Iterable[str | pathlib.Path]) -> list[Run]:
   """Returns the finished runs below directories, sorted by path.
 
+  A run is there once, however often and by whatever names it is given.
+
   Raises:
     FileNotFoundError: a directory that does not exist or holds no finished run.
-    ValueError: a file that is no JSON.
+    ValueError: a file that is missing or damaged, by name; a log that is shorter
+      than its summary says.
   """
-  runs = []
+  runs = {}
   for directory in map(pathlib.Path, directories):
-    summaries = sorted(directory.rglob('summary.json'))
+    summaries = sorted(_found(directory, 'summary.json'))
     if not summaries:
       raise FileNotFoundError(
           f'Expected a finished run (summary.json) below {directory}, found'
           ' none.'
       )
     for path in summaries:
-      config, metrics = (
-          path.parent / 'config.json',
-          path.parent / 'metrics.jsonl',
-      )
-      runs.append(
-          Run(
-              path.parent,
-              _parsed(config, config.read_text()),
-              _parsed(path, path.read_text()),
-              [
-                  _parsed(metrics, line, number)
-                  for number, line in enumerate(
-                      metrics.read_text().splitlines(), 1
-                  )
-              ],
+      if path.parent.resolve() not in runs:
+        runs[path.parent.resolve()] = _load_run(path.parent)
+  return list(runs.values())
+
+
+def unfinished(
+    directories: Iterable[str | pathlib.Path],
+) -> list[pathlib.Path]:
+  """Returns the directories of runs below others that have no summary."""
+  found = {}
+  for directory in map(pathlib.Path, directories):
+    for path in sorted(_found(directory, 'config.json')):
+      if not (path.parent / 'summary.json').exists():
+        found.setdefault(path.parent.resolve(), path.parent)
+  return list(found.values())
+
+
+def footer(runs: Sequence[Run], left_out: Sequence[pathlib.Path] = ()) -> str:
+  """Returns the line below a table: how many runs ended, and how."""
+  diverged = sum('diverged' in run.summary for run in runs)
+  text = f'{len(runs)} finished runs, {diverged} of them diverged'
+  text += f'; {len(left_out)} unfinished'
+  return text + (f', as {left_out[0]}.' if left_out else '.')
+
+
+def _found(directory: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
+  """Yields the files of a name below a directory, links to folders followed."""
+  seen = set()
+  for folder, inside, files in os.walk(directory, followlinks=True):
+    place = os.path.realpath(folder)
+    if place in seen:  # A link to a folder above itself.
+      inside.clear()
+      continue
+    seen.add(place)
+    if name in files:
+      yield pathlib.Path(folder, name)
+
+
+def _load_run(path: pathlib.Path) -> Run:
+  """Returns the run of a directory, its files checked."""
+  run = Run(
+      path,
+      _mapping(path / 'config.json'),
+      _mapping(path / 'summary.json'),
+      [
+          _parsed(path / 'metrics.jsonl', line, number)
+          for number, line in enumerate(
+              _text(path / 'metrics.jsonl').splitlines(), 1
           )
+      ],
+  )
+  for section in ('task', 'method'):
+    if not isinstance(run.config.get(section), dict):
+      raise ValueError(
+          f'Expected a section {section} in {path / "config.json"}, got'
+          f' {sorted(run.config)}.'
       )
-  return runs
+  for number, line in enumerate(run.metrics, 1):
+    if not isinstance(line, dict) or not isinstance(
+        line.get('step'), (int, float)
+    ):
+      raise ValueError(
+          f'Expected metrics with a step in {path / "metrics.jsonl"}, line'
+          f' {number}, got {line!r}.'
+      )
+  steps = [line['step'] for line in run.metrics]
+  if any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+    raise ValueError(
+        f'Expected steps that grow in {path / "metrics.jsonl"}, got {steps}.'
+    )
+  end = run.summary.get('step', 0)
+  last = steps[-1] if steps else None
+  if last is None or last < end:
+    raise ValueError(
+        f'Expected metrics up to step {end} of the summary in'
+        f' {path / "metrics.jsonl"}, got step={last} in its last line.'
+    )
+  return run
+
+
+def _text(path: pathlib.Path) -> str:
+  try:
+    return path.read_text()
+  except FileNotFoundError:
+    raise ValueError(
+        f'Expected {path.name} beside summary.json in {path.parent}, got none.'
+    ) from None
+  except UnicodeDecodeError as e:
+    raise ValueError(f'Expected text in {path}, got {e}.') from e
+
+
+def _mapping(path: pathlib.Path) -> dict[str, Any]:
+  value = _parsed(path, _text(path))
+  if not isinstance(value, dict):
+    raise ValueError(f'Expected a mapping in {path}, got {value!r}.')
+  return value
 
 
 def _parsed(path: pathlib.Path, text: str, line: int | None = None) -> Any:
   """Returns the value of a JSON text; a fault names its file."""
   try:
     return json.loads(text)
-  except json.JSONDecodeError as e:
+  except ValueError as e:
     where = f'{path}' + ('' if line is None else f', line {line}')
     raise ValueError(f'Expected JSON in {where}, got {e}.') from e
 
@@ -158,8 +242,8 @@ def groups(runs: Iterable[Run]) -> dict[tuple[str, str, str], list[Run]]:
 
   Where runs of a group differ in the learning rate, those with the lowest mean
   validation loss are kept (a diverged run counts as infinite). Where they differ
-  in other fields of the method or the task, each variant is a group of its own
-  and these fields follow the name.
+  in any other field but the seed and those of `_IGNORED`, each variant is a group
+  of its own and these fields follow the name.
   """
   labelled: dict[tuple[str, str, str], list[Run]] = {}
   for run in runs:
@@ -169,7 +253,7 @@ def groups(runs: Iterable[Run]) -> dict[tuple[str, str, str], list[Run]]:
   for (task, name, rank_text), members in labelled.items():
     varied = _varied_fields(members)
     for run in members:
-      extra = ''.join(f', {f}={run.config[s][f]}' for s, f in varied)
+      extra = ''.join(f', {f}={_value(run, s, f)}' for s, f in varied)
       grouped.setdefault((task, name + extra, rank_text), []).append(run)
 
   def place(item):
@@ -188,8 +272,11 @@ def groups(runs: Iterable[Run]) -> dict[tuple[str, str, str], list[Run]]:
   }
 
 
+_DEFAULTS = base_config.get_config().to_dict()
 _IGNORED = {  # No variants, or in the names already.
     'task': {'data_dir'},
+    '': {'seed'},
+    'training': {'progress', 'max_to_keep', 'group_size'},
     'method': {'learning_rate', 'stepsize_factor'},
     'federated': {
         'num_clients',
@@ -205,16 +292,36 @@ _IGNORED = {  # No variants, or in the names already.
 def _varied_fields(runs: Sequence[Run]) -> list[tuple[str, str]]:
   """Returns (section, field) of what differs in a group beside the rate."""
   first, varied = runs[0].config, []
+  is_rate = lambda run: run.config['method']['stepsize_factor'] is None
   for section, ignored in _IGNORED.items():
     if section == 'federated' and not is_federated(runs[0]):
-      continue  # Old runs have no such section.
-    for field in sorted(first[section].keys() - ignored):
-      values = [run.config[section].get(field) for run in runs]
+      continue  # Its fields are not read.
+    named = set().union(*(_section(run.config, section) for run in runs))
+    for field in sorted(named - ignored):
       if field == 'prob' and first['method']['name'] != 'bernoulli':
         continue
+      values = [_value(run, section, field) for run in runs]
       if any(value != values[0] for value in values):
         varied.append((section, field))
+  if len({is_rate(run) for run in runs}) > 1:  # Rates of two kinds.
+    varied.append(('method', 'stepsize_factor'))
   return varied
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+  """Returns a section of a config; '' are the fields outside of sections."""
+  if name:
+    return config.get(name, {})
+  return {k: v for k, v in config.items() if not isinstance(v, Mapping)}
+
+
+def _value(run: Run, section: str, field: str) -> Any:
+  """Returns a field of a run; one that an older run did not have: its default."""
+  found = _section(run.config, section)
+  if field in found:
+    return found[field]
+  default = _section(_DEFAULTS, section).get(field)
+  return list(default) if isinstance(default, tuple) else default
 
 
 def learning_rate(run: Run) -> float:
@@ -275,7 +382,7 @@ def statistics(
     )
     scale = 100 if metric == 'test_accuracy' else 1
     good = [run for run in members if 'diverged' not in run.summary]
-    values = scale * np.asarray([run.summary[metric] for run in good])
+    values = scale * np.asarray([_number(run, metric) for run in good])
     mean = float(values.mean()) if len(values) else math.nan
     std = float(values.std(ddof=1)) if len(values) > 1 else math.nan
     row: dict[str, Any] = {
@@ -283,7 +390,7 @@ def statistics(
         'method': method,
         'rank': rank_text,
         'learning_rate': learning_rate(members[0]),
-        'trained': members[0].summary['trained_parameters'],
+        'trained': members[0].summary.get('trained_parameters', math.nan),
         'metric': metric,
         'mean': mean,
         'std': std,
@@ -291,7 +398,7 @@ def statistics(
         'diverged': len(members) - len(good),
         'steps': float(np.mean([r.summary.get('step', 0) for r in members])),
         'step_flops': members[0].summary.get('step_flops'),
-        'seconds': float(np.mean([run.summary['seconds'] for run in members])),
+        'seconds': float(np.mean([_number(run, 'seconds') for run in members])),
     }
     if published is not None:
       theirs = published.get(method, (math.nan, None, 0))
@@ -304,6 +411,15 @@ def statistics(
       )
     rows.append(row)
   return rows
+
+
+def _number(run: Run, name: str) -> float:
+  value = run.summary.get(name)
+  if not isinstance(value, (int, float)):
+    raise ValueError(
+        f'Expected a number {name} in {run.path / "summary.json"}, got {value!r}.'
+    )
+  return value
 
 
 def comparison(

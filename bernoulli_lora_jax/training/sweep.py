@@ -4,11 +4,11 @@ Runs of a small task that differ in the seed, in `prob` or in the learning rate
 alone are trained in one program (`together`); others one after another.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+import contextlib
 import inspect
 import json
 import pathlib
-import runpy
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,10 @@ import tqdm
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import checkpoint
+from bernoulli_lora_jax.training import cli
+from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import experiment
+from bernoulli_lora_jax.training import fields
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import metrics_log
 from bernoulli_lora_jax.training import together
@@ -45,21 +48,52 @@ def load(path: str, variant: str = '') -> list[dict[str, Any]]:
   Raises:
     ValueError: a file without it.
   """
-  module = runpy.run_path(path)
+  module = cli.run_file(path)
   if 'sweep' not in module:
     raise ValueError(f'Expected a function sweep() in {path}.')
   takes_variant = inspect.signature(module['sweep']).parameters
-  return module['sweep'](variant) if takes_variant else module['sweep']()
+  with cli.running(path):
+    grid = module['sweep'](variant) if takes_variant else module['sweep']()
+  is_grid = isinstance(grid, (list, tuple)) and grid
+  if not is_grid or not all(isinstance(run, Mapping) for run in grid):
+    raise ValueError(
+        f'Expected sweep() of {path} to return overrides [{{field: value}}], got'
+        f' {str(grid)[:80]}.'
+    )
+  return list(grid)
 
 
 def run_name(overrides: Mapping[str, Any]) -> str:
-  """Returns `name=bernoulli,rank=4/seed=0`: a directory of one run."""
+  """Returns `name=bernoulli,rank=4/seed=0`: a directory of one run.
+
+  Raises:
+    ValueError: two fields of one name, or a value that would be folders.
+  """
+  for field, value in overrides.items():
+    if not str(value).isprintable() or '/' in str(value):
+      raise ValueError(
+          f'Expected values that can name a directory, got {field}={value!r}: set'
+          ' it in the config or by a flag, not in sweep().'
+      )
   short = {k.rsplit('.', 1)[-1]: v for k, v in overrides.items()}
   if len(short) < len(overrides):
     raise ValueError(f'Expected fields of different names, got {overrides}.')
   seed = short.pop('seed', None)
   name = ','.join(f'{k}={v}' for k, v in short.items()) or 'default'
   return name if seed is None else f'{name}/seed={seed}'
+
+
+def check_flags(
+    grid: Sequence[Mapping[str, Any]], flags: Iterable[str]
+) -> None:
+  """Raises ValueError for a field set by a flag that the grid would overwrite."""
+  for field in flags:
+    values = [overrides[field] for overrides in grid if field in overrides]
+    if values:
+      raise ValueError(
+          f'Expected no flag --config.{field}, which sweep() sets (to'
+          f' {values[0]!r} first): edit sweep(), or use launch/train.py.'
+      )
 
 
 def train(
@@ -78,18 +112,21 @@ def train(
     progress: whether to show a bar.
 
   Raises:
-    ValueError: two runs with one name, or a field outside its range. All runs
-      are checked before the first is trained.
+    ValueError: two runs with one name, a field outside its range, a directory
+      of another configuration or with another process in it. All runs are checked
+      before the first is trained.
   """
+  directory.check(workdir)
   runs = []
   for overrides in grid:
     run = experiment.apply_overrides(
         config, {'training.progress': False, **overrides}
     )
+    fields.check(run)
     runs.append(Run(run, pathlib.Path(workdir) / run_name(overrides)))
   if len({run.directory for run in runs}) < len(runs):
     raise ValueError('Expected runs of different names, got two with one.')
-  todo = [r for r in runs if not (r.directory / 'summary.json').exists()]
+  todo = [run for run in runs if not _is_finished(run)]
   bar = tqdm.tqdm(
       total=len(runs),
       initial=len(runs) - len(todo),
@@ -110,9 +147,26 @@ def train(
         task, evaluators = arguments.make_task(first), {}
       bar.set_postfix_str(members[0].directory.parent.name)
       if _is_small(first, task):
-        _train_together(members, task, bar, evaluators)
+        with contextlib.ExitStack() as stack:
+          for run in members:
+            stack.enter_context(directory.hold(run.directory))
+          _train_together(members, task, bar, evaluators)
       else:
         _train_in_turn(members, task, bar)
+
+
+def _is_finished(run: Run) -> bool:
+  """Returns whether there is a summary; raises where it is of another run."""
+  checkpoint.compare_config(run.directory, _record(run), longer=False)
+  path = run.directory / 'summary.json'
+  if path.exists():
+    return loop.read_summary(path) is not None
+  directory.check(run.directory)
+  return False
+
+
+def _record(run: Run) -> dict[str, Any]:
+  return json.loads(run.config.to_json_best_effort())
 
 
 def _groups(runs: Sequence[Run]) -> list[list[Run]]:
@@ -139,10 +193,6 @@ def _check(groups: Sequence[Sequence[Run]]) -> None:
     experiment.make_program(first, task)
     for config in (run.config for run in members[1:]):
       experiment.argument(config, task, 'learning_rate')
-      if not 0 <= config.method.prob <= 1:
-        raise ValueError(
-            f'Expected method.prob in [0, 1], got prob={config.method.prob}.'
-        )
 
 
 def _traced_fields(config: config_dict.ConfigDict) -> list[str]:
@@ -177,8 +227,6 @@ def _train_together(
 ) -> None:
   """Trains runs in one program and writes their directories."""
   config = members[0].config
-  for run in members:
-    run.directory.mkdir(parents=True, exist_ok=True)
   hypers = {
       _TRACED[field]: [
           experiment.argument(run.config, task, _TRACED[field])
@@ -216,8 +264,7 @@ def _train_together(
     flops = experiment.step_flops(config, task)
   for i, result in results:
     run = members[i]
-    record = json.loads(run.config.to_json_best_effort())
-    checkpoint.check_config(run.directory, record)
+    checkpoint.check_config(run.directory, _record(run))
     with metrics_log.MetricsLog(run.directory, 0, events=False) as log:
       for line in result.lines:
         log.write(int(line['step']), line)
@@ -244,12 +291,4 @@ def _train_in_turn(
       experiment.train(run.config, run.directory, programs[key])
     except loop.DivergedError as e:
       tqdm.tqdm.write(f'{run.directory}: {e}')
-      checkpoint.write_json(
-          run.directory / 'summary.json',
-          {
-              'diverged': str(e),
-              'seconds': 0.0,
-              **experiment.facts(run.config, task),
-          },
-      )
     bar.update(1)

@@ -1,0 +1,215 @@
+"""Kills a run at random moments until it is done, and compares it with a whole one.
+
+  python tests/kill_runs.py --kills=50
+
+The run is Bernoulli-LoRA on digits with dropout, minibatches in two parts, bfloat16
+weights and stochastic rounding at merges, a checkpoint every few steps. Signals in
+turn: KILL, TERM, INT; moments at random, of which each third waits for a checkpoint,
+a metrics line or the summary to be half there. In the end the last checkpoint must
+hold the bits of the unbroken run's, metrics.jsonl must be equal, and summary.json
+but for times and memory. A process that was ended by TERM or INT must say so in one
+line and exit 143 or 130.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from ml_collections import config_dict
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(_ROOT))
+
+_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+_EVERY = 5  # Steps between checkpoints.
+_TIMES = ('seconds', 'peak_memory_bytes')
+_READY = 'ready to train'
+
+
+def make_config(num_steps: int) -> config_dict.ConfigDict:
+  """Returns the config of the run."""
+  from bernoulli_lora_jax.training import base_config
+
+  config = base_config.get_config()
+  config.task.hidden = (16,)
+  config.task.pretrain_epochs = 1
+  config.task.dropout = 0.2
+  config.task.param_dtype = 'bfloat16'
+  config.method.mode = 'adapter'
+  config.method.rank = 2
+  config.method.period = 3
+  config.method.optimizer = 'adam'
+  config.method.learning_rate = 0.02
+  config.method.rounding = 'stochastic'
+  config.training.num_micro_batches = 2
+  config.training.num_steps = num_steps
+  config.training.num_evals = num_steps // _EVERY
+  config.training.checkpoint_every = _EVERY
+  config.training.progress = False
+  return config
+
+
+def train(workdir: str, num_steps: int) -> None:
+  """Trains the run; the body of the processes that are killed."""
+  from bernoulli_lora_jax.training import cli
+  from bernoulli_lora_jax.training import experiment
+
+  def main(argv):
+    del argv
+    program = experiment.make_program(make_config(num_steps))
+    print(_READY, flush=True)
+    experiment.train(make_config(num_steps), workdir, program)
+
+  cli.guarded(main, [])
+
+
+def start(workdir: pathlib.Path, num_steps: int) -> subprocess.Popen:
+  command = [sys.executable, __file__, '--train', str(workdir)]
+  return subprocess.Popen(
+      [*command, f'--steps={num_steps}'],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+  )
+
+
+def wait_for(process: subprocess.Popen, workdir: pathlib.Path, what: str):
+  """Returns once a write has begun, or the process or a second has ended."""
+  end = time.time() + 1
+  log = workdir / 'metrics.jsonl'
+  size = log.stat().st_size if log.exists() else 0
+  while process.poll() is None and time.time() < end:
+    if what == 'checkpoint' and list((workdir / 'checkpoints').glob('*tmp*')):
+      return
+    if what == 'line' and log.exists() and log.stat().st_size > size:
+      return
+    time.sleep(0.0005)
+
+
+def kill(
+    workdir: pathlib.Path,
+    num_steps: int,
+    number: signal.Signals,
+    what: str,
+    rng: random.Random,
+) -> str:
+  """Starts the run, kills it at some moment; returns '' or what is wrong."""
+  process = start(workdir, num_steps)
+  if rng.random() < 0.1:  # While it imports or compiles.
+    time.sleep(3 * rng.random())
+    number = signal.SIGKILL
+  else:
+    process.stdout.readline()
+    if what == 'any':
+      time.sleep(1.5 * rng.random())
+    else:
+      wait_for(process, workdir, what)
+      time.sleep(0.02 * rng.random())
+  process.send_signal(number)
+  _, errors = process.communicate(timeout=300)
+  lines = [line for line in errors.splitlines() if line.startswith('Ended by')]
+  if process.returncode == 0:  # It was faster.
+    return ''
+  wanted = -number if number == signal.SIGKILL else 128 + number
+  if number == signal.SIGTERM and process.returncode == -number:
+    return ''  # Before it began: there is nothing to save.
+  if process.returncode != wanted or 'Traceback' in errors:
+    return f'{number.name}: exit status {process.returncode}: {errors}'
+  if number != signal.SIGKILL and len(lines) != 1:
+    return f'{number.name}: no line that says so: {errors}'
+  return ''
+
+
+def result(workdir: pathlib.Path, num_steps: int) -> dict[str, object]:
+  """Returns what a finished run has left, comparable to the bit."""
+  import jax
+  import numpy as np
+
+  from bernoulli_lora_jax.training import checkpoint
+  from bernoulli_lora_jax.training import experiment
+  from bernoulli_lora_jax.training import loop
+
+  config = make_config(num_steps)
+  program = experiment.make_program(config)
+  key = jax.random.key(config.seed)
+  like = {
+      'method': program.start(key),
+      'best': loop.make_params(program.task)(key),
+      'progress': loop.empty_progress(),
+  }
+  with checkpoint.Checkpointer(workdir) as saver:
+    tree = saver.restore(like)
+  del tree['progress']['seconds']
+  found = {}
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      leaf = jax.random.key_data(leaf)
+    found[jax.tree_util.keystr(path)] = np.asarray(leaf).tobytes()
+  summary = json.loads((workdir / 'summary.json').read_text())
+  found['summary'] = {k: v for k, v in summary.items() if k not in _TIMES}
+  found['metrics'] = (workdir / 'metrics.jsonl').read_text()
+  return found
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--kills', type=int, default=50)
+  parser.add_argument('--steps', type=int, default=600)
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--train', default='', help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.train:
+    train(args.train, args.steps)
+    return
+  rng = random.Random(args.seed)
+  with tempfile.TemporaryDirectory() as folder:
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/compiled')
+    os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    whole = pathlib.Path(folder, 'whole')
+    _, errors = start(whole, args.steps).communicate()
+    if not (whole / 'summary.json').exists():
+      raise SystemExit(f'The unbroken run did not finish: {errors}')
+    expected = result(whole, args.steps)
+    kills, runs, wrong = {}, 0, []
+    while sum(kills.values()) < args.kills:
+      runs += 1
+      cut = pathlib.Path(folder, f'cut{runs}')
+      while not (cut / 'summary.json').exists():
+        done = sum(kills.values())
+        if done >= args.kills:  # To the end.
+          _, errors = start(cut, args.steps).communicate()
+          if not (cut / 'summary.json').exists():
+            raise SystemExit(f'A resumed run did not finish: {errors}')
+          break
+        number = _SIGNALS[done % 3]
+        what = ('any', 'checkpoint', 'line')[done // 3 % 3]
+        fault = kill(cut, args.steps, number, what, rng)
+        kills[number.name, what] = kills.get((number.name, what), 0) + 1
+        if fault:
+          wrong.append(fault)
+      found = result(cut, args.steps)
+      wrong += [
+          f'run {runs}: another {name}'
+          for name in expected.keys() | found.keys()
+          if expected.get(name) != found.get(name)
+      ]
+      stray = [p for p in cut.rglob('*') if re.search(r'tmp|\.lock', p.name)]
+      wrong += [f'run {runs}: left behind {path}' for path in stray]
+  for (name, what), count in sorted(kills.items()):
+    print(f'{name:8} {what:11} {count}')
+  print(f'{sum(kills.values())} kills in {runs} runs, {len(wrong)} faults')
+  for fault in wrong:
+    print(fault)
+  raise SystemExit(bool(wrong))
+
+
+if __name__ == '__main__':
+  main()
