@@ -43,6 +43,7 @@ from bernoulli_lora_jax import parts
 from bernoulli_lora_jax import policies
 from bernoulli_lora_jax import restart as restart_lib
 from bernoulli_lora_jax import rounding as rounding_lib
+from bernoulli_lora_jax import sharded
 from bernoulli_lora_jax import sketches
 
 Adapted = policies.Adapted
@@ -187,30 +188,46 @@ def make_chain(
     _check_base(params, found, chosen, policy)
     # Copies: a caller may donate the state.
     base = jax.tree.map(jnp.array if copy else jnp.asarray, params)
-    # Compiled: op by op, frames would round otherwise than in later links.
-    drawn = jax.jit(lambda key: draw_link(key, 0, found, policy))(key)
-    # Copies: some optimisers keep what they are given (Prodigy, L-BFGS), and a
-    # buffer cannot be donated twice.
-    trained = trained_pairs(drawn.factors, found)
-    opt_state = owned(tx.init(trained))
     leaves = _other_leaves(base, chosen)
     other_states = {p: owned(other_txs[p].init(leaves[p])) for p in others}
-    if policy.period and policy.reset_optimizer and restart is None:
-      restart_lib.check(tx, opt_state, trained)
-    remainders = {}
-    if policy.rounding == 'compensated':
-      for one in found:
-        m = one.matrix
-        remainders[m.path] = jnp.zeros((*m.batch, m.m, m.n), m.dtype)
-    return AdapterState(
+
+    def start(key, unused_base):
+      # Compiled: op by op, frames would round otherwise than in later links.
+      drawn = jax.jit(lambda key: draw_link(key, 0, found, policy))(key)
+      remainders = {}
+      if policy.rounding == 'compensated':
+        for one in found:
+          m = one.matrix
+          remainders[m.path] = jnp.zeros((*m.batch, m.m, m.n), m.dtype)
+      return AdapterState(
+          params=(),
+          factors=drawn.factors,
+          coins=drawn.coins,
+          opt_state=tx.init(trained_pairs(drawn.factors, found)),
+          remainders=remainders,
+          count=jnp.zeros([], jnp.int32),
+          key=jnp.copy(key),
+      )
+
+    state = sharded.automatic(
+        start, key, base, out=lambda: _start_specs(base, found, policy)
+    )
+    # Copies: some optimisers keep what they are given (Prodigy, L-BFGS), and a
+    # buffer cannot be donated twice.
+    state = state._replace(
         params=base,
-        factors=drawn.factors,
-        coins=drawn.coins,
-        opt_state=opt_state,
-        remainders=remainders,
-        count=jnp.zeros([], jnp.int32),
-        key=jnp.copy(key),
+        opt_state=owned(state.opt_state),
         other_states=other_states or (),
+    )
+    if policy.period and policy.reset_optimizer and restart is None:
+      trained = trained_pairs(state.factors, found)
+      restart_lib.check(tx, state.opt_state, trained)
+    return state
+
+  def placed(function):
+    """Returns state -> state, its leaves placed as they were."""
+    return lambda state: sharded.automatic(
+        function, state, out=lambda: sharded.specs(state)
     )
 
   def begin_link(state):
@@ -234,7 +251,7 @@ def make_chain(
     if policy.period is None:
       return state
     is_due = (state.count > 0) & (state.count % policy.period == 0)
-    return jax.lax.cond(is_due, begin_link, lambda s: s, state)
+    return jax.lax.cond(is_due, placed(begin_link), lambda s: s, state)
 
   def move(state, loss, batch, *args, scale=1.0):
     found = resolve(state.params)
@@ -261,42 +278,59 @@ def make_chain(
     if callable(average):
       value_and_grad = parts.averaged(value_and_grad, average)
     value, (grads, rest_grads) = value_and_grad((trained, rest), batch, *args)
+    state = sharded.automatic(
+        moved_by,
+        state,
+        grads,
+        rest_grads,
+        value[0],
+        jnp.asarray(scale),
+        out=lambda: sharded.specs(state),
+    )
+    return state, value
+
+  def moved_by(state, grads, rest_grads, value, scale):
+    """Returns the state one step along the gradients."""
+    found = resolve(state.params)
+    trained = trained_pairs(state.factors, found)
+    chosen = policies.resolve_others(state.params, found, tuple(others))
+    rest = _other_leaves(state.params, chosen)
     moves = moving(trained, state.coins)
     grads = where(moves, grads, jax.tree.map(jnp.zeros_like, grads))
-    updates, opt_state = tx.update(
-        grads, state.opt_state, trained, value=value[0]
-    )
+    updates, opt_state = tx.update(grads, state.opt_state, trained, value=value)
     moved_rest, other_states = {}, {}
     for pattern, one in other_txs.items():
       changes, other_states[pattern] = one.update(
           rest_grads[pattern],
           state.other_states[pattern],
           rest[pattern],
-          value=value[0],
+          value=value,
       )
       moved_rest[pattern] = _moved(rest[pattern], changes, scale)
     if policy.warmup:
       place = state.count % policy.period if policy.period else state.count
       scale = scale * jnp.minimum(1.0, (place + 1) / policy.warmup)
     moved = _moved(trained, updates, scale)
-    state = state._replace(
+    return state._replace(
         params=_with_others(state.params, chosen, moved_rest),
         other_states=other_states or (),
         factors=joined(state.factors, where(moves, moved, trained)),
         opt_state=_keep_frozen(moves, opt_state, state.opt_state),
         count=optax.safe_increment(state.count),
     )
-    return state, value
 
   def step(state, loss, batch, *args, scale=1.0):
     return move(begin(state), loss, batch, *args, scale=scale)
 
+  def merged(state):
+    return _merge(state, resolve(state.params), policy)
+
   def params(state):
-    return _merge(state, resolve(state.params), policy).params
+    return placed(merged)(state).params
 
   def merge(state):
-    found = resolve(state.params)
-    return restarted(_merge(state, found, policy), found)
+    restart_merged = lambda s: restarted(merged(s), resolve(s.params))
+    return placed(restart_merged)(state)
 
   return Chain(
       policy,
@@ -310,6 +344,23 @@ def make_chain(
       _owning(merge),
       others or None,
   )
+
+
+def _start_specs(
+    params: Any, found: Sequence[Adapted], policy: ChainPolicy
+) -> AdapterState:
+  """Returns how a new state is placed: remainders as their weights, else whole."""
+  leaves = jax.tree.leaves(params, is_leaf=inject.is_quantized)
+  remainders = {}
+  if policy.rounding == 'compensated':
+    for one in found:
+      m = one.matrix
+      spec = [*jax.typeof(leaves[m.index]).sharding.spec]
+      spec += [None] * (len(m.shape) - len(spec))
+      ends = (*m.axes.batch, m.axes.left[0], m.axes.right[0])
+      remainders[m.path] = sharded.Spec(*(spec[axis] for axis in ends))
+  same = sharded.Spec()
+  return AdapterState((), same, same, same, remainders, same, same)
 
 
 def owned(tree: Any) -> Any:
@@ -371,7 +422,7 @@ def draw_link(
   link_key = jax.random.fold_in(key, link)
   # Of the factors' dtype: float8 promotes to nothing by itself.
   matrices = [
-      one.matrix._replace(dtype=policies.wide(one.matrix.dtype))
+      one.matrix._replace(dtype=matrices_lib.wide(one.matrix.dtype))
       for one in found
   ]
   if policy.side is None:

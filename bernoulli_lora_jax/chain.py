@@ -26,6 +26,7 @@ import optax
 from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import restart as restart_lib
+from bernoulli_lora_jax import sharded
 from bernoulli_lora_jax import sketches
 
 Matrices = matrices_lib.Matrices
@@ -163,17 +164,24 @@ def scale_by_bernoulli_chain(
   def init(params):
     found = matrices_lib.find(params, matrices)
     _check_ranks(found, rank)
-    inner_state = ()
-    if inner_tx is not None:
+
+    def start(key, unused_params):
+      inner_state = ()
+      if inner_tx is not None:
+        inner_state = inner_tx.init(links_lib.zero_factors(found, rank, prob))
+      return jnp.zeros([], jnp.int32), key, inner_state
+
+    # Copies: some keep what they are given, and a caller may donate the state.
+    count, own_key, inner_state = jax.tree.map(
+        jnp.copy, sharded.automatic(start, key, params, out=sharded.Spec)
+    )
+    if inner_tx is not None and restart is None:
       zeros = links_lib.zero_factors(found, rank, prob)
-      # Copies: some keep what they are given, and a caller may donate the state.
-      inner_state = jax.tree.map(jnp.copy, inner_tx.init(zeros))
-      if restart is None:
-        restart_lib.check(inner_tx, inner_state, zeros)
+      restart_lib.check(inner_tx, inner_state, zeros)
     rest = _without_matrices(params, found)
     return ScaleByBernoulliChainState(
-        count=jnp.zeros([], jnp.int32),
-        key=jnp.copy(key),  # A caller may donate the state.
+        count=count,
+        key=own_key,
         inner_state=inner_state,
         others_state=jax.tree.map(jnp.copy, others_tx.init(rest))
         if jax.tree.leaves(rest)
@@ -191,6 +199,21 @@ def scale_by_bernoulli_chain(
     )
 
   def update(updates, state, params=None, **extra):
+    arrays = {name: x for name, x in extra.items() if _is_data(x)}
+    functions = {name: x for name, x in extra.items() if name not in arrays}
+    moved_by = lambda updates, state, params, arrays: move(
+        updates, state, params, **arrays, **functions
+    )
+    return sharded.automatic(
+        moved_by,
+        updates,
+        state,
+        params,
+        arrays,
+        out=lambda: (sharded.specs(updates), sharded.specs(state)),
+    )
+
+  def move(updates, state, params, **extra):
     found = matrices_lib.find(updates, matrices)
     links = links_lib.draw_links(
         jax.random.fold_in(state.key, state.count // period),
@@ -228,6 +251,11 @@ def scale_by_bernoulli_chain(
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_data(value: Any) -> bool:
+  kinds = (jax.Array, np.ndarray, np.generic, int, float)
+  return all(isinstance(leaf, kinds) for leaf in jax.tree.leaves(value))
 
 
 def bernoulli_lora(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bernoulli_lora_jax import lowrank
+from bernoulli_lora_jax import sharded
 from bernoulli_lora_jax.lowrank import LowRank
 
 
@@ -224,6 +225,9 @@ def _dot_general(eqn, operands, uses):
   value, other = (first, second) if is_left else (second, first)
   contracted, batch = eqn.params['dimension_numbers']
   ours, theirs = (0, 1) if is_left else (1, 0)
+  (product,) = _plain(
+      eqn, (value.base, other) if is_left else (other, value.base)
+  )
   p = lowrank.Product(
       is_left,
       contracted[ours],
@@ -232,15 +236,12 @@ def _dot_general(eqn, operands, uses):
       batch[theirs],
       eqn.params['precision'],
       eqn.outvars[0].aval.dtype,
-      eqn.params.get('out_sharding'),
+      sharded.explicit(product),
   )
   change = lowrank.product(value, other, p) if value.factors else None
   if value.factors and change is None:
     return None
   uses.multiply(value, p)
-  (product,) = _plain(
-      eqn, (value.base, other) if is_left else (other, value.base)
-  )
   return [product if change is None else product + change]
 
 

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bernoulli_lora_jax import sharded
+
 Labels = tuple[Any, ...]
 
 _LETTERS = string.ascii_letters
@@ -95,7 +97,11 @@ class LowRank:
         ''.join(names[i] for i in own) + _RANK
         for _, own in list(self.parts())[1:]
     )
-    change = jnp.einsum(f'{left},{right}->{names}', *self.factors)
+    change = jnp.einsum(
+        f'{left},{right}->{names}',
+        *self.factors,
+        out_sharding=sharded.explicit(self.base),
+    )
     wide = jnp.promote_types(self.base.dtype, change.dtype)
     total = self.base.astype(wide) + change.astype(wide)
     return total.astype(self.base.dtype)

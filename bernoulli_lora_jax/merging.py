@@ -12,6 +12,7 @@ import numpy as np
 
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import policies
+from bernoulli_lora_jax import sharded
 
 Matrices = matrices_lib.Matrices
 Pairs = dict[str, dict[str, jax.Array]]
@@ -70,7 +71,10 @@ def extract(
   result = {}
   for matrix in matrices_lib.find(base, matrices):
     wide = matrices_lib.wide(matrix.dtype)
-    view = lambda leaf, m=matrix, t=wide: m.view(jnp.asarray(leaf)).astype(t)
+    # From the host: nothing of an SVD is sharded.
+    view = lambda leaf, m=matrix, t=wide: m.view(
+        jnp.asarray(jax.device_get(leaf))
+    ).astype(t)
     change = view(new[matrix.index]) - view(old[matrix.index])
     u, s, vt = jnp.linalg.svd(change, full_matrices=False)
     r = min(rank, matrix.m, matrix.n)
@@ -207,6 +211,14 @@ def _add_products(
     params: Any, factors: Pairs, matrices: Matrices | None, sign: float
 ) -> Any:
   """Returns W + sign L R, rounded to nearest."""
+  add = lambda params, factors: _added(params, factors, matrices, sign)
+  place = lambda: sharded.specs(params)
+  return sharded.automatic(add, params, factors, out=place)
+
+
+def _added(
+    params: Any, factors: Pairs, matrices: Matrices | None, sign: float
+) -> Any:
   leaves, treedef = jax.tree.flatten(params)
   for matrix in _matrices_of(params, factors, matrices):
     if matrix.path in factors:

@@ -93,12 +93,15 @@ def accumulate(
     def one(params, number, part):
       part = iter(part)
       whole = treedef.unflatten(
-          [next(part) if s else x for s, x in zip(is_split, leaves)]
+          [
+              next(part) if s else x
+              for s, x in zip(is_split, leaves, strict=True)
+          ]
       )
       return grad_fn(params, whole, *folded(args, number))
 
     part = size // num_micro_batches
-    split = [jnp.asarray(x) for s, x in zip(is_split, leaves) if s]
+    split = [jnp.asarray(x) for s, x in zip(is_split, leaves, strict=True) if s]
     total = num_micro_batches * devices
     shapes, kinds = _kinds(one, params, split, (part, part * total), reductions)
     split = [x.reshape(num_micro_batches, part, *x.shape[1:]) for x in split]
@@ -182,10 +185,12 @@ def averaged(
       def one(params, number, part):
         del number
         part = iter(part)
-        now = [next(part) if s else x for s, x in zip(is_split, flat)]
+        now = [
+            next(part) if s else x for s, x in zip(is_split, flat, strict=True)
+        ]
         return grad_fn(params, treedef.unflatten(now), *args)
 
-      split = [jnp.asarray(x) for s, x in zip(is_split, flat) if s]
+      split = [jnp.asarray(x) for s, x in zip(is_split, flat, strict=True) if s]
       _, kinds = _kinds(one, params, split, (size, 2 * size), {})
     for i, kind in enumerate(kinds):
       if kind != 'mean' and i != place:

@@ -284,12 +284,6 @@ def resolve_others(
   return chosen
 
 
-def wide(dtype: Any) -> Any:
-  """Returns the dtype of factors: float32 or wider, float8 included."""
-  is_narrow = np.dtype(dtype).itemsize < 4
-  return np.dtype(np.float32) if is_narrow else dtype
-
-
 def describe(
     params: Any,
     policy: ChainPolicy,

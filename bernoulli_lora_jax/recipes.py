@@ -28,6 +28,7 @@ import optax
 
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax import sharded
 from bernoulli_lora_jax import sketches
 
 _VERSION = 1
@@ -113,7 +114,14 @@ def replay(base: Any, recipe: Recipe) -> Any:
     )
   chain = adapters.make_chain(recipe.policy, optax.identity(), recipe.matrices)
   state = chain.init(recipe.key, base)
-  merge = jax.jit(lambda state, trained: _merge_link(chain, state, trained))
+  merge = jax.jit(
+      lambda state, trained: sharded.automatic(
+          lambda state, trained: _merge_link(chain, state, trained),
+          state,
+          trained,
+          out=lambda: sharded.specs(state),
+      )
+  )
   for number, link in enumerate(recipe.links):
     _check_link(chain, state, link, number)
     count = min((number + 1) * _period(recipe), recipe.num_steps)

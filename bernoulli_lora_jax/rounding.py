@@ -12,6 +12,9 @@ into a low-precision weight differ in what becomes of updates below half an ulp
                eps of one ulp a merge (float16: or to 2^-25, the half of its
                least subnormal number, where that is more).
 
+A sum beyond the range becomes infinite, or the largest number of a dtype that has no
+infinity (float8_e4m3fn): never NaN.
+
 Reference: Gupta et al., Deep learning with limited numerical precision,
 arXiv 1502.02551 (stochastic); Kahan, Further remarks on reducing truncation
 errors, 1965 (compensated).
@@ -23,6 +26,16 @@ import jax
 import jax.numpy as jnp
 
 MODES = ('nearest', 'stochastic', 'compensated')
+
+
+def nearest(x: jax.Array, dtype: Any) -> jax.Array:
+  """Returns x in another dtype, the largest number where that has no infinity."""
+  info = jnp.finfo(dtype)
+  has_infinity = bool(jnp.isinf(jnp.asarray(jnp.inf, dtype)))
+  if not has_infinity:
+    largest = info.max.astype(x.dtype)
+    x = jnp.where(jnp.abs(x) > largest, jnp.sign(x) * largest, x)
+  return x.astype(dtype)
 
 
 def stochastic(x: jax.Array, key: jax.Array, dtype: Any) -> jax.Array:
@@ -41,7 +54,7 @@ def stochastic(x: jax.Array, key: jax.Array, dtype: Any) -> jax.Array:
       within the range of `dtype`.
     |result - x| < one ulp; numbers of `dtype` are returned as they are.
   """
-  near = x.astype(dtype)
+  near = nearest(x, dtype)
   wide = near.astype(x.dtype)
   info = jnp.finfo(dtype)  # Some dtypes have no infinity to go towards.
   other = jnp.nextafter(near, jnp.where(x > wide, info.max, info.min))
@@ -76,11 +89,14 @@ def add(
     draw = lambda x, key: stochastic(x, key, weight.dtype)
     return jax.vmap(draw)(flat, keys.reshape(-1)).reshape(total.shape), None
   if mode == 'nearest':
-    return total.astype(weight.dtype), None
+    return nearest(total, weight.dtype), None
   assert remainder is not None
   total += remainder.astype(total.dtype)
-  rounded = total.astype(weight.dtype)
+  rounded = nearest(total, weight.dtype)
   rest = total - rounded.astype(total.dtype)
+  rest = jnp.where(
+      jnp.isfinite(rest), rest, 0
+  )  # Beyond the range nothing is kept.
   # Where nothing is added nothing moves: a remainder that was rounded to half an
   # ulp would otherwise move the weight when it is added again.
   is_still = update == 0

@@ -477,3 +477,23 @@ class ChainTest(parameterized.TestCase):
         np.testing.assert_array_equal(np.float32(remainders['w']), 0)
       else:
         self.assertEqual(remainders, {})
+
+
+class BeyondTheRangeTest(parameterized.TestCase):
+
+  @parameterized.product(
+      mode=rounding.MODES,
+      dtype=('float8_e4m3fn', 'float8_e5m2', 'float16', 'bfloat16'),
+  )
+  def test_is_never_nan(self, mode, dtype):
+    largest = float(jnp.finfo(dtype).max)
+    weight = jnp.asarray([[largest, -largest, 1.0]], dtype)
+    update = jnp.asarray([[largest, -largest, 1.0]], jnp.float32)
+    rest = jnp.zeros_like(weight) if mode == 'compensated' else None
+    for _ in range(2):
+      weight, rest = rounding.add(weight, update, rest, jax.random.key(0), mode)
+      self.assertFalse(np.isnan(np.float32(weight)).any())
+    found = np.float32(weight)[0]
+    end = largest if dtype == 'float8_e4m3fn' else np.inf
+    # The largest number of bfloat16 and itself do not fit float32 either.
+    np.testing.assert_array_equal(found, [end, -end, 3.0])

@@ -539,3 +539,45 @@ class ProductTest(parameterized.TestCase):
     s = jnp.array([[jnp.inf, 1.0], [2.0, jnp.nan]])
     expected = jnp.array([[2.0, jnp.nan], [0, 0], [jnp.inf, 1.0], [0, 0]])
     np.testing.assert_array_equal(sketches.expand(rows, s, 4, 'left'), expected)
+
+
+class ValuesTest(parameterized.TestCase):
+  """Sketches are values: equal policies share their compiled programs."""
+
+  @parameterized.parameters(
+      'gaussian', 'rademacher', 'coordinate', 'srht', 'weighted_coordinate:3.0'
+  )
+  def test_equal_laws_are_equal(self, name):
+    one, two = sketches.by_name(name), sketches.by_name(name)
+    self.assertEqual(one, two)
+    self.assertEqual(hash(one), hash(two))
+    self.assertNotEqual(one, sketches.weighted_coordinate(2.0))
+    step = jax.jit(lambda x, sketch: x, static_argnums=1)
+    for sketch in (one, two):
+      step(1.0, sketch)
+    self.assertEqual(step._cache_size(), 1)
+
+
+class WithoutLapackTest(parameterized.TestCase):
+  """CPUs draw what GPUs draw: the same frames, completions included."""
+
+  @parameterized.parameters((10, 4), (4, 4), (64, 40), (7, 2), (300, 5))
+  def test_equals_lapack(self, dim, rank):
+    a = jax.random.normal(jax.random.key(dim), (5, dim, rank))
+    # Second columns that depend on the first ones, in some entries.
+    a = a.at[:2, :, 1].set(-a[:2, :, 0])
+    keys = jax.random.split(jax.random.key(1), 5)
+    is_square = 4 * rank > dim
+    lapack = sketches._by_householder if is_square else sketches._by_cholesky
+    found = jax.jit(sketches.orthonormalize)(a, keys)
+    expected = jax.jit(lapack)(a, keys)
+    # Some hundred roundings of numbers below 1 in float32.
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+  @parameterized.parameters('gaussian', 'rademacher', 'srht')
+  def test_no_call_of_lapack(self, name):
+    sketch = sketches.by_name(name)
+    draw = jax.vmap(lambda key: sketch.bases(key[None], 10, 4, jnp.float32))
+    keys = jax.random.split(jax.random.key(0), 3)
+    text = jax.jit(draw).lower(keys).compile().as_text()
+    self.assertNotIn('lapack', text)
