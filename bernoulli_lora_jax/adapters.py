@@ -351,7 +351,7 @@ def _start_specs(
 ) -> AdapterState:
   """Returns how a new state is placed: remainders as their weights, else whole."""
   leaves = jax.tree.leaves(params, is_leaf=inject.is_quantized)
-  remainders = {}
+  remainders: dict[str, Any] = {}
   if policy.rounding == 'compensated':
     for one in found:
       m = one.matrix
@@ -359,7 +359,7 @@ def _start_specs(
       spec += [None] * (len(m.shape) - len(spec))
       ends = (*m.axes.batch, m.axes.left[0], m.axes.right[0])
       remainders[m.path] = sharded.Spec(*(spec[axis] for axis in ends))
-  same = sharded.Spec()
+  same: Any = sharded.Spec()
   return AdapterState((), same, same, same, remainders, same, same)
 
 

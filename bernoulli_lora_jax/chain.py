@@ -190,6 +190,7 @@ def scale_by_bernoulli_chain(
 
   def begin(inner_state, count, found):
     """Returns the state of `inner`, restarted where a link starts."""
+    assert inner_tx is not None
     zeros = links_lib.zero_factors(found, rank, prob)
     rule = restart or functools.partial(restart_lib.restart, trained=zeros)
     return jax.tree.map(
@@ -500,8 +501,8 @@ def _check_sign(name: str, tx: optax.GradientTransformation) -> None:
   with jax.ensure_compile_time_eval():
     try:
       update = optax.with_extra_args_support(tx).update
-      moved = update(gradient, tx.init(gradient), gradient)[0]['w']
-      descends = bool(jnp.sum(moved) < 0)
+      moved: Any = update(gradient, tx.init(gradient), gradient)[0]
+      descends = bool(jnp.sum(moved['w']) < 0)
     except Exception:  # It wants a tree, arguments or values not known here.
       return
   if descends:

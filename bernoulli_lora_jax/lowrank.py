@@ -102,7 +102,7 @@ class LowRank:
         *self.factors,
         out_sharding=sharded.explicit(self.base),
     )
-    wide = jnp.promote_types(self.base.dtype, change.dtype)
+    wide = max(self.base.dtype, change.dtype, key=lambda dtype: dtype.itemsize)
     total = self.base.astype(wide) + change.astype(wide)
     return total.astype(self.base.dtype)
 

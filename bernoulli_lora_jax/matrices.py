@@ -214,7 +214,7 @@ def path_names(paths: Sequence[Sequence[Any]]) -> list[str]:
   owners = dict(zip(names, paths, strict=True))
   for path, own in zip(paths, names, strict=True):
     if owners[own] is not path:
-      keys = map(jax.tree_util.keystr, (path, owners[own]))
+      keys = [jax.tree_util.keystr(tuple(p)) for p in (path, owners[own])]
       raise ValueError(
           f'Expected leaves with names of their own, got {" and ".join(keys)}'
           f' with the same name, {own}.'

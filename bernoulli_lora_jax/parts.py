@@ -137,12 +137,15 @@ def accumulate(
       weights = jax.lax.psum(weights, axis_name)
     outs = []
     for kind, shape, s, row in zip(kinds, flat, sums, rows, strict=True):
+      out: Any = s
       if isinstance(kind, int):
+        assert row is not None
         out = _concatenated(row, kind)
         if axis_name is not None:
           out = jax.lax.all_gather(out, axis_name, axis=kind, tiled=True)
       else:
-        out = s if axis_name is None else _over_devices(kind, s, axis_name)
+        if axis_name is not None:
+          out = _over_devices(kind, out, axis_name)
         if kind == 'mean':
           out = out / jnp.where(weights > 0, weights, 1).astype(out.dtype)
         out = out.astype(shape.dtype)

@@ -245,7 +245,8 @@ def _has_shape(leaf: Any, shapes: set[tuple[int, ...]], flat: Any) -> bool:
 def _nodes(tree: Any) -> list[Any]:
   """Returns all nodes of a tree, leaves included."""
   found: list[Any] = []
-  jax.tree.leaves(tree, is_leaf=lambda node: found.append(node))
+  # Told of every node, it takes none for a leaf.
+  jax.tree.leaves(tree, is_leaf=lambda node: bool(found.append(node)))
   return found
 
 

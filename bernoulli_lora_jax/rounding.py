@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 MODES = ('nearest', 'stochastic', 'compensated')
 
@@ -31,8 +32,8 @@ MODES = ('nearest', 'stochastic', 'compensated')
 def nearest(x: jax.Array, dtype: Any) -> jax.Array:
   """Returns x in another dtype, the largest number where that has no infinity."""
   info = jnp.finfo(dtype)
-  has_infinity = bool(jnp.isinf(jnp.asarray(jnp.inf, dtype)))
-  if not has_infinity:
+  infinity = np.float32(np.inf).astype(jnp.dtype(dtype)).astype(np.float32)
+  if not np.isinf(infinity):
     largest = info.max.astype(x.dtype)
     x = jnp.where(jnp.abs(x) > largest, jnp.sign(x) * largest, x)
   return x.astype(dtype)

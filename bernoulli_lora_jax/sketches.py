@@ -525,7 +525,7 @@ def _gram_schmidt(a: jax.Array, keys: jax.Array | None) -> jax.Array:
   Reference: Giraud et al., The loss of orthogonality in the Gram-Schmidt
   orthogonalization process, 2005 (twice is enough).
   """
-  num, dim, rank = a.shape
+  _, dim, rank = a.shape
   tol = min(10 * dim * jnp.finfo(a.dtype).eps, 1e-2)
   product = lambda spec, *x: jnp.einsum(spec, *x, precision=HIGHEST)
   norm = lambda x: jnp.linalg.norm(x, axis=1, keepdims=True)
@@ -545,8 +545,7 @@ def _gram_schmidt(a: jax.Array, keys: jax.Array | None) -> jax.Array:
     y = rest(y / norm(y), q)
     return jax.lax.dynamic_update_index_in_dim(q, y / norm(y), j, 2)
 
-  zeros = jnp.zeros((num, dim, rank), a.dtype)
-  return jax.lax.fori_loop(0, rank, column, zeros)
+  return jax.lax.fori_loop(0, rank, column, _filled(a, 0))
 
 
 def _by_reflections(a: jax.Array, keys: jax.Array | None) -> jax.Array:
@@ -571,13 +570,18 @@ def _by_reflections(a: jax.Array, keys: jax.Array | None) -> jax.Array:
     vectors = jax.lax.dynamic_update_index_in_dim(vectors, v, j, 2)
     return reflect(r, v), vectors
 
-  r, vectors = jax.lax.fori_loop(0, rank, reduce, (a, jnp.zeros_like(a)))
+  r, vectors = jax.lax.fori_loop(0, rank, reduce, (a, _filled(a, 0)))
   column = lambda j: jax.lax.dynamic_index_in_dim(
       vectors, rank - 1 - j, 2, keepdims=False
   )
-  eyes = jnp.broadcast_to(jnp.eye(dim, rank, dtype=a.dtype), a.shape)
+  eyes = _filled(a, jnp.eye(dim, rank, dtype=a.dtype)[None])
   q = jax.lax.fori_loop(0, rank, lambda j, q: reflect(q, column(j)), eyes)
   return q if keys is None else _completed(q, r, a, keys)
+
+
+def _filled(a: jax.Array, value: Any) -> jax.Array:
+  """Returns a value in the shape of `a`, and of its type under `shard_map`."""
+  return jnp.where(a == a, value, jnp.zeros_like(a))
 
 
 def _by_cholesky(a: jax.Array, keys: jax.Array | None) -> jax.Array:

@@ -1088,7 +1088,7 @@ class RunsTest(X64TestCase):
   @parameterized.parameters(
       ('config.json', '{"a": ', 'Expected JSON in .*config.json, got'),
       ('metrics.jsonl', '{}\nx', 'Expected JSON in .*metrics.jsonl, line 2'),
-      ('summary.json', '[]', 'Expected a summary with step, got'),
+      ('summary.json', '[]', 'Expected a mapping in .*summary.json, got'),
       ('summary.json', '{}', 'Expected a summary with step, got'),
   )
   def test_files_that_are_spoilt(self, name, text, message):

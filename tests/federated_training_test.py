@@ -171,14 +171,14 @@ class RunTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(
-      ('federated.partition', 'random', "'iid', 'dirichlet' or 'group'"),
+      ('federated.partition', 'random', "'iid', 'dirichlet', 'group'"),
       ('federated.partition', 'group', r"\['group'\] of digits"),
-      ('federated.weights', 'equal', "'size' or 'uniform'"),
-      ('federated.compressor', 'zip', 'federated.compressor: Expected'),
-      ('federated.argument', 0.5, 'federated.compressor: .*whole number'),
+      ('federated.weights', 'equal', "'size', 'uniform'"),
+      ('federated.compressor', 'zip', 'federated.compressor in'),
+      ('federated.argument', 0.5, 'federated.compressor a whole number'),
       ('federated.cohort', 5, r'federated.cohort in \[1, 4\]'),
       ('federated.num_clients', 10**6, r'federated.num_clients in \[0, 549\]'),
-      ('federated.num_clients', -1, r'federated.num_clients in \[0, 549\]'),
+      ('federated.num_clients', -1, 'federated.num_clients >= 0'),
       ('method.estimator', 'sgd', 'fedavg in federated runs'),
       ('training.plateau_patience', 2, 'plateau_patience=0'),
       ('training.recipe', True, 'training.recipe=False in federated'),

@@ -381,7 +381,7 @@ class ConfigTest(parameterized.TestCase):
     with config.ignore_type():
       config.task.num_rows = num_rows
     if shape is None:
-      message = f'task.dim.*dim={dim}, num_rows={num_rows}'
+      message = f'task.dim.*dim={dim}, num_rows={num_rows}|num_rows >= 1'
       with self.assertRaisesRegex(ValueError, message):
         arguments.make_task(config)
     else:

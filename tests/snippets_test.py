@@ -255,7 +255,7 @@ def nnx_model(_):
   x = batch['x'][:, 0]
   return {
       'qwix': pytest.importorskip('qwix'),
-      'model': Model(nnx.Rngs(0)),
+      'nnx_model': Model(nnx.Rngs(0)),
       'x': x,
       'batch': {**batch, 'x': x},
   }

@@ -223,7 +223,8 @@ def counted(steps: Steps, is_full: bool | jax.Array) -> Steps:
 
 def data_passes_of(steps: Steps, small_cost: float | jax.Array) -> jax.Array:
   """Returns the data passes of some steps, shape ()."""
-  return (steps.full + steps.small * small_cost).astype(jnp.result_type(float))
+  passes = steps.full + steps.small * small_cost
+  return jnp.asarray(passes, jnp.result_type(float))
 
 
 def adapter_method(
