@@ -490,6 +490,7 @@ def _srht(key, dim, rank, dtype):
   return signs * (1 - 2 * parity).astype(dtype) / jnp.sqrt(dim).astype(dtype)
 
 
+@jax.jit  # Compiled once a shape where updates are called eagerly.
 def orthonormalize(a: jax.Array, keys: jax.Array | None) -> jax.Array:
   """Returns frames of range(a), shape (b, dim, rank).
 

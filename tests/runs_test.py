@@ -73,6 +73,7 @@ class LockTest(parameterized.TestCase):
     then = time.time() - age
     os.utime(path, (then, then))
 
+  @pytest.mark.slow
   def test_a_second_process_is_refused_and_a_killed_one_lets_go(self):
     context = multiprocessing.get_context('spawn')
     ready, end = context.Event(), context.Event()

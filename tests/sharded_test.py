@@ -155,6 +155,7 @@ class ShardedTest(parameterized.TestCase):
     self.check(name, layout, kind)
 
   @parameterized.parameters('rows', 'columns')
+  @pytest.mark.slow
   def test_what_else_takes_weights(self, layout):
     params, loss = dense()
     mesh = mesh_of('Explicit')
