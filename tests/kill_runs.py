@@ -4,8 +4,8 @@
 
 The run is Bernoulli-LoRA on digits with dropout, minibatches in two parts, bfloat16
 weights and stochastic rounding at merges, a checkpoint every few steps. Signals in
-turn: KILL, TERM, INT; moments at random, of which each third waits for a checkpoint,
-a metrics line or the summary to be half there. In the end the last checkpoint must
+turn: KILL, TERM, INT; moments at random, some of them while a checkpoint or a line of
+metrics is being written. In the end the last checkpoint must
 hold the bits of the unbroken run's, metrics.jsonl must be equal, and summary.json
 but for times and memory. A process that was ended by TERM or INT must say so in one
 line and exit 143 or 130.

@@ -2,9 +2,11 @@
 
 from absl.testing import parameterized
 import chex
+import few_threads
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from bernoulli_lora_jax import chain
 from bernoulli_lora_jax import sketches
@@ -581,3 +583,26 @@ class WithoutLapackTest(parameterized.TestCase):
     keys = jax.random.split(jax.random.key(0), 3)
     text = jax.jit(draw).lower(keys).compile().as_text()
     self.assertNotIn('custom_call_target="lapack', text)
+
+  @parameterized.parameters(1, 2, 3)
+  @pytest.mark.slow
+  def test_many_chains_on_few_threads(self, threads):
+    self.assertEqual(few_threads.run(threads, 60, 2000, timeout=300), 60)
+
+  def test_wide_frames_are_drawn_one_after_another(self):
+    """Beyond THIN columns LAPACK is called, each time behind the last one."""
+    tree = {'a': jnp.ones((300, 290)), 'b': jnp.ones((280, 270))}
+    tx = chain.scale_by_bernoulli_chain(
+        jax.random.key(0), rank=sketches.THIN + 1, prob=1.0
+    )
+    state = tx.init(tree)
+    apart = [
+        chain.scale_by_bernoulli_chain(
+            jax.random.key(0), rank=sketches.THIN + 1, prob=1.0
+        ).update({name: leaf}, state)[0][name]
+        for name, leaf in tree.items()
+    ]
+    together = tx.update(tree, state)[0]
+    chex.assert_trees_all_close(
+        [together['a'], together['b']], apart, atol=1e-5
+    )
