@@ -16,6 +16,7 @@ import pytest
 
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
+from bernoulli_lora_jax.training import cli
 from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import loop
@@ -537,3 +538,25 @@ class ResumeTest(parameterized.TestCase):
     )
     self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
     self.assertIn('0 faults', result.stdout)
+
+
+class InterruptTest(parameterized.TestCase):
+
+  def test_from_within_a_compilation(self):
+    """jax turns an interrupt of its callbacks into an error of its own."""
+    message = (
+        'Exception raised in callback: Traceback\n  ...\nKeyboardInterrupt: '
+    )
+
+    def main(argv):
+      raise RuntimeError(message)
+
+    with self.assertRaises(SystemExit) as caught:
+      cli.guarded(main, [''])
+    self.assertEqual(caught.exception.code, 130)
+
+    def other(argv):
+      raise RuntimeError('something else')
+
+    with self.assertRaisesRegex(RuntimeError, 'something else'):
+      cli.guarded(other, [''])

@@ -51,7 +51,12 @@ def guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
   ) as e:
     logging.debug('Traceback:', exc_info=True)
     raise SystemExit(f'{type(e).__name__}: {_line(e)}') from e
-  except KeyboardInterrupt:  # Where nothing has begun that could be saved.
+  except BaseException as e:
+    # Where nothing has begun that could be saved; from within a compilation it
+    # comes as an error of jax's own, with the traceback in its message.
+    is_interrupt = isinstance(e, KeyboardInterrupt)
+    if not (is_interrupt or str(e).rstrip().endswith('KeyboardInterrupt:')):
+      raise
     print('Ended by SIGINT.', file=sys.stderr)
     raise SystemExit(130) from None
 

@@ -337,10 +337,12 @@ def _train(
 ) -> dict[str, Any]:
   """Trains and writes the summary, of a diverged run too; returns it."""
   key = jax.random.key(seed)
-  state = program.start(key)
-  best = make_params(program.task)(key)
-  progress, base = Progress(0, 0, math.inf, 0, 0, 0.0), best
   with contextlib.ExitStack() as stack:
+    # First: an interrupt within a compilation would end in jax's own errors.
+    terminated = stack.enter_context(_catch_signals())
+    state = program.start(key)
+    best = make_params(program.task)(key)
+    progress, base = Progress(0, 0, math.inf, 0, 0, 0.0), best
     saver = stack.enter_context(
         checkpoint.Checkpointer(workdir, program.settings.max_to_keep)
     )
@@ -351,7 +353,6 @@ def _train(
     # Of fewer steps: the run is not finished any more.
     (workdir / 'summary.json').unlink(missing_ok=True)
     log = stack.enter_context(metrics_log.MetricsLog(workdir, progress.step))
-    terminated = stack.enter_context(_catch_signals())
     bar = stack.enter_context(
         tqdm.tqdm(
             total=program.settings.num_steps,
