@@ -36,7 +36,6 @@ import jax
 import jax.numpy as jnp
 
 from bernoulli_lora_jax import matrices
-from bernoulli_lora_jax import sketches
 
 Payload = dict[str, jax.Array]
 Shape = tuple[int, ...]
@@ -584,8 +583,4 @@ def _norm(x: jax.Array) -> jax.Array:
 
 def _orthonormal(x: jax.Array) -> jax.Array:
   """Returns an orthonormal basis of at least the range, (..., m, r)."""
-  *batch, m, r = x.shape
-  flat = x.reshape(-1, m, r)
-  # Keys complete what is deficient: the same for all, and a zero matrix has one.
-  keys = jnp.broadcast_to(jax.random.key(0), flat.shape[:1])
-  return sketches.orthonormalize(flat, keys).reshape(*batch, m, r)
+  return jnp.linalg.qr(x)[0]

@@ -49,6 +49,7 @@ from bernoulli_lora_jax import clients as clients_lib
 from bernoulli_lora_jax import compressors
 from bernoulli_lora_jax import estimators
 from bernoulli_lora_jax import matrices
+from bernoulli_lora_jax import sketches
 
 # Purposes folded into a round's key; 2: clients.py.
 _COIN, _COMPRESSOR = range(2)
@@ -107,9 +108,11 @@ def send(
   Returns:
     ({path: payload}, {path: state}).
   """
-  payloads, states = {}, {}
+  payloads, states, last = {}, {}, {}
   for path, leaf in _leaves(tree, concatenate).items():
     leaf_key = jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
+    if 'basis' in last:  # One factorisation after another.
+      leaf = sketches.behind(leaf, last['basis'])
     with _naming(path):
       if compressor.init is None:
         payloads[path] = compressor.encode(leaf_key, leaf)
@@ -117,6 +120,7 @@ def send(
         payloads[path], states[path] = compressor.encode(
             leaf_key, leaf, memory[path]
         )
+    last = payloads[path]
   return payloads, states or ()
 
 

@@ -167,8 +167,7 @@ def _draw_bases(
         keys[places]
     )
     stacked = draw(frame_keys, dim, rank, dtype)
-    if rank > sketches.THIN:  # One call of LAPACK after another.
-      keys = _behind(keys, stacked)
+    keys = sketches.behind(keys, stacked)  # One factorisation after another.
     offset = 0
     for i in members:
       size = int(starts[i + 1] - starts[i])
@@ -178,15 +177,6 @@ def _draw_bases(
         if length == dim:
           drawn[i, side] = part
   return drawn
-
-
-def _behind(keys: jax.Array, drawn: jax.Array) -> jax.Array:
-  """Returns keys that a program cannot read before something else is drawn."""
-  if not jnp.issubdtype(drawn.dtype, jnp.floating):
-    return keys
-  zero = (0 * drawn.reshape(-1)[0]).astype(jnp.uint32)
-  data = jax.random.key_data(keys)
-  return jax.random.wrap_key_data(data + zero, impl=jax.random.key_impl(keys))
 
 
 def compress(link: Link, g: jax.Array) -> dict[str, jax.Array]:

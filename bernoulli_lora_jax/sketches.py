@@ -19,7 +19,6 @@ systematic sampling II, 1949 (weighted_coordinate).
 
 from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any, TypeGuard
 
 import jax
@@ -30,7 +29,6 @@ from bernoulli_lora_jax import matrices
 
 HIGHEST = jax.lax.Precision.HIGHEST
 _BLOCK = 256  # Rows whose products are summed at once.
-THIN = 64  # Most columns that CPUs orthonormalise without LAPACK.
 
 Sampler = Callable[[jax.Array, int, int, Any], jax.Array]
 Weights = Callable[[int], np.typing.ArrayLike] | float
@@ -490,17 +488,13 @@ def _srht(key, dim, rank, dtype):
   return signs * (1 - 2 * parity).astype(dtype) / jnp.sqrt(dim).astype(dtype)
 
 
-@jax.jit  # Compiled once a shape where updates are called eagerly.
 def orthonormalize(a: jax.Array, keys: jax.Array | None) -> jax.Array:
   """Returns frames of range(a), shape (b, dim, rank).
 
-  The triangular factor's diagonal is positive for 4 rank <= dim (Cholesky-QR) and
-  has Householder's signs near square, where Cholesky-QR breaks down. Columns that
-  depend on earlier ones are replaced by Gaussian ones.
-
-  On CPUs thin factors are orthonormalised without LAPACK: several batched calls of
-  it in one program wait for each other in the threads of jax's runtime, for ever
-  where there are as many calls as threads (seen on jax 0.10 with two cores).
+  On CPUs several batched calls of LAPACK at once wait for each other in the threads
+  of jax's runtime, for ever where there are as many calls as threads (jax 0.10, two
+  cores). So they are made one after another: here, and by `behind` wherever a
+  program has several frames to make.
 
   Args:
     a: (b, dim, rank).
@@ -508,117 +502,41 @@ def orthonormalize(a: jax.Array, keys: jax.Array | None) -> jax.Array:
       when there are none.
   """
   _, dim, rank = a.shape
-  is_square = 4 * rank > dim
-  if rank > THIN:
-    return (_by_householder if is_square else _by_cholesky)(a, keys)
-  by_lapack = _by_householder if is_square else _by_cholesky
-  by_columns = _by_reflections if is_square else _gram_schmidt
-  return jax.lax.platform_dependent(
-      a,
-      cpu=functools.partial(by_columns, keys=keys),
-      default=functools.partial(by_lapack, keys=keys),
-  )
-
-
-def _gram_schmidt(a: jax.Array, keys: jax.Array | None) -> jax.Array:
-  """Returns frames of range(a), column by column, each projected twice.
-
-  Reference: Giraud et al., The loss of orthogonality in the Gram-Schmidt
-  orthogonalization process, 2005 (twice is enough).
-  """
-  _, dim, rank = a.shape
-  tol = min(10 * dim * jnp.finfo(a.dtype).eps, 1e-2)
-  product = lambda spec, *x: jnp.einsum(spec, *x, precision=HIGHEST)
-  norm = lambda x: jnp.linalg.norm(x, axis=1, keepdims=True)
-  draw = lambda key: jax.random.normal(key, (dim,), a.dtype)
-
-  def rest(x, q):
-    for _ in range(2):
-      x = x - product('bdr,br->bd', q, product('bdr,bd->br', q, x))
-    return x
-
-  def column(j, q):
-    x = jax.lax.dynamic_index_in_dim(a, j, 2, keepdims=False)
-    y = rest(x, q)
-    if keys is not None:
-      fresh = jax.vmap(lambda key: draw(jax.random.fold_in(key, j)))(keys)
-      y = jnp.where(norm(y) > tol * norm(x), y, rest(fresh, q))
-    y = rest(y / norm(y), q)
-    return jax.lax.dynamic_update_index_in_dim(q, y / norm(y), j, 2)
-
-  return jax.lax.fori_loop(0, rank, column, _filled(a, 0))
-
-
-def _by_reflections(a: jax.Array, keys: jax.Array | None) -> jax.Array:
-  """Returns what `_by_householder` does, with LAPACK's signs but not LAPACK."""
-  _, dim, rank = a.shape
-  places = jnp.arange(dim)[None]
-  product = lambda spec, *x: jnp.einsum(spec, *x, precision=HIGHEST)
-
-  def reflect(x, v):
-    return x - 2 * product('bd,br->bdr', v, product('bd,bdr->br', v, x))
-
-  def reduce(j, carry):
-    r, vectors = carry
-    x = jax.lax.dynamic_index_in_dim(r, j, 2, keepdims=False)
-    x = jnp.where(places >= j, x, 0)
-    below = jnp.max(jnp.where(places > j, jnp.abs(x), 0), 1, keepdims=True)
-    head = jnp.sum(jnp.where(places == j, x, 0), 1, keepdims=True)
-    norm = jnp.linalg.norm(x, axis=1, keepdims=True)
-    v = jnp.where(places == j, head + jnp.where(head < 0, -norm, norm), x)
-    size = jnp.linalg.norm(v, axis=1, keepdims=True)
-    v = jnp.where(below > 0, v / jnp.where(size > 0, size, 1), 0)
-    vectors = jax.lax.dynamic_update_index_in_dim(vectors, v, j, 2)
-    return reflect(r, v), vectors
-
-  r, vectors = jax.lax.fori_loop(0, rank, reduce, (a, _filled(a, 0)))
-  column = lambda j: jax.lax.dynamic_index_in_dim(
-      vectors, rank - 1 - j, 2, keepdims=False
-  )
-  eyes = _filled(a, jnp.eye(dim, rank, dtype=a.dtype)[None])
-  q = jax.lax.fori_loop(0, rank, lambda j, q: reflect(q, column(j)), eyes)
-  return q if keys is None else _completed(q, r, a, keys)
-
-
-def _filled(a: jax.Array, value: Any) -> jax.Array:
-  """Returns a value in the shape of `a`, and of its type under `shard_map`."""
-  return jnp.where(a == a, value, jnp.zeros_like(a))
-
-
-def _by_cholesky(a: jax.Array, keys: jax.Array | None) -> jax.Array:
-  """Returns frames of range(a) by Cholesky-QR, twice."""
+  if 4 * rank > dim:  # Cholesky-QR breaks down near square.
+    return _householder_qr(a, keys)
   first, _ = _cholesky_qr(a)
   second, gram = _cholesky_qr(first)
   if keys is None:
     return second
   # The second pass reaches rounding when the first was within 0.1; NaN is not.
   is_good = jnp.all(jnp.abs(gram - _eyes(gram)) < 0.1, axis=(1, 2))
-  return _where_good(is_good, second, a, keys)
-
-
-def _by_householder(a: jax.Array, keys: jax.Array | None) -> jax.Array:
-  """Returns Q of A = Q R."""
-  q, r = jnp.linalg.qr(a)
-  return q if keys is None else _completed(q, r, a, keys)
-
-
-def _completed(
-    q: jax.Array, r: jax.Array, a: jax.Array, keys: jax.Array
-) -> jax.Array:
-  """Returns Q where A = Q R has full rank, else a frame that contains its range."""
-  eps = a.shape[1] * jnp.finfo(a.dtype).eps
-  residuals = jnp.abs(jnp.diagonal(r, axis1=1, axis2=2))
-  is_good = jnp.all(residuals > 100 * eps * jnp.linalg.norm(a, axis=1), axis=1)
-  return _where_good(is_good, q, a, keys)
-
-
-def _where_good(
-    is_good: jax.Array, q: jax.Array, a: jax.Array, keys: jax.Array
-) -> jax.Array:
-  by_columns = lambda: jnp.where(
-      is_good[:, None, None], q, _gram_schmidt(a, keys)
+  return jax.lax.cond(
+      jnp.all(is_good),
+      lambda: second,
+      lambda: jnp.where(
+          is_good[:, None, None],
+          second,
+          _householder_qr(behind(a, second), keys),
+      ),
   )
-  return jax.lax.cond(jnp.all(is_good), lambda: q, by_columns)
+
+
+def behind(x: jax.Array, made: jax.Array) -> jax.Array:
+  """Returns x, which a program cannot read before something else is made.
+
+  Args:
+    x: an array of floating point, or typed keys.
+    made: an array; one that is not of floating point took no LAPACK.
+  """
+  if not (jnp.issubdtype(made.dtype, jnp.floating) and made.size):
+    return x
+  first = made.reshape(-1)[0]
+  zero = jnp.where(jnp.isfinite(first), 0 * first, 0)  # No compiler drops it.
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    data = jax.random.key_data(x)
+    impl = jax.random.key_impl(x)
+    return jax.random.wrap_key_data(data + zero.astype(data.dtype), impl=impl)
+  return x + zero.astype(x.dtype)
 
 
 def _cholesky_qr(a: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -649,3 +567,32 @@ def _gram(a: jax.Array) -> jax.Array:
 
 def _eyes(gram: jax.Array) -> jax.Array:
   return jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+
+
+def _householder_qr(a: jax.Array, keys: jax.Array | None) -> jax.Array:
+  """Returns Q of A = Q R; deficient entries are completed at random."""
+  q, r = jnp.linalg.qr(a)
+  if keys is None:
+    return q
+  eps = a.shape[1] * jnp.finfo(a.dtype).eps
+  residuals = jnp.abs(jnp.diagonal(r, axis1=1, axis2=2))
+  norms = jnp.linalg.norm(a, axis=1)
+  # Generous: `_complete` judges by singular values.
+  is_good = jnp.all(residuals > 100 * eps * norms, axis=1)
+  return jax.lax.cond(
+      jnp.all(is_good),
+      lambda: q,
+      lambda: jnp.where(
+          is_good[:, None, None], q, _complete(behind(a, q), keys)
+      ),
+  )
+
+
+def _complete(a: jax.Array, keys: jax.Array) -> jax.Array:
+  """Returns frames that contain range(A), the rest of them Gaussian."""
+  _, dim, rank = a.shape
+  u, s, _ = jnp.linalg.svd(a, full_matrices=False)  # Singular values fall.
+  is_free = s > 10 * dim * jnp.finfo(a.dtype).eps * s[:, :1]
+  draw = lambda key: _gaussian(jax.random.fold_in(key, 1), dim, rank, a.dtype)
+  fresh = jax.vmap(draw)(keys)
+  return jnp.linalg.qr(jnp.where(is_free[:, None, :], u, fresh))[0]

@@ -103,7 +103,7 @@ class FrameTest(parameterized.TestCase):
     self.assertEqual(frame(jnp.float16).dtype, jnp.float32)
 
   @parameterized.parameters(
-      ('gaussian', 4), ('rademacher', 4), ('rademacher', 16), ('gaussian', 32)
+      ('gaussian', 4), ('rademacher', 4), ('rademacher', 16), ('gaussian', 64)
   )
   def test_ten_thousand_square_draws_without_nan(self, name, dim):
     sketch = SKETCHES[name]
@@ -560,45 +560,21 @@ class ValuesTest(parameterized.TestCase):
     self.assertEqual(step._cache_size(), 1)
 
 
-class WithoutLapackTest(parameterized.TestCase):
-  """CPUs draw what GPUs draw: the same frames, completions included."""
-
-  @parameterized.parameters((10, 4), (4, 4), (64, 40), (7, 2), (300, 5))
-  def test_equals_lapack(self, dim, rank):
-    a = jax.random.normal(jax.random.key(dim), (5, dim, rank))
-    # Second columns that depend on the first ones, in some entries.
-    a = a.at[:2, :, 1].set(-a[:2, :, 0])
-    keys = jax.random.split(jax.random.key(1), 5)
-    is_square = 4 * rank > dim
-    lapack = sketches._by_householder if is_square else sketches._by_cholesky
-    found = jax.jit(sketches.orthonormalize)(a, keys)
-    expected = jax.jit(lapack)(a, keys)
-    # Some hundred roundings of numbers below 1 in float32.
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-  @parameterized.parameters('gaussian', 'rademacher', 'srht')
-  def test_no_call_of_lapack(self, name):
-    sketch = sketches.by_name(name)
-    draw = jax.vmap(lambda key: sketch.bases(key[None], 10, 4, jnp.float32))
-    keys = jax.random.split(jax.random.key(0), 3)
-    text = jax.jit(draw).lower(keys).compile().as_text()
-    self.assertNotIn('custom_call_target="lapack', text)
+class FewThreadsTest(parameterized.TestCase):
+  """Factorisations of one program follow each other."""
 
   @parameterized.parameters(1, 2, 3)
   @pytest.mark.slow
   def test_many_chains_on_few_threads(self, threads):
     self.assertEqual(few_threads.run(threads, 60, 2000, timeout=300), 60)
 
-  def test_wide_frames_are_drawn_one_after_another(self):
-    """Beyond THIN columns LAPACK is called, each time behind the last one."""
+  def test_order_changes_no_draw(self):
     tree = {'a': jnp.ones((300, 290)), 'b': jnp.ones((280, 270))}
-    tx = chain.scale_by_bernoulli_chain(
-        jax.random.key(0), rank=sketches.THIN + 1, prob=1.0
-    )
+    tx = chain.scale_by_bernoulli_chain(jax.random.key(0), rank=65, prob=1.0)
     state = tx.init(tree)
     apart = [
         chain.scale_by_bernoulli_chain(
-            jax.random.key(0), rank=sketches.THIN + 1, prob=1.0
+            jax.random.key(0), rank=65, prob=1.0
         ).update({name: leaf}, state)[0][name]
         for name, leaf in tree.items()
     ]
