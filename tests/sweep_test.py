@@ -26,6 +26,7 @@ from bernoulli_lora_jax.training import together
 def small_config(**overrides):
   """Bernoulli-LoRA adapters on digits: 24 steps, links of 5, dropout on."""
   config = base_config.get_config()
+  config.training.eval_gradient = True
   config.task.hidden = (16,)
   config.task.pretrain_epochs = 1
   config.task.dropout = 0.2
@@ -179,7 +180,9 @@ class TogetherTest(parameterized.TestCase):
     )
     keys = jnp.stack([jax.random.key(0), jax.random.key(1)])
     hyper = {'prob': jnp.array([0.5, 0.5])}
-    states = together._shared_count(jax.vmap(parts.start)(keys, hyper), False)
+    states = together._shared_count(
+        jax.vmap(lambda *args: parts.start(*args, None))(keys, hyper), False
+    )
     axes = together._axes(states)
     params = jax.vmap(task.init)(keys)
     f = parts.mapped(parts.steps, (axes, 0, 0, 0, 0, None, None), (axes, 0, 0))
@@ -206,7 +209,8 @@ class TogetherTest(parameterized.TestCase):
         data={'train': {'x': x, 'index': jnp.arange(size)}},
         loss=loss,
         batch=task_lib.uniform_batch(2),
-        evaluate=lambda params, data, split: {'loss': jnp.zeros([])},
+        metrics=lambda params, data, split: {'loss': jnp.zeros([])},
+        sampling='replacement',
         num_samples=size,
         batch_size=2,
     )
@@ -366,8 +370,8 @@ class AdapterRunTest(parameterized.TestCase):
     program = experiment.make_program(config)
     states = []
 
-    def watched(state, key, start, num):
-      run = program.prepare(state, key, start, num)
+    def watched(*args):
+      run = program.prepare(*args)
 
       def keeping(*args):
         state, metrics = run(*args)
@@ -376,10 +380,10 @@ class AdapterRunTest(parameterized.TestCase):
 
       return keeping
 
-    def interrupted(state, key, start, num):
+    def interrupted(state, key, start, *rest):
       if start >= 16:
         raise KeyboardInterrupt
-      return program.prepare(state, key, start, num)
+      return program.prepare(state, key, start, *rest)
 
     watching = program._replace(prepare=watched)
     experiment.train(config, self.tmp / 'whole', watching)

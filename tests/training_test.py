@@ -36,6 +36,7 @@ _ROOT = pathlib.Path(__file__).parent.parent
 def small_config(**overrides):
   """Digits with a small network; 24 steps, dropout on."""
   config = base_config.get_config()
+  config.training.eval_gradient = True
   config.task.hidden = (16,)
   config.task.pretrain_epochs = 1
   config.task.dropout = 0.2
@@ -47,34 +48,24 @@ def small_config(**overrides):
   return experiment.apply_overrides(config, names)
 
 
-_STATES = {}  # By config: making one takes longer than restoring it.
+_PROGRAMS = {}  # By config: making one takes longer than restoring a state.
 
 
 def first_state(config):
-  """Returns a state of a config's method."""
+  """Returns the program of a config and its state at step 0."""
   name = str(config.to_dict())
-  if name not in _STATES:
+  if name not in _PROGRAMS:
     program = experiment.make_program(config)
-    _STATES[name] = program.method.init(
-        jax.random.key(0), program.task.init(jax.random.key(0))
-    )
-  return _STATES[name]
+    _PROGRAMS[name] = program, program.start(jax.random.key(config.seed))
+  return _PROGRAMS[name]
 
 
 def final_params(directory, config):
   """Returns the params of the newest checkpoint as NumPy arrays."""
-  state = first_state(config)
-  with checkpoint.Checkpointer(directory) as saver:
-    tree = saver.restore(
-        {
-            'method': state,
-            'best': state.params,
-            'progress': jax.tree.map(
-                jnp.asarray, loop.Progress(0, 0, 0.0, 0, 0, 0.0)._asdict()
-            ),
-        }
-    )
-  return jax.tree.map(np.asarray, tree['method'].params)
+  program, state = first_state(config)
+  with loop.open_checkpoints(program, directory, state) as saver:
+    state, _, _ = loop.restore(saver, program, state, state.params)
+  return jax.tree.map(np.asarray, state.params)
 
 
 class GradientMethodTest(parameterized.TestCase):
@@ -266,10 +257,10 @@ class LoopTest(parameterized.TestCase):
     program = experiment.make_program(config)
     experiment.train(config, self.tmp / 'whole', program)
 
-    def interrupted(state, key, start, num):
+    def interrupted(state, key, start, *rest):
       if start >= 16:
         raise KeyboardInterrupt
-      return program.prepare(state, key, start, num)
+      return program.prepare(state, key, start, *rest)
 
     with self.assertRaises(KeyboardInterrupt):
       experiment.train(
