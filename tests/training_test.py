@@ -131,6 +131,36 @@ class GradientMethodTest(parameterized.TestCase):
         self.method('page').passes_per_step, 1 / 6 + 5 / 6 * 0.4
     )
 
+  def test_both_modes_draw_the_same(self):
+    """With links of one plain step they take the same steps."""
+    policy = methods.make_policy('bernoulli', 2, 1, 0.5)
+    both = (
+        methods.gradient_method(
+            self.loss,
+            methods.make_transformation(
+                'bernoulli', 0.1, rank=2, others='freeze'
+            ),
+            estimator='sgd',
+            num_samples=10,
+            batch_size=2,
+        ),
+        methods.adapter_method(
+            self.loss,
+            policy,
+            optax.sgd(0.1),
+            num_samples=10,
+            batch_size=2,
+            additive=True,
+        ),
+    )
+    found = []
+    for method in both:
+      state = None
+      for _ in range(3):
+        state, _ = self.step(method, state)
+      found.append(method.params(state))
+    chex.assert_trees_all_close(*found, rtol=1e-5)
+
   def test_frozen_leaves_stay(self):
     method = self.method('mvr', trained=lambda p: {'w': True, 'bias': False})
     state, _ = self.step(method)
