@@ -36,7 +36,3 @@ class DataTest(parameterized.TestCase):
           if word not in ('k', 'or', 'and', 'not'):
             # One of a parameterised test ends with its number.
             self.assertIn(re.sub(r'\d+$', '', word), text)
-
-
-if __name__ == '__main__':
-  parameterized.absltest.main()
