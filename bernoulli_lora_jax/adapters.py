@@ -25,10 +25,12 @@ arXiv 2508.03820.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import functools
 import math
 import sys
 from typing import Any, NamedTuple
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -76,22 +78,65 @@ class AdapterState(NamedTuple):
   other_states: Any = ()  # {pattern: optimiser's state} of `others`.
 
 
-class Chain(NamedTuple):
-  """A policy with its optimiser, as pure functions."""
+@dataclasses.dataclass(frozen=True)
+class Chain:
+  """A policy with its optimiser: what the functions below do to a state.
+
+  Attributes: see `make_chain`, which makes one.
+  """
 
   policy: ChainPolicy
-  matrices: Matrices | None
-  adapted: Callable[[Any], list[Adapted]]  # (params) -> what is adapted.
-  # (key, params, copy=True) -> state; see `make_chain`.
-  init: Callable[..., AdapterState]
-  # (state, loss, batch, *args, scale=1) -> (state, (value, aux)); see `make_chain`.
-  step: Callable[..., tuple[AdapterState, Any]]
-  # A step's two halves: end the link that is over, if one is; move the factors.
-  begin: Callable[[AdapterState], AdapterState]
-  move: Callable[..., tuple[AdapterState, Any]]
-  params: Callable[[AdapterState], Any]  # (state) -> merged weights.
-  merge: Callable[[AdapterState], AdapterState]  # The same, kept as the base.
-  others: Mapping[str, optax.GradientTransformation] | None = None
+  tx: optax.GradientTransformationExtraArgs
+  matrices: Matrices | None = None
+  num_micro_batches: int = 1
+  average: Callable[[Any], Any] | str | None = None
+  reductions: tuple[tuple[str, str], ...] = ()
+  # (pattern, optimiser) of what trains at full size.
+  other_txs: tuple[tuple[str, optax.GradientTransformationExtraArgs], ...] = ()
+  restart: restart_lib.Restart | None = None
+
+  @property
+  def others(self) -> dict[str, optax.GradientTransformation]:
+    """Returns {pattern: optimiser} of what trains at full size."""
+    return dict(self.other_txs)
+
+  def adapted(self, params: Any) -> list[Adapted]:
+    """Returns what is adapted of params."""
+    return policies.resolve(params, self.policy, self.matrices)
+
+  def init(self, key: jax.Array, params: Any, copy: bool = True):
+    """Returns the state at step 0, see `init`."""
+    return init(self, key, params, copy)
+
+  def step(self, state: AdapterState, loss, batch, *args, scale: Any = 1.0):
+    """Returns (state, (value, aux)) after a step, see `step`."""
+    return step(self, state, loss, batch, *args, scale=scale)
+
+  def begin(self, state: AdapterState) -> AdapterState:
+    """Deprecated: `begin_link`."""
+    _warn('Chain.begin(state)', 'adapters.begin_link(chain, state)')
+    return begin_link(self, state)
+
+  def move(self, state: AdapterState, loss, batch, *args, scale: Any = 1.0):
+    """Deprecated: `move_factors`."""
+    _warn('Chain.move(state, ...)', 'adapters.move_factors(chain, state, ...)')
+    return move_factors(self, state, loss, batch, *args, scale=scale)
+
+  def params(self, state: AdapterState) -> Any:
+    """Returns the merged weights, see `merged_params`."""
+    return merged_params(self, state)
+
+  def merge(self, state: AdapterState) -> AdapterState:
+    """Returns the state with its products in the base, see `merge`."""
+    return merge(self, state)
+
+
+def _warn(old: str, new: str) -> None:
+  warnings.warn(
+      f'{old} is {new} now; the old name goes with the next version.',
+      DeprecationWarning,
+      stacklevel=3,
+  )
 
 
 def make_chain(
@@ -158,192 +203,302 @@ def make_chain(
     Coins are independent over links, matrices and layers, P(left) = prob; a flip
       compiles nothing.
   """
-
   if num_micro_batches < 1:
     raise ValueError(
         'Expected num_micro_batches >= 1, got'
         f' num_micro_batches={num_micro_batches}.'
     )
-  parts.check_reductions(reductions)
-  tx = optax.with_extra_args_support(tx)
-  others = dict(others or {})
-  for pattern in others:
+  reductions = parts.check_reductions(reductions)
+  for pattern in others or {}:
     matrices_lib.check_pattern('a pattern of others', pattern)
-  other_txs = {
-      pattern: optax.with_extra_args_support(one)
-      for pattern, one in others.items()
-  }
-  resolve = functools.partial(
-      policies.resolve, policy=policy, matrices=matrices
+  other_txs = tuple(
+      (pattern, optax.with_extra_args_support(one))
+      for pattern, one in (others or {}).items()
   )
-
-  def init(key, params, copy=True):
-    if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
-      raise TypeError(
-          'Expected a typed key, jax.random.key(seed), got an array of dtype'
-          f' {key.dtype}: wrap it with jax.random.wrap_key_data.'
-      )
-    found = resolve(params)
-    chosen = policies.resolve_others(params, found, tuple(others))
-    _check_base(params, found, chosen, policy)
-    # Copies: a caller may donate the state.
-    base = jax.tree.map(jnp.array if copy else jnp.asarray, params)
-    leaves = _other_leaves(base, chosen)
-    other_states = {p: owned(other_txs[p].init(leaves[p])) for p in others}
-
-    def start(key, unused_base):
-      # Compiled: op by op, frames would round otherwise than in later links.
-      drawn = jax.jit(lambda key: draw_link(key, 0, found, policy))(key)
-      remainders = {}
-      if policy.rounding == 'compensated':
-        for one in found:
-          m = one.matrix
-          remainders[m.path] = jnp.zeros((*m.batch, m.m, m.n), m.dtype)
-      return AdapterState(
-          params=(),
-          factors=drawn.factors,
-          coins=drawn.coins,
-          opt_state=tx.init(trained_pairs(drawn.factors, found)),
-          remainders=remainders,
-          count=jnp.zeros([], jnp.int32),
-          key=jnp.copy(key),
-      )
-
-    state = sharded.automatic(
-        start, key, base, out=lambda: _start_specs(base, found, policy)
-    )
-    # Copies: some optimisers keep what they are given (Prodigy, L-BFGS), and a
-    # buffer cannot be donated twice.
-    state = state._replace(
-        params=base,
-        opt_state=owned(state.opt_state),
-        other_states=other_states or (),
-    )
-    if policy.period and policy.reset_optimizer and restart is None:
-      trained = trained_pairs(state.factors, found)
-      restart_lib.check(tx, state.opt_state, trained)
-    return state
-
-  def placed(function):
-    """Returns state -> state, its leaves placed as they were."""
-    return lambda state: sharded.automatic(
-        function, state, out=lambda: sharded.specs(state)
-    )
-
-  def begin_link(state):
-    """Merges, flips, resamples and restarts."""
-    found = resolve(state.params)
-    state = _merge(state, found, policy)
-    link = state.count // policy.period if policy.resample else 0
-    drawn = draw_link(state.key, link, found, policy)
-    return restarted(
-        state._replace(factors=drawn.factors, coins=drawn.coins), found
-    )
-
-  def restarted(state, found):
-    if not policy.reset_optimizer:
-      return state
-    trained = trained_pairs(state.factors, found)
-    rule = restart or functools.partial(restart_lib.restart, trained=trained)
-    return state._replace(opt_state=rule(tx.init(trained), state.opt_state))
-
-  def begin(state):
-    if policy.period is None:
-      return state
-    is_due = (state.count > 0) & (state.count % policy.period == 0)
-    return jax.lax.cond(is_due, placed(begin_link), lambda s: s, state)
-
-  def move(state, loss, batch, *args, scale=1.0):
-    found = resolve(state.params)
-    trained = trained_pairs(state.factors, found)
-    chosen = policies.resolve_others(state.params, found, tuple(others))
-    rest = _other_leaves(state.params, chosen)
-
-    def value_of(moved, batch, *args):
-      factors = joined(state.factors, moved[0])
-      params = _with_others(state.params, chosen, moved[1])
-      result = loss(params, scaled(factors, found), batch, *args)
-      if type(result) is not tuple or len(result) != 2:
-        raise TypeError(
-            'Expected a loss that returns (scalar, aux), got'
-            f' {type(result).__name__}: return None for aux if there is none.'
-        )
-      return result
-
-    value_and_grad = jax.value_and_grad(value_of, has_aux=True)
-    axis_name = average if isinstance(average, str) else None
-    value_and_grad = parts.accumulate(
-        value_and_grad, num_micro_batches, reductions, axis_name
-    )
-    if callable(average):
-      value_and_grad = parts.averaged(value_and_grad, average)
-    value, (grads, rest_grads) = value_and_grad((trained, rest), batch, *args)
-    state = sharded.automatic(
-        moved_by,
-        state,
-        grads,
-        rest_grads,
-        value[0],
-        jnp.asarray(scale),
-        out=lambda: sharded.specs(state),
-    )
-    return state, value
-
-  def moved_by(state, grads, rest_grads, value, scale):
-    """Returns the state one step along the gradients."""
-    found = resolve(state.params)
-    trained = trained_pairs(state.factors, found)
-    chosen = policies.resolve_others(state.params, found, tuple(others))
-    rest = _other_leaves(state.params, chosen)
-    moves = moving(trained, state.coins)
-    grads = where(moves, grads, jax.tree.map(jnp.zeros_like, grads))
-    updates, opt_state = tx.update(grads, state.opt_state, trained, value=value)
-    moved_rest, other_states = {}, {}
-    for pattern, one in other_txs.items():
-      changes, other_states[pattern] = one.update(
-          rest_grads[pattern],
-          state.other_states[pattern],
-          rest[pattern],
-          value=value,
-      )
-      moved_rest[pattern] = _moved(rest[pattern], changes, scale)
-    if policy.warmup:
-      place = state.count % policy.period if policy.period else state.count
-      scale = scale * jnp.minimum(1.0, (place + 1) / policy.warmup)
-    moved = _moved(trained, updates, scale)
-    return state._replace(
-        params=_with_others(state.params, chosen, moved_rest),
-        other_states=other_states or (),
-        factors=joined(state.factors, where(moves, moved, trained)),
-        opt_state=_keep_frozen(moves, opt_state, state.opt_state),
-        count=optax.safe_increment(state.count),
-    )
-
-  def step(state, loss, batch, *args, scale=1.0):
-    return move(begin(state), loss, batch, *args, scale=scale)
-
-  def merged(state):
-    return _merge(state, resolve(state.params), policy)
-
-  def params(state):
-    return placed(merged)(state).params
-
-  def merge(state):
-    restart_merged = lambda s: restarted(merged(s), resolve(s.params))
-    return placed(restart_merged)(state)
-
   return Chain(
       policy,
+      optax.with_extra_args_support(tx),
       matrices,
-      resolve,
-      init,
-      _owning(step),
-      _owning(begin),
-      _owning(move),
-      _owning(params),
-      _owning(merge),
-      others or None,
+      num_micro_batches,
+      average,
+      tuple(reductions.items()),
+      other_txs,
+      restart,
   )
+
+
+def init(
+    chain: Chain, key: jax.Array, params: Any, copy: bool = True
+) -> AdapterState:
+  """Returns the state of a chain at step 0, its first link drawn.
+
+  Args:
+    chain: see `make_chain`.
+    key: typed PRNG key of all links.
+    params: base weights.
+    copy: whether they are copied; else the state takes them over.
+
+  Raises:
+    TypeError: a raw key.
+    ValueError: see `make_chain`.
+  """
+  if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
+    raise TypeError(
+        'Expected a typed key, jax.random.key(seed), got an array of dtype'
+        f' {key.dtype}: wrap it with jax.random.wrap_key_data.'
+    )
+  policy, found = chain.policy, chain.adapted(params)
+  chosen = _places_of_others(chain, params, found)
+  _check_base(params, found, chosen, policy)
+  # Copies: a caller may donate the state.
+  base = jax.tree.map(jnp.array if copy else jnp.asarray, params)
+  leaves = _other_leaves(base, chosen)
+  other_states = {p: owned(tx.init(leaves[p])) for p, tx in chain.other_txs}
+  first = functools.partial(
+      _first_state, tx=chain.tx, found=found, policy=policy
+  )
+  state = sharded.automatic(
+      first, key, base, out=lambda: _start_specs(base, found, policy)
+  )
+  # Copies: some optimisers keep what they are given (Prodigy, L-BFGS), and a
+  # buffer cannot be donated twice.
+  state = state._replace(
+      params=base,
+      opt_state=owned(state.opt_state),
+      other_states=other_states or (),
+  )
+  if policy.period and policy.reset_optimizer and chain.restart is None:
+    trained = trained_pairs(state.factors, found)
+    restart_lib.check(chain.tx, state.opt_state, trained)
+  return state
+
+
+def _first_state(
+    key: jax.Array,
+    unused_base: Any,
+    *,
+    tx: optax.GradientTransformation,
+    found: Sequence[Adapted],
+    policy: ChainPolicy,
+) -> AdapterState:
+  """Returns the state at step 0 but for the base weights."""
+  # Compiled: op by op, frames would round otherwise than in later links.
+  drawn = jax.jit(lambda key: draw_link(key, 0, found, policy))(key)
+  remainders = {}
+  if policy.rounding == 'compensated':
+    for one in found:
+      m = one.matrix
+      remainders[m.path] = jnp.zeros((*m.batch, m.m, m.n), m.dtype)
+  return AdapterState(
+      params=(),
+      factors=drawn.factors,
+      coins=drawn.coins,
+      opt_state=tx.init(trained_pairs(drawn.factors, found)),
+      remainders=remainders,
+      count=jnp.zeros([], jnp.int32),
+      key=jnp.copy(key),
+  )
+
+
+def step(
+    chain: Chain,
+    state: AdapterState,
+    loss: Callable[..., Any],
+    batch: Any,
+    *args: Any,
+    scale: Any = 1.0,
+) -> tuple[AdapterState, Any]:
+  """Ends the link that is over, then moves the factors; see `make_chain`.
+
+  Args:
+    chain: see `make_chain`.
+    state: of the chain.
+    loss: (params, factors, batch, *args) -> (scalar, aux), see `inject`.
+    batch: what the loss takes.
+    *args: further arguments of the loss.
+    scale: of the optimiser's updates.
+
+  Returns:
+    The next state and (value, aux) before it.
+  """
+  state, value = _moved_factors(
+      chain, _begun(chain, state), loss, batch, *args, scale=scale
+  )
+  return owned((state, value))
+
+
+def begin_link(chain: Chain, state: AdapterState) -> AdapterState:
+  """Ends the link that is over, if one is: the first half of a step."""
+  return owned(_begun(chain, state))
+
+
+def move_factors(
+    chain: Chain,
+    state: AdapterState,
+    loss: Callable[..., Any],
+    batch: Any,
+    *args: Any,
+    scale: Any = 1.0,
+) -> tuple[AdapterState, Any]:
+  """Moves the factors within a link: the second half of a step."""
+  return owned(_moved_factors(chain, state, loss, batch, *args, scale=scale))
+
+
+def merged_params(chain: Chain, state: AdapterState) -> Any:
+  """Returns the weights with the products of the link merged."""
+  return owned(_placed(_merge, chain, state).params)
+
+
+def merge(chain: Chain, state: AdapterState) -> AdapterState:
+  """Returns the state with its products in the base weights and L R = 0.
+
+  It is the end of a link for the optimiser too.
+  """
+  end = lambda chain, state: _restarted(chain, _merge(chain, state))
+  return owned(_placed(end, chain, state))
+
+
+def _placed(
+    function: Callable[..., AdapterState], chain: Chain, state: AdapterState
+) -> AdapterState:
+  """Returns function(chain, state), its leaves placed as they were."""
+  return sharded.automatic(
+      functools.partial(function, chain),
+      state,
+      out=lambda: sharded.specs(state),
+  )
+
+
+def _begun(chain: Chain, state: AdapterState) -> AdapterState:
+  period = chain.policy.period
+  if period is None:
+    return state
+  is_due = (state.count > 0) & (state.count % period == 0)
+  next_link = functools.partial(_placed, _next_link, chain)
+  return jax.lax.cond(is_due, next_link, lambda s: s, state)
+
+
+def _next_link(chain: Chain, state: AdapterState) -> AdapterState:
+  """Merges, flips, resamples and restarts."""
+  policy, found = chain.policy, chain.adapted(state.params)
+  state = _merge(chain, state)
+  link = state.count // policy.period if policy.resample else 0
+  drawn = draw_link(state.key, link, found, policy)
+  return _restarted(
+      chain, state._replace(factors=drawn.factors, coins=drawn.coins)
+  )
+
+
+def _restarted(chain: Chain, state: AdapterState) -> AdapterState:
+  if not chain.policy.reset_optimizer:
+    return state
+  trained = trained_pairs(state.factors, chain.adapted(state.params))
+  rule = functools.partial(restart_lib.restart, trained=trained)
+  rule = chain.restart or rule
+  return state._replace(opt_state=rule(chain.tx.init(trained), state.opt_state))
+
+
+def _moved_factors(
+    chain: Chain,
+    state: AdapterState,
+    loss: Callable[..., Any],
+    batch: Any,
+    *args: Any,
+    scale: Any,
+) -> tuple[AdapterState, Any]:
+  """Returns the state a step along the gradients, and (value, aux) before it."""
+  found = chain.adapted(state.params)
+  trained = trained_pairs(state.factors, found)
+  chosen = _places_of_others(chain, state.params, found)
+  rest = _other_leaves(state.params, chosen)
+
+  def value_of(moved, batch, *args):
+    factors = joined(state.factors, moved[0])
+    params = _with_others(state.params, chosen, moved[1])
+    result = loss(params, scaled(factors, found), batch, *args)
+    if type(result) is not tuple or len(result) != 2:
+      raise TypeError(
+          'Expected a loss that returns (scalar, aux), got'
+          f' {type(result).__name__}: return None for aux if there is none.'
+      )
+    return result
+
+  value_and_grad = _combined_over_parts(
+      chain, jax.value_and_grad(value_of, has_aux=True)
+  )
+  value, grads = value_and_grad((trained, rest), batch, *args)
+  state = sharded.automatic(
+      functools.partial(_moved_by, chain),
+      state,
+      *grads,
+      value[0],
+      jnp.asarray(scale),
+      out=lambda: sharded.specs(state),
+  )
+  return state, value
+
+
+def _combined_over_parts(
+    chain: Chain, value_and_grad: Callable[..., Any]
+) -> Callable[..., Any]:
+  """Returns the gradient of a batch from those of micro-batches and devices."""
+  average = chain.average
+  value_and_grad = parts.accumulate(
+      value_and_grad,
+      chain.num_micro_batches,
+      dict(chain.reductions),
+      average if isinstance(average, str) else None,
+  )
+  if callable(average):
+    value_and_grad = parts.averaged(value_and_grad, average)
+  return value_and_grad
+
+
+def _moved_by(
+    chain: Chain,
+    state: AdapterState,
+    grads: Pairs,
+    rest_grads: Any,
+    value: jax.Array,
+    scale: jax.Array,
+) -> AdapterState:
+  """Returns the state one step along the gradients."""
+  policy, found = chain.policy, chain.adapted(state.params)
+  trained = trained_pairs(state.factors, found)
+  chosen = _places_of_others(chain, state.params, found)
+  rest = _other_leaves(state.params, chosen)
+  moves = moving(trained, state.coins)
+  grads = where(moves, grads, jax.tree.map(jnp.zeros_like, grads))
+  updates, opt_state = chain.tx.update(
+      grads, state.opt_state, trained, value=value
+  )
+  moved_rest, other_states = {}, {}
+  for pattern, one in chain.other_txs:
+    changes, other_states[pattern] = one.update(
+        rest_grads[pattern],
+        state.other_states[pattern],
+        rest[pattern],
+        value=value,
+    )
+    moved_rest[pattern] = _moved(rest[pattern], changes, scale)
+  if policy.warmup:
+    place = state.count % policy.period if policy.period else state.count
+    scale = scale * jnp.minimum(1.0, (place + 1) / policy.warmup)
+  moved = _moved(trained, updates, scale)
+  return state._replace(
+      params=_with_others(state.params, chosen, moved_rest),
+      other_states=other_states or (),
+      factors=joined(state.factors, where(moves, moved, trained)),
+      opt_state=_keep_frozen(moves, opt_state, state.opt_state),
+      count=optax.safe_increment(state.count),
+  )
+
+
+def _places_of_others(
+    chain: Chain, params: Any, found: Sequence[Adapted]
+) -> dict[str, dict[str, int]]:
+  patterns = tuple(pattern for pattern, _ in chain.other_txs)
+  return policies.resolve_others(params, found, patterns)
 
 
 def _start_specs(
@@ -366,16 +521,6 @@ def _start_specs(
 def owned(tree: Any) -> Any:
   """Returns a tree in buffers of its own; `jit` would hand on its arguments."""
   return jax.tree.map(jnp.copy, tree)
-
-
-def _owning(function: Callable[..., Any]) -> Callable[..., Any]:
-  """Returns a function that returns no buffer of its arguments."""
-
-  @functools.wraps(function)
-  def owning(*args, **kwargs):
-    return owned(function(*args, **kwargs))
-
-  return owning
 
 
 def _moved(leaves: Any, updates: Any, scale: Any) -> Any:
@@ -664,14 +809,13 @@ def _keep_frozen(moves: Pairs, new: Any, old: Any) -> Any:
   return jax.tree_util.tree_map_with_path(keep, new, old)
 
 
-def _merge(
-    state: AdapterState, found: Sequence[Adapted], policy: ChainPolicy
-) -> AdapterState:
+def _merge(chain: Chain, state: AdapterState) -> AdapterState:
   """Returns the state with the products in the weights and L R = 0.
 
   The barriers keep a compiler from fusing the merge with its surroundings, so
   that a replay rounds as the run did.
   """
+  policy, found = chain.policy, chain.adapted(state.params)
   leaves, treedef = jax.tree.flatten(state.params, is_leaf=inject.is_quantized)
   factors, remainders = dict(state.factors), dict(state.remainders)
   link_key = jax.random.fold_in(state.key, state.count)

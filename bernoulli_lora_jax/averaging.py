@@ -27,6 +27,7 @@ Reference: McMahan et al., FedAvg, arXiv 1602.05629; Malinovsky et al., RAC-LoRA
 """
 
 from collections.abc import Callable, Iterable, Sequence
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -157,7 +158,9 @@ def federated_adapters(
           opt_state=opt_state,
           count=count,
       )
-      now, value = chain.move(now, loss, client, jax.random.fold_in(key, count))
+      now, value = adapters.move_factors(
+          chain, now, loss, client, jax.random.fold_in(key, count)
+      )
       trained = adapters.trained_pairs(now.factors, found)
       return (trained, now.opt_state, now.count), value
 
@@ -197,13 +200,14 @@ def federated_adapters(
     found = chain.adapted(state.params)
     return adapters.owned(adapters.trained_pairs(state.factors, found))
 
+  begin = functools.partial(adapters.begin_link, chain)
   return Rounds(
       num_steps,
       init,
-      chain.begin,
+      begin,
       local,
       finish,
-      _make_step(chain.begin, local, finish, trained, clients),
+      _make_step(begin, local, finish, trained, clients),
       chain.params,
       trained,
       sent_numbers,

@@ -48,8 +48,10 @@ def calls(kind, policy):
         policy, optax.sgd(0.1), others={'bias': optax.adam(0.1)}
     )
     return chain.init(KEY, params()), {
-        'begin': chain.begin,
-        'move': lambda state: chain.move(state, adapted, X),
+        'begin': functools.partial(bl.adapters.begin_link, chain),
+        'move': lambda state: bl.adapters.move_factors(
+            chain, state, adapted, X
+        ),
         'step': lambda state: chain.step(state, adapted, X),
         'params': chain.params,
         'merge': chain.merge,
