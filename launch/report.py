@@ -31,6 +31,12 @@ _PUBLISHED = flags.DEFINE_string(
 _TARGET = flags.DEFINE_float(
     'target', 0.9, 'Validation accuracy that federated runs are to reach.'
 )
+_METRIC = flags.DEFINE_string(
+    'metric', None, 'Metric of the table; by default what the task ends with.'
+)
+_BY = flags.DEFINE_list(
+    'by', [], 'Fields that tell rows apart, as method.name; by default all.'
+)
 
 
 def main(argv: list[str]) -> None:
@@ -42,16 +48,21 @@ def main(argv: list[str]) -> None:
     published = cli.run_file(_PUBLISHED.value).get('PUBLISHED')
     if published is None:
       raise ValueError(f'Expected PUBLISHED in {_PUBLISHED.value}.')
-  rows = reporting.comparison(runs, published)
-  print(reporting.table(rows, _STYLE.value))
-  print('\n' + reporting.footer(runs, reporting.unfinished(argv[1:])))
-  sent = reporting.traffic(runs, _TARGET.value)
-  if sent:
-    print('\n' + reporting.table(sent, _STYLE.value))
+  by = _BY.value or None
+  shown = reporting.comparison(runs, published, metric=_METRIC.value, by=by)
+  sent = reporting.traffic(runs, _TARGET.value, by)
+  for caption, rows in (*shown.items(), *sent.items()):
+    print(f'{caption}\n')
+    print(reporting.table(rows, _STYLE.value, is_even=True) + '\n')
+  print(reporting.footer(runs, reporting.unfinished(argv[1:])))
   if _CSV.value:
-    reporting.write_csv(_CSV.value, reporting.statistics(runs, published))
+    rows = reporting.statistics(runs, published, metric=_METRIC.value, by=by)
+    reporting.write_csv(_CSV.value, rows)
   if _FIGURES.value:
-    for path in figures.write_figures(runs, _FIGURES.value):
+    metrics = dict.fromkeys((*figures.METRICS, _METRIC.value or 'train_loss'))
+    for path in figures.write_figures(
+        runs, _FIGURES.value, metrics=list(metrics), by=by
+    ):
       print(path)
 
 
