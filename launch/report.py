@@ -4,12 +4,13 @@
   python launch/report.py runs/mnist --published=configs/mnist.py --csv=mnist.csv
 
 Run directories may be given in any number, at any depth; a run given twice counts
-once. Runs that differ in the seed alone are one row and one curve; of several
-learning rates the one with the lowest mean validation loss is shown. A line below
-the table counts diverged and unfinished runs. --published names a config file with
-published figures, which the table then compares with. Runs with clients get a
-second table, what they sent until they reached --target, and figures against
-megabytes.
+once. Runs that differ in the seed alone are one row and one curve, named by what
+varies among them; of several learning rates the one with the lowest mean validation
+loss is shown. --by names other fields that tell rows apart, --metric another number
+of the summaries. A line below the tables counts diverged and unfinished runs.
+--published names a config file with published figures, which the table then compares
+with. Runs with clients get a second table, what they sent until they reached
+--target, and figures against megabytes.
 """
 
 from absl import flags
