@@ -247,6 +247,6 @@ class TableTest(parameterized.TestCase):
         fields = {'seed': seed, 'method.prob': prob}
         self.write(f'{prob}{seed}', fields, test_accuracy=prob - seed / 100)
     figure = figures.plot_prob(reporting.load_runs([self.tmp]))
-    (name,) = [t.get_text() for t in figure.axes[0].get_legend().get_texts()]
+    (name,) = [t.get_text() for t in figure.legends[0].get_texts()]
     self.assertEqual(name, 'Bernoulli-LoRA, SGD, r = 4')
     self.assertEqual(figure.axes[0].get_ylabel(), 'test accuracy, %')

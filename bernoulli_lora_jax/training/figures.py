@@ -226,7 +226,7 @@ def _set_axes(panel: Any, axis: Axis, is_log: bool) -> None:
     starts = [np.asarray(line.get_ydata())[0] for line in panel.get_lines()]
     if starts:  # Divergence is cut off.
       panel.set_ylim(top=min(panel.get_ylim()[1], 1e6 * max(starts)))
-  if axis.log:
+  if axis.log and panel.dataLim.x1 > 10 * panel.dataLim.x0:
     panel.set_xscale('log')
   elif panel.dataLim.x1 > 1000:  # What happens early stays visible.
     panel.set_xscale('symlog', linthresh=10)
@@ -325,5 +325,10 @@ def plot_prob(runs: Sequence[Run]) -> matplotlib.figure.Figure | None:
   panel.set_ylabel(shown.words)
   panel.set_title(groups[0].caption, fontsize=11)
   panel.grid(True, linewidth=0.4, alpha=0.6)
-  panel.legend(fontsize=9, title=_meaning(groups, what='bar'), title_fontsize=9)
+  figure.legend(
+      loc='outside lower center',
+      fontsize=9,
+      title=_meaning(groups, what='bar'),
+      title_fontsize=9,
+  )
   return figure

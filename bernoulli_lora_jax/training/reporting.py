@@ -334,14 +334,7 @@ def _statistics(
       'seconds': float(np.mean([_number(r, 'seconds') for r in group.runs])),
   }
   if published is not None:
-    theirs = next(
-        (
-            found
-            for fields, found in published
-            if fields.items() <= flat.items()
-        ),
-        (math.nan, None, 0),
-    )
+    theirs = _published(group, published)
     spread = row['std'] if theirs[1] is None else theirs[1]
     squares = row['std'] ** 2 / max(1, len(values))
     squares += spread**2 / max(1, theirs[2])
@@ -351,6 +344,16 @@ def _statistics(
         squares or math.nan
     )
   return row
+
+
+def _published(
+    group: Group, published: Published
+) -> tuple[float, float | None, int]:
+  flat = labels.flat(group.runs[0].config)
+  same = (
+      found for fields, found in published if fields.items() <= flat.items()
+  )
+  return next(same, (math.nan, None, 0))
 
 
 def _number(run: Run, name: str) -> float:
@@ -375,13 +378,16 @@ def comparison(
   for group, name in measured:
     same = [g for g, _ in measured if g.task == group.task]
     tables.setdefault(group.caption, []).append(
-        _shown(_statistics(group, name, published), group, same)
+        _shown(_statistics(group, name, published), group, same, published)
     )
   return tables
 
 
 def _shown(
-    row: Mapping[str, Any], group: Group, same: Sequence[Group]
+    row: Mapping[str, Any],
+    group: Group,
+    same: Sequence[Group],
+    published: Published | None,
 ) -> dict[str, Any]:
   """Returns the row of a group among those of its task."""
   lost = any('diverged' in run.summary for g in same for run in g.runs)
@@ -397,8 +403,9 @@ def _shown(
           row['mean'], row['std'], count
       ),
   }
-  if 'published' in row:
-    text['published'] = Mean(row['published'], row['published_std'])
+  if published is not None:
+    num = _published(group, published)[2]
+    text['published'] = Mean(row['published'], row['published_std'], num)
     text['ours - theirs, s.e.'] = round(row['standard_errors'], 1)
   if lost or len(counts) > 1:
     diverged = f' ({row["diverged"]} diverged)' if row['diverged'] else ''
