@@ -45,6 +45,7 @@ _CLOSE = (
     {**_EF21, 'federated.argument': 0.1 + 1e-17 * 4},
     {**_EF21, 'federated.argument': 10.0},
     {'task.name': 'mnist'},
+    {'task.name': 'a/x_y.py:make_task'},
     {'task.own': 3},
     {'task.hidden': (64,)},
     {'training.num_steps': 60},
@@ -133,6 +134,10 @@ class NamesTest(parameterized.TestCase):
     old = make_config()
     del old['federated'], old['x64']
     self.assertLen(set(labels.names([old, make_config()])[0]), 1)
+
+  def test_words(self):
+    self.assertEqual(labels.words('linear_regression'), 'linear regression')
+    self.assertEqual(labels.words('a/x_y.py:f'), 'a/x_y.py:f')
 
   def test_metrics(self):
     self.assertEqual(labels.metric('my_own_score').words, 'my own score')

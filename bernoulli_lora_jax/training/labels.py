@@ -198,7 +198,9 @@ def _assigned(field: str, c: Flat) -> str | None:
 
 
 def words(identifier: str) -> str:
-  return identifier.replace('_', ' ')
+  """Returns a name with spaces; what is no name, as a path, as it is."""
+  is_name = identifier.isidentifier()
+  return identifier.replace('_', ' ') if is_name else identifier
 
 
 def _number(x: float) -> str:

@@ -209,7 +209,9 @@ def groups(
   for task, members in sorted(found.items()):
     kept_runs = [_best_learning_rate(group) for group in members.values()]
     names, shared = labels.names([m[0].config for m in kept_runs], hidden)
-    caption = f'{labels.words(task)}: {shared}'.removesuffix(': ')
+    # A path of a task of one's own keeps its underscores.
+    title = ', '.join(map(labels.words, task.split(', ')))
+    caption = f'{title}: {shared}'.removesuffix(': ')
     result += sorted(
         (
             Group(task, caption, *pair)
