@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 from bernoulli_lora_jax.training import cli
 from bernoulli_lora_jax.training import experiment
+from bernoulli_lora_jax.training import labels
 from bernoulli_lora_jax.training import reporting
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -36,7 +37,10 @@ def main(argv: list[str]) -> None:
   jax.config.update('jax_enable_x64', config.x64)
   program = experiment.make_program(config)
   print(reporting.table(experiment.selection(config, program.task)))
-  print(f'{program.settings.num_steps} steps on {jax.devices()[0]}')
+  print(
+      f'{labels.name(config.to_dict())} on {config.task.name}:'
+      f' {program.settings.num_steps} steps on {jax.devices()[0].device_kind}'
+  )
   summary = experiment.train(config, _WORKDIR.value, program)
   print(
       reporting.table([{'result': k, 'value': v} for k, v in summary.items()])

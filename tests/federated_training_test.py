@@ -434,22 +434,28 @@ class ReportTest(parameterized.TestCase):
     self.write('e', 'marina', lines, federated__cohort=2)
     self.write('f', 'marina', lines)
     runs = reporting.load_runs([self.tmp])
-    rows = {row['method']: row for row in reporting.traffic(runs, 0.9)}
+    tables = reporting.traffic(runs, 0.9)
+    caption, iid = tables.popitem()
     self.assertEqual(
-        set(rows),
+        caption,
+        'digits, 4 clients, IID: RandK 5%, r = 2, p = 0.5, projected gradients,'
+        ' K = 1 or 2, L random, 6 rounds',
+    )
+    self.assertEqual(
+        {row['method'] for row in iid},
         {
-            'Bernoulli-LoRA p=0.5, EF21 TopK 5%',
-            'FedAvg of LoRA (L) K=2, Adam adapters',
-            'FedAvg of weights K=2, Adam',
-            'Bernoulli-LoRA p=0.5, MARINA RandK 5%, cohort=2',
-            'Bernoulli-LoRA p=0.5, MARINA RandK 5%, cohort=None',
+            'FedAvg of LoRA, Adam',
+            'FedAvg of weights, Adam',
+            'Bernoulli-LoRA, MARINA, cohort = 2',
+            'Bernoulli-LoRA, MARINA, cohort = None',
         },
     )
-    row = rows['Bernoulli-LoRA p=0.5, EF21 TopK 5%']
-    self.assertEqual(row['task'], 'digits, 4 clients, Dirichlet(0.1)')
+    ((caption, (row,)),) = tables.items()
+    self.assertStartsWith(caption, 'digits, 4 clients, Dirichlet(0.1): ')
+    self.assertEqual(row['method'], 'Bernoulli-LoRA, EF21, TopK 5%, r = 2')
     self.assertEqual(row['reached 90%'], '1 of 2')
     # Bits of four clients in bytes of one: 32e6 * 10 / 4 / 8e6.
-    self.assertEqual((row['MB up'], row['MB down']), ('10', '20'))
+    self.assertEqual((row['MB up'], row['MB down']), (10, 20))
     self.assertEqual(row['kB up a round'], 1000)
     self.assertEqual(row['rounds'], 10)
     self.assertEqual(
@@ -483,10 +489,10 @@ class ReportTest(parameterized.TestCase):
     path.write_text(json.dumps(old))
     for order in (1, -1):
       runs = reporting.load_runs([self.tmp])[::order]
-      names = {key[1] for key in reporting.groups(runs)}
+      names = {group.name for group in reporting.groups(runs)}
       self.assertLen(names, 2)
-      self.assertTrue(any('alpha=16.0' in name for name in names), names)
-    self.assertEqual(reporting.traffic(runs, 0.9), [])
+      self.assertTrue(any('alpha = 16' in name for name in names), names)
+    self.assertEqual(reporting.traffic(runs, 0.9), {})
 
 
 def test_bits_of_parties_count_bytes():

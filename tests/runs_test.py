@@ -421,7 +421,7 @@ class ReportTest(parameterized.TestCase):
         'method.mode': 'adapter',
     }.get(field, _other(default))
     self.write('b', {field: other})
-    rows = reporting.comparison(reporting.load_runs([self.tmp]))
+    rows = reporting.statistics(reporting.load_runs([self.tmp]))
     self.assertLen(rows, 1 if field in _SAME else 2)
     if field == 'method.learning_rate':
       return
@@ -434,7 +434,7 @@ class ReportTest(parameterized.TestCase):
     del record['task']['param_dtype'], record['x64']
     path.write_text(json.dumps(record))
     self.write('b', {'seed': 1})
-    self.assertLen(reporting.comparison(reporting.load_runs([self.tmp])), 1)
+    self.assertLen(reporting.statistics(reporting.load_runs([self.tmp])), 1)
 
   def test_a_run_counts_once(self):
     self.write('in/a')
@@ -481,7 +481,7 @@ class ReportTest(parameterized.TestCase):
     elif content is not None:
       path.write_text(content)
     with self.assertRaisesRegex(ValueError, message):
-      reporting.comparison(reporting.load_runs([self.tmp]))
+      reporting.statistics(reporting.load_runs([self.tmp]))
 
 
 class ResumeTest(parameterized.TestCase):

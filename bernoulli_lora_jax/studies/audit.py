@@ -28,6 +28,7 @@ from bernoulli_lora_jax.theory import audit as audit_lib
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import figures
+from bernoulli_lora_jax.training import labels
 from bernoulli_lora_jax.training import methods
 from bernoulli_lora_jax.training import reporting
 
@@ -445,9 +446,8 @@ def _figure(
   panel.xaxis.set_minor_formatter(ticker.NullFormatter())
   panel.set_xlabel('steps')
   panel.set_ylabel('squared gradient norm, trained leaves')
-  title = (
-      f'{reporting.task_name(finished.run)}: {reporting.label(finished.run)}'
-  )
+  config = finished.run.config
+  title = f'{config["task"]["name"]}: {labels.name(config)}'
   panel.set_title(
       title
       if bound.curve is not None

@@ -1,15 +1,17 @@
 """Figures from finished runs, told apart in greyscale by style and marker."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 import math
 import pathlib
 import re
 from typing import Any, NamedTuple
 
 import matplotlib.figure
+import matplotlib.lines
 import numpy as np
 import scipy.stats
 
+from bernoulli_lora_jax.training import labels
 from bernoulli_lora_jax.training import reporting
 
 Run = reporting.Run
@@ -120,136 +122,180 @@ def curve(
 def plot(
     runs: Sequence[Run],
     metric: str,
-    ylabel: str,
     *,
-    log: bool = False,
-    title: str = '',
     axis: Axis = PASSES,
+    by: Collection[str] | None = None,
 ) -> matplotlib.figure.Figure | None:
-  """Returns a figure of a metric against data passes, one panel a rank.
+  """Returns a figure of a metric of one task, one panel a rank.
 
   Bands are 95% confidence intervals of the mean over seeds, by Student's t (of
-  the mean logarithm where the axis is logarithmic).
+  the mean logarithm where the axis is logarithmic). None where nothing has the
+  metric.
+
+  Args:
+    runs: finished ones of one task.
+    metric: as in metrics.jsonl; `labels.metric` has its words and axis.
+    axis: what is horizontal.
+    by: see `reporting.groups`.
   """
-  grouped = _fewer_probs(reporting.groups(runs))
-  ranks = sorted({key[2] for key in grouped} - {'-'}, key=int) or ['-']
-  names = list(dict.fromkeys(key[1] for key in grouped))
+  shown = labels.metric(metric)
+  ranks = sorted({_rank(run) for run in runs} - {0}) or [0]
+  apart = ('method.rank',) if len(ranks) > 1 else ()
+  curves = {}
+  for group in _fewer_probs(reporting.groups(runs, by, apart=apart)):
+    values = curve(group.runs, metric, shown.is_log, axis)
+    if values is not None:
+      rank = _rank(group.runs[0]) if apart else 0
+      curves[group.name, rank] = (group, values)
+  if not curves:
+    return None
+  names = list(dict.fromkeys(name for name, _ in curves))
   figure = matplotlib.figure.Figure(
       figsize=(5.2 * len(ranks) + 2.6, max(4.2, 0.25 * len(names) + 1)),
       layout='constrained',
   )
   panels = figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0]
-  transform: Callable = np.exp if log else (lambda x: x)
-  if metric.endswith('accuracy'):
-    transform = lambda x: np.clip(x, 0, 1)  # An interval may reach beyond.
-  elif not log and min(run.metrics[-1].get(metric, 0) for run in runs) >= 0:
-    transform = lambda x: np.maximum(x, 0)
-  drawn, lost = {}, {}
-  for panel, shown in zip(panels, ranks, strict=True):
-    for (_, name, found), members in grouped.items():
-      values = curve(members, metric, log, axis)
-      if found not in (shown, '-') or values is None:
-        continue
-      i = names.index(name)
-      drawn[name] = panel.plot(
-          values.x,
-          transform(values.mean),
-          label=name,
-          markersize=4,
-          markevery=0.1 if len(values.x) > 40 else (i % 4, 4),
-          **style(i),
-      )[0]
-      bad = sum('diverged' in run.summary for run in members)
-      if bad:
-        lost[name] = f'{name} ({bad} of {len(members)} diverged)'
-      panel.fill_between(
-          values.x,
-          transform(values.mean - values.half),
-          transform(values.mean + values.half),
-          alpha=0.15,
-          linewidth=0,
-          color=style(i)['color'],
-      )
-    if shown != '-':
-      panel.set_title(f'rank {shown}')
-    panel.set_xlabel(axis.label)
-    panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
-    if log:
-      panel.set_yscale('log')
-      starts = [np.asarray(line.get_ydata())[0] for line in panel.get_lines()]
-      if starts:  # Divergence is cut off.
-        panel.set_ylim(top=min(panel.get_ylim()[1], 1e6 * max(starts)))
-    if axis.log:
-      panel.set_xscale('log')
-    elif panel.dataLim.x1 > 1000:  # What happens early stays visible.
-      panel.set_xscale('symlog', linthresh=10)
-      panel.set_xlim(left=0)
-  if not drawn:
-    return None
-  panels[0].set_ylabel(ylabel)
+  transform = _transform(metric, runs)
+  lines = {}
+  for panel, rank in zip(panels, ranks, strict=True):
+    for (name, found), (_, values) in curves.items():
+      if found in (rank, 0):
+        lines[name] = _draw(panel, values, transform, names.index(name))
+    if apart:
+      panel.set_title(f'r = {rank}')
+    _set_axes(panel, axis, shown.is_log)
+  panels[0].set_ylabel(shown.words)
+  groups = [group for group, _ in curves.values()]
   figure.legend(
-      drawn.values(),
-      [lost.get(name, name) for name in drawn],
+      [lines[name] for name in names],
+      [_with_lost(name, groups) for name in names],
       loc='outside right center',
       fontsize=9,
-      title='mean, band: 95% interval',
+      handlelength=3.5,
+      title=_meaning(groups, shown.is_log),
       title_fontsize=9,
   )
-  if title:
-    figure.suptitle(title)
+  figure.suptitle(groups[0].caption, fontsize=11)
   return figure
 
 
-FIGURES = (
-    ('validation_accuracy', 'validation accuracy', False),
-    ('train_gap', 'f - f*', True),
-    ('grad_norm_sq', 'squared gradient norm, trained leaves', True),
-    ('train_loss', 'training loss', False),
-)
+def _rank(run: Run) -> int:
+  """Returns the rank; 0 where nothing is sketched: it is in all panels."""
+  method = run.config['method']
+  return 0 if method['name'] == 'full' else method['rank']
+
+
+def _transform(metric: str, runs: Sequence[Run]) -> Callable:
+  """Returns what turns means and ends of intervals into what is drawn."""
+  shown = labels.metric(metric)
+  if shown.is_log:
+    return np.exp
+  if metric.endswith('accuracy'):  # An interval may reach beyond.
+    return lambda x: shown.scale * np.clip(x, 0, 1)
+  if min(run.metrics[-1].get(metric, 0) for run in runs) >= 0:
+    return lambda x: np.maximum(x, 0)
+  return lambda x: x
+
+
+def _draw(
+    panel: Any, values: Curve, transform: Callable, i: int
+) -> matplotlib.lines.Line2D:
+  """Draws the i-th curve with its band."""
+  panel.fill_between(
+      values.x,
+      transform(values.mean - values.half),
+      transform(values.mean + values.half),
+      alpha=0.12,
+      linewidth=0,
+      color=style(i)['color'],
+  )
+  return panel.plot(
+      values.x,
+      transform(values.mean),
+      markersize=4,
+      markevery=(0.025 * (i % 4), 0.1) if len(values.x) > 40 else (i % 4, 4),
+      **style(i),
+  )[0]
+
+
+def _set_axes(panel: Any, axis: Axis, is_log: bool) -> None:
+  panel.set_xlabel(axis.label)
+  panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
+  if is_log:
+    panel.set_yscale('log')
+    starts = [np.asarray(line.get_ydata())[0] for line in panel.get_lines()]
+    if starts:  # Divergence is cut off.
+      panel.set_ylim(top=min(panel.get_ylim()[1], 1e6 * max(starts)))
+  if axis.log and panel.dataLim.x1 > 10 * panel.dataLim.x0:
+    panel.set_xscale('log')
+  elif panel.dataLim.x1 > 1000:  # What happens early stays visible.
+    panel.set_xscale('symlog', linthresh=10)
+    panel.set_xlim(left=0)
+
+
+def _with_lost(name: str, groups: Sequence[reporting.Group]) -> str:
+  """Returns a name with the number of its runs that diverged."""
+  runs = [run for group in groups if group.name == name for run in group.runs]
+  lost = sum('diverged' in run.summary for run in runs)
+  return f'{name} ({lost} of {len(runs)} diverged)' if lost else name
+
+
+def _meaning(
+    groups: Sequence[reporting.Group], is_log: bool = False, what: str = 'band'
+) -> str:
+  """Returns what points and their intervals are."""
+  over = reporting.count_runs(groups)
+  if over.startswith('1 '):
+    return over
+  mean = 'geometric mean' if is_log else 'mean'
+  return f'{mean} of {over}, {what}: 95% interval'
+
+
+METRICS = ('validation_accuracy', 'train_gap', 'grad_norm_sq', 'train_loss')
 
 
 def write_figures(
-    runs: Sequence[Run], directory: str | pathlib.Path
+    runs: Sequence[Run],
+    directory: str | pathlib.Path,
+    *,
+    metrics: Sequence[str] = METRICS,
+    by: Collection[str] | None = None,
 ) -> list[pathlib.Path]:
   """Writes one PNG a task and metric; returns their paths."""
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
+  tasks: dict[str, list[Run]] = {}
+  for run in runs:
+    tasks.setdefault(labels.task_name(run.config), []).append(run)
   written = []
-  for task in dict.fromkeys(reporting.task_name(run) for run in runs):
-    members = [run for run in runs if reporting.task_name(run) == task]
+  for task, members in tasks.items():
     name = re.sub(r'[^a-z0-9]+', '_', task.lower()).strip('_')
     drawn = {}
-    for metric, ylabel, log in FIGURES:
-      drawn[metric] = plot(members, metric, ylabel, log=log, title=task)
-      sent = [run for run in members if reporting.is_federated(run)]
-      if sent:
+    for metric in metrics:
+      drawn[metric] = plot(members, metric, by=by)
+      if labels.is_federated(members[0].config):
         drawn[f'{metric}_megabytes'] = plot(
-            sent, metric, ylabel, log=log, title=task, axis=MEGABYTES
+            members, metric, axis=MEGABYTES, by=by
         )
     drawn['prob'] = plot_prob(members)
     for what, figure in drawn.items():
       if figure is not None:
-        path = directory / f'{name}_{what}.png'
-        figure.savefig(path, dpi=130)
-        written.append(path)
+        written.append(directory / f'{name}_{what}.png')
+        figure.savefig(written[-1], dpi=130)
   return written
 
 
-def _fewer_probs(
-    grouped: dict[tuple[str, str, str], list[Run]],
-) -> dict[tuple[str, str, str], list[Run]]:
+def _prob(group: reporting.Group) -> float | None:
+  return labels.flat(group.runs[0].config).get('method.prob')
+
+
+def _fewer_probs(groups: list[reporting.Group]) -> list[reporting.Group]:
   """Returns the groups without values of p between few that are kept."""
-  prob = lambda members: (
-      members[0].config['method']['prob']
-      if members[0].config['method']['name'] == 'bernoulli'
-      else None
-  )
-  found = {prob(members) for members in grouped.values()}
-  probs = sorted(p for p in found if p is not None)
+  probs = sorted({p for p in map(_prob, groups) if p is not None})
   if len(probs) <= _MOST_PROBS:
-    return grouped
-  kept = {None, probs[0], probs[len(probs) // 2], probs[-1]}
-  return {key: m for key, m in grouped.items() if prob(m) in kept}
+    return groups
+  kept = (None, probs[0], probs[len(probs) // 2], probs[-1])
+  return [group for group in groups if _prob(group) in kept]
 
 
 def plot_prob(runs: Sequence[Run]) -> matplotlib.figure.Figure | None:
@@ -258,33 +304,31 @@ def plot_prob(runs: Sequence[Run]) -> matplotlib.figure.Figure | None:
   Error bars are 95% confidence intervals of the mean over seeds.
   """
   chains = [r for r in runs if r.config['method']['name'] == 'bernoulli']
-  probs = {run.config['method']['prob'] for run in chains}
-  if len(probs) < 3:
+  groups = reporting.groups(chains, apart=('method.prob',))
+  if len({_prob(group) for group in groups}) < 3:
     return None
   metric = reporting.final_metric(chains)
-  scale = 100 if metric == 'test_accuracy' else 1
-  lines: dict[tuple[str, str], dict[float, np.ndarray]] = {}
-  for (_, name, rank_text), members in reporting.groups(chains).items():
-    prob = members[0].config['method']['prob']
-    values = [r.summary[metric] for r in members if metric in r.summary]
-    key = (name.replace(f' p={prob:g}', ''), rank_text)
-    lines.setdefault(key, {})[prob] = scale * np.asarray(values)
+  shown = labels.metric(metric)
   figure = matplotlib.figure.Figure(figsize=(6.4, 4.2), layout='constrained')
   panel = figure.subplots()
-  for i, ((name, rank_text), points) in enumerate(lines.items()):
-    x = sorted(p for p in points if len(points[p]) > 1)
-    error = [mean_interval(points[p])[1] for p in x]
-    panel.errorbar(
-        x,
-        [points[p].mean() for p in x],
-        error,
-        label=f'{name}, rank {rank_text}',
-        capsize=3,
-        **style(i),
-    )
-  names = {'test_accuracy': 'test accuracy, %', 'train_gap': 'f - f*'}
+  for i, name in enumerate(dict.fromkeys(group.name for group in groups)):
+    points = []
+    for group in groups:
+      values = [r.summary[metric] for r in group.runs if metric in r.summary]
+      if group.name == name and len(values) > 1:
+        mean, half = mean_interval(shown.scale * np.asarray(values))
+        points.append((_prob(group), mean, half))
+    if points:
+      x, means, halves = zip(*sorted(points), strict=True)
+      panel.errorbar(x, means, halves, label=name, capsize=3, **style(i))
   panel.set_xlabel('p = P(left): the left factor is frozen, the right trained')
-  panel.set_ylabel(names.get(metric, 'training loss') + ' (mean, 95% interval)')
+  panel.set_ylabel(shown.words)
+  panel.set_title(groups[0].caption, fontsize=11)
   panel.grid(True, linewidth=0.4, alpha=0.6)
-  panel.legend(fontsize=9)
+  figure.legend(
+      loc='outside lower center',
+      fontsize=9,
+      title=_meaning(groups, what='bar'),
+      title_fontsize=9,
+  )
   return figure

@@ -1,17 +1,19 @@
-"""Finished runs: how they are grouped and named, and their tables."""
+"""Finished runs: how they are grouped, and their tables."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import csv
+import decimal
 import json
 import math
 import os
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
 import tabulate
 
-from bernoulli_lora_jax.training import base_config
+from bernoulli_lora_jax.training import labels
 
 
 class Run(NamedTuple):
@@ -149,186 +151,96 @@ def _parsed(path: pathlib.Path, text: str, line: int | None = None) -> Any:
     raise ValueError(f'Expected JSON in {where}, got {e}.') from e
 
 
-_NAMES = {
-    'full': 'full fine-tuning',
-    'lora': 'LoRA',
-    'asymmetric_left': 'asymmetric LoRA left',
-    'asymmetric_right': 'asymmetric LoRA right',
-    'cola': 'COLA',
-    'rac_left': 'RAC-LoRA left',
-    'rac_right': 'RAC-LoRA right',
-    'bernoulli': 'Bernoulli-LoRA',
-}
-_OPTIMIZERS = {'momentum': 'momentum', 'adam': 'Adam', 'adamw': 'AdamW'}
-
-
-def is_federated(run: Run) -> bool:
-  """Returns whether a run has clients."""
-  return run.config.get('federated', {}).get('num_clients', 0) > 0
-
-
-def task_name(run: Run) -> str:
-  """Returns the task, and how its examples are dealt among clients."""
-  name = run.config['task']['name']
-  if not is_federated(run):
-    return name
-  f = run.config['federated']
-  law = {
-      'iid': 'IID' + (', unequal' if f['unequal'] else ''),
-      'dirichlet': f'Dirichlet({f["dirichlet_alpha"]:g})',
-      'group': 'by group',
-  }[f['partition']]
-  return f'{name}, {f["num_clients"]} clients, {law}'
-
-
 def megabytes(run: Run, line: Mapping[str, float]) -> float:
   """Returns what a client has sent and received so far, in megabytes."""
   bits = line.get('bits_up', 0.0) + line.get('bits_down', 0.0)
   return bits / run.config['federated']['num_clients'] / 8e6
 
 
-def label(run: Run) -> str:
-  """Returns the method's name in tables and legends.
+class Group(NamedTuple):
+  """Runs that are averaged: one row, one curve."""
 
-  Left and right name the frozen side; (L) and (R) of LoRA and COLA the factor
-  that starts at random; p is P(left), K the steps of a link.
-  """
-  method = run.config['method']
-  name = _NAMES[method['name']]
-  if method['name'] == 'bernoulli':
-    name += f' p={method["prob"]:g}'
-  if method['estimator'] == 'fedavg':
-    optimizer = _OPTIMIZERS.get(method['optimizer'], 'SGD')
-    return f'FedAvg of weights K={method["period"]}, {optimizer}'
-  if is_federated(run) and method['mode'] == 'gradient':
-    return f'{name}, {_estimator(run)}'
-  if is_federated(run) and method['name'] == 'lora':
-    name, method = 'FedAvg of LoRA', {**method, 'name': 'cola'}
-  elif method['mode'] == 'gradient':
-    parts = [method['estimator'].upper()]
-    if method['optimizer'] != 'sgd':
-      parts.append(_OPTIMIZERS[method['optimizer']])
-    return ', '.join([name, *parts[-1 if parts[0] == 'SGD' else 0 :]])
-  if method['name'] in ('lora', 'cola'):
-    name += ' (R)' if method['zero'] == 'left' else ' (L)'
-  if method['name'] not in ('lora', 'asymmetric_left', 'asymmetric_right'):
-    passes = method['period_passes']
-    name += (
-        f' K={method["period"]}' if passes is None else f' K={passes:g} pass'
-    )
-  return f'{name}, {_OPTIMIZERS.get(method["optimizer"], "SGD")} adapters'
+  task: str  # With how its examples are dealt among clients.
+  caption: str  # What all groups of the task share.
+  name: str  # What is this group's own.
+  runs: list[Run]
 
 
-def _estimator(run: Run) -> str:
-  """Returns the federated estimator with its compressor."""
-  f, method = run.config['federated'], run.config['method']
-  text = {'randk': 'RandK', 'topk': 'TopK'}.get(
-      f['compressor'], f['compressor']
-  )
-  if f['argument']:
-    is_part = f['compressor'] in ('randk', 'topk') and f['argument'] < 1
-    text += f' {100 * f["argument"]:g}%' if is_part else f' {f["argument"]:g}'
-  return f'{method["estimator"].upper()} {text}'
-
-
-def rank(run: Run) -> str:
-  """Returns the rank, '-' where nothing is sketched."""
-  method = run.config['method']
-  return '-' if method['name'] == 'full' else str(method['rank'])
-
-
-def groups(runs: Iterable[Run]) -> dict[tuple[str, str, str], list[Run]]:
-  """Returns runs by (task, method, rank), in the order of the family.
+def groups(
+    runs: Iterable[Run],
+    by: Collection[str] | None = None,
+    *,
+    apart: Collection[str] = (),
+) -> list[Group]:
+  """Returns runs that are averaged, in the order of the family.
 
   Where runs of a group differ in the learning rate, those with the lowest mean
-  validation loss are kept (a diverged run counts as infinite). Where they differ
-  in any other field but the seed and those of `_IGNORED`, each variant is a group
-  of its own and these fields follow the name.
+  validation loss are kept (a diverged run counts as infinite).
+
+  Args:
+    runs: finished ones.
+    by: fields ('method.rank') that tell the groups of a task apart. None: all
+      but the seed, the learning rate and `labels.IGNORED`.
+    apart: fields that names do not tell, shown beside them.
+
+  Raises:
+    ValueError: a field of `by` that no run has.
   """
-  labelled: dict[tuple[str, str, str], list[Run]] = {}
+  found: dict[str, dict[str, list[Run]]] = {}
+  known = set()
   for run in runs:
-    key = (task_name(run), label(run), rank(run))
-    labelled.setdefault(key, []).append(run)
-  grouped: dict[tuple[str, str, str], list[Run]] = {}
-  for (task, name, rank_text), members in labelled.items():
-    varied = _varied_fields(members)
-    for run in members:
-      extra = ''.join(f', {f}={_value(run, s, f)}' for s, f in varied)
-      grouped.setdefault((task, name + extra, rank_text), []).append(run)
-
-  def place(item):
-    method = item[1][0].config['method']
-    return (
-        item[0][0],
-        method['mode'] == 'adapter',
-        list(_NAMES).index(method['name']),
-        method['prob'],
-        item[0],
+    flat = labels.flat(run.config)
+    known |= flat.keys()
+    kept = flat.keys() - labels.IGNORED - set(labels.RATES)
+    if by is not None:
+      kept = flat.keys() & {*by, *labels.TASK}
+    key = {field: flat[field] for field in sorted(kept)}
+    if by is None:  # Rates of two kinds are not compared.
+      key['is_factor'] = flat['method.stepsize_factor'] is not None
+    same_task = found.setdefault(labels.task_name(run.config), {})
+    same_task.setdefault(json.dumps(key), []).append(run)
+  if unknown := set(by or ()) - known:
+    raise ValueError(
+        f'Expected fields of the runs to group by, got {sorted(unknown)}.'
     )
-
-  return {
-      key: _best_learning_rate(members)
-      for key, members in sorted(grouped.items(), key=place)
-  }
-
-
-_DEFAULTS = base_config.get_config().to_dict()
-_IGNORED = {  # No variants, or in the names already.
-    'task': {'data_dir'},
-    '': {'seed'},
-    'training': {'progress', 'max_to_keep', 'group_size'},
-    'method': {'learning_rate', 'stepsize_factor'},
-    'federated': {
-        'num_clients',
-        'partition',
-        'dirichlet_alpha',
-        'unequal',
-        'compressor',
-        'argument',
-    },
-}
+  hidden = {*labels.TASK, *apart}
+  hidden |= set(labels.RATES) if by is None else known - set(by)
+  result: list[Group] = []
+  for task, members in sorted(found.items()):
+    kept_runs = [_best_learning_rate(group) for group in members.values()]
+    names, shared = labels.names([m[0].config for m in kept_runs], hidden)
+    # A path of a task of one's own keeps its underscores.
+    title = ', '.join(map(labels.words, task.split(', ')))
+    caption = f'{title}: {shared}'.removesuffix(': ')
+    result += sorted(
+        (
+            Group(task, caption, *pair)
+            for pair in zip(names, kept_runs, strict=True)
+        ),
+        key=_place,
+    )
+  return result
 
 
-def _varied_fields(runs: Sequence[Run]) -> list[tuple[str, str]]:
-  """Returns (section, field) of what differs in a group beside the rate."""
-  first, varied = runs[0].config, []
-  is_rate = lambda run: run.config['method']['stepsize_factor'] is None
-  for section, ignored in _IGNORED.items():
-    if section == 'federated' and not is_federated(runs[0]):
-      continue  # Its fields are not read.
-    named = set().union(*(_section(run.config, section) for run in runs))
-    for field in sorted(named - ignored):
-      if field == 'prob' and first['method']['name'] != 'bernoulli':
-        continue
-      values = [_value(run, section, field) for run in runs]
-      if any(value != values[0] for value in values):
-        varied.append((section, field))
-  if len({is_rate(run) for run in runs}) > 1:  # Rates of two kinds.
-    varied.append(('method', 'stepsize_factor'))
-  return varied
-
-
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-  """Returns a section of a config; '' are the fields outside of sections."""
-  if name:
-    return config.get(name, {})
-  return {k: v for k, v in config.items() if not isinstance(v, Mapping)}
-
-
-def _value(run: Run, section: str, field: str) -> Any:
-  """Returns a field of a run; one that an older run did not have: its default."""
-  found = _section(run.config, section)
-  if field in found:
-    return found[field]
-  default = _section(_DEFAULTS, section).get(field)
-  return list(default) if isinstance(default, tuple) else default
+def _place(group: Group) -> tuple[Any, ...]:
+  """Returns the place in the order of the family; numbers in names count."""
+  flat = labels.flat(group.runs[0].config)
+  family = [*labels.METHODS, flat['method.name']]
+  return (
+      flat['method.mode'] == 'adapter',
+      family.index(flat['method.name']),
+      flat.get('method.prob', 0.0),
+      [
+          (float(part), '') if part[:1].isdigit() else (math.inf, part)
+          for part in re.split(r'(\d+\.?\d*)', group.name)
+      ],
+  )
 
 
 def learning_rate(run: Run) -> float:
   """Returns the learning rate, or the factor of 1/L that stands for it."""
-  method = run.config['method']
-  factor = method['stepsize_factor']
-  return method['learning_rate'] if factor is None else factor
+  rate, factor = (labels.flat(run.config)[field] for field in labels.RATES)
+  return rate if factor is None else factor
 
 
 def _best_learning_rate(runs: list[Run]) -> list[Run]:
@@ -350,67 +262,100 @@ def _best_learning_rate(runs: list[Run]) -> list[Run]:
 
 def final_metric(runs: Sequence[Run]) -> str:
   """Returns what tables compare: test accuracy, else f - f*, else the loss."""
+  ended = [run for run in runs if 'diverged' not in run.summary]
   for name in ('test_accuracy', 'train_gap'):
-    if runs and all(name in run.summary for run in runs):
+    if ended and all(name in run.summary for run in ended):
       return name
   return 'train_loss'
 
 
+# (fields, (mean, standard deviation or None, runs)) of each published figure, in
+# the units of the table; it stands beside the runs that have these fields.
+Published = Sequence[tuple[Mapping[str, Any], tuple[float, float | None, int]]]
+
+
 def statistics(
     runs: Sequence[Run],
-    published: Mapping[str, tuple[float, float | None, int]] | None = None,
+    published: Published | None = None,
+    *,
+    metric: str | None = None,
+    by: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
   """Returns one row of numbers a method and rank.
 
   Args:
     runs: finished ones.
-    published: {label: (mean, standard deviation or None, runs)}, in the units of
-      the table; rows then say by how many standard errors ours differ. Where
-      theirs has no deviation it counts as one run with ours.
+    published: rows then say by how many standard errors ours differ. Where theirs
+      has no deviation it counts as one run with ours.
+    metric: of the summaries; None: `final_metric` of the task.
+    by: see `groups`.
 
   Returns:
     Rows with mean and standard deviation over the seeds; accuracies in percent.
   """
-  rows = []
-  for (task, method, rank_text), members in groups(runs).items():
-    metric = final_metric(
-        [
-            run
-            for run in runs
-            if task_name(run) == task and 'diverged' not in run.summary
-        ]
+  found = groups(runs, by, apart=('method.rank',))
+  return [
+      _statistics(group, name, published)
+      for group, name in _measured(found, metric)
+  ]
+
+
+def _measured(
+    found: Sequence[Group], metric: str | None
+) -> Iterator[tuple[Group, str]]:
+  """Yields groups with the metric of their task."""
+  for group in found:
+    same = [g.runs for g in found if g.task == group.task]
+    yield group, metric or final_metric([run for runs in same for run in runs])
+
+
+def _statistics(
+    group: Group, metric: str, published: Published | None
+) -> dict[str, Any]:
+  first = group.runs[0]
+  flat = labels.flat(first.config)
+  good = [run for run in group.runs if 'diverged' not in run.summary]
+  values = labels.metric(metric).scale * np.asarray(
+      [_number(run, metric) for run in good]
+  )
+  row: dict[str, Any] = {
+      'task': group.task,
+      'method': group.name,
+      'rank': '-'
+      if flat['method.name'] == 'full'
+      else str(flat['method.rank']),
+      'learning_rate': learning_rate(first),
+      'trained': first.summary.get('trained_parameters', math.nan),
+      'metric': metric,
+      'mean': float(values.mean()) if len(values) else math.nan,
+      'std': float(values.std(ddof=1)) if len(values) > 1 else math.nan,
+      'runs': len(group.runs),
+      'diverged': len(group.runs) - len(good),
+      'steps': float(np.mean([r.summary.get('step', 0) for r in group.runs])),
+      'step_flops': first.summary.get('step_flops'),
+      'seconds': float(np.mean([_number(r, 'seconds') for r in group.runs])),
+  }
+  if published is not None:
+    theirs = _published(group, published)
+    spread = row['std'] if theirs[1] is None else theirs[1]
+    squares = row['std'] ** 2 / max(1, len(values))
+    squares += spread**2 / max(1, theirs[2])
+    row['published'] = theirs[0]
+    row['published_std'] = math.nan if theirs[1] is None else theirs[1]
+    row['standard_errors'] = (row['mean'] - theirs[0]) / math.sqrt(
+        squares or math.nan
     )
-    scale = 100 if metric == 'test_accuracy' else 1
-    good = [run for run in members if 'diverged' not in run.summary]
-    values = scale * np.asarray([_number(run, metric) for run in good])
-    mean = float(values.mean()) if len(values) else math.nan
-    std = float(values.std(ddof=1)) if len(values) > 1 else math.nan
-    row: dict[str, Any] = {
-        'task': task,
-        'method': method,
-        'rank': rank_text,
-        'learning_rate': learning_rate(members[0]),
-        'trained': members[0].summary.get('trained_parameters', math.nan),
-        'metric': metric,
-        'mean': mean,
-        'std': std,
-        'runs': len(members),
-        'diverged': len(members) - len(good),
-        'steps': float(np.mean([r.summary.get('step', 0) for r in members])),
-        'step_flops': members[0].summary.get('step_flops'),
-        'seconds': float(np.mean([_number(run, 'seconds') for run in members])),
-    }
-    if published is not None:
-      theirs = published.get(method, (math.nan, None, 0))
-      spread = std if theirs[1] is None else theirs[1]
-      squares = std**2 / max(1, len(values)) + spread**2 / max(1, theirs[2])
-      row['published'] = theirs[0]
-      row['published_std'] = math.nan if theirs[1] is None else theirs[1]
-      row['standard_errors'] = (mean - theirs[0]) / math.sqrt(
-          squares or math.nan
-      )
-    rows.append(row)
-  return rows
+  return row
+
+
+def _published(
+    group: Group, published: Published
+) -> tuple[float, float | None, int]:
+  flat = labels.flat(group.runs[0].config)
+  same = (
+      found for fields, found in published if fields.items() <= flat.items()
+  )
+  return next(same, (math.nan, None, 0))
 
 
 def _number(run: Run, name: str) -> float:
@@ -424,85 +369,115 @@ def _number(run: Run, name: str) -> float:
 
 def comparison(
     runs: Sequence[Run],
-    published: Mapping[str, tuple[float, float | None, int]] | None = None,
-) -> list[dict[str, Any]]:
-  """Returns `statistics` as text for a table."""
-  names = {
-      'test_accuracy': 'test accuracy, %',
-      'train_gap': 'f - f*',
-      'train_loss': 'training loss',
+    published: Published | None = None,
+    *,
+    metric: str | None = None,
+    by: Collection[str] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+  """Returns `statistics` for people: {caption: rows of a table}, one a task."""
+  measured = list(_measured(groups(runs, by), metric))
+  tables: dict[str, list[dict[str, Any]]] = {}
+  for group, name in measured:
+    same = [g for g, _ in measured if g.task == group.task]
+    tables.setdefault(group.caption, []).append(
+        _shown(_statistics(group, name, published), group, same, published)
+    )
+  return tables
+
+
+def _shown(
+    row: Mapping[str, Any],
+    group: Group,
+    same: Sequence[Group],
+    published: Published | None,
+) -> dict[str, Any]:
+  """Returns the row of a group among those of its task."""
+  lost = any('diverged' in run.summary for g in same for run in g.runs)
+  counts = {len(g.runs) for g in same}
+  over = count_runs(same)
+  over = over if counts == {1} else f'mean ± s.d., {over}'
+  count = row['runs'] - row['diverged']
+  text: dict[str, Any] = {
+      'method': group.name,
+      _rate_header(same): row['learning_rate'],
+      'trained a step': row['trained'],
+      f'{labels.metric(row["metric"]).words} ({over})': Mean(
+          row['mean'], row['std'], count
+      ),
   }
-  rows = []
-  for row in statistics(runs, published):
-    count = str(row['runs'])
-    if row['diverged']:
-      count += f' ({row["diverged"]} diverged)'
-    text = {
-        'task': row['task'],
-        'method': row['method'],
-        'rank': row['rank'],
-        'rate': f'{row["learning_rate"]:g}',
-        'trained a step': row['trained'],
-        names[row['metric']]: _mean_std(row['mean'], row['std']),
-    }
-    if published is not None:
-      text['published'] = _mean_std(row['published'], row['published_std'])
-      far = row['standard_errors']
-      text['ours - theirs, s.e.'] = '-' if math.isnan(far) else f'{far:+.1f}'
-    rows.append({**text, 'runs': count, 'seconds': round(row['seconds'], 2)})
-  return rows
+  if published is not None:
+    num = _published(group, published)[2]
+    text['published'] = Mean(row['published'], row['published_std'], num)
+    text['ours - theirs, s.e.'] = round(row['standard_errors'], 1)
+  if lost or len(counts) > 1:
+    diverged = f' ({row["diverged"]} diverged)' if row['diverged'] else ''
+    text['runs'] = f'{row["runs"]}{diverged}'
+  return {**text, 'seconds': round(row['seconds'], 2)}
 
 
-def traffic(runs: Sequence[Run], target: float) -> list[dict[str, Any]]:
+def count_runs(found: Sequence[Group]) -> str:
+  """Returns what means are over: '3 seeds', or 'runs' that differ in more."""
+  counts = {len(group.runs) for group in found}
+  noun = 'seeds'
+  for group in found:
+    if len({run.config.get('seed') for run in group.runs}) < len(group.runs):
+      noun = 'runs'
+  if len(counts) > 1:
+    return noun
+  return f'{max(counts)} {noun if counts != {1} else noun[:-1]}'
+
+
+def _rate_header(same: Sequence[Group]) -> str:
+  configs = [group.runs[0].config['method'] for group in same]
+  is_factor = all(c.get('stepsize_factor') is not None for c in configs)
+  return 'rate, 1/L' if is_factor else 'rate'
+
+
+def traffic(
+    runs: Sequence[Run], target: float, by: Collection[str] | None = None
+) -> dict[str, list[dict[str, Any]]]:
   """Returns what federated methods send until they reach an accuracy.
 
   Args:
     runs: finished ones; those without clients are left out.
     target: validation accuracy in (0, 1).
+    by: see `groups`.
 
   Returns:
-    One row a method: rounds and megabytes a client, up and down, at the first
-    evaluation that reached the target, means over the runs that did; and the
-    kilobytes of a round, the mean over all rounds of all runs.
+    {caption: rows}. One row a method: rounds and megabytes a client, up and down,
+    at the first evaluation that reached the target, means over the runs that did;
+    and the kilobytes of a round, the mean over all rounds of all runs.
   """
-  rows = []
-  for (task, method, rank_text), members in groups(
-      run for run in runs if is_federated(run)
-  ).items():
-    count = members[0].config['federated']['num_clients']
+  tables: dict[str, list[dict[str, Any]]] = {}
+  for group in groups((r for r in runs if labels.is_federated(r.config)), by):
     reached = []
-    for run in members:
+    for run in group.runs:
       for line in run.metrics:
         if line.get('validation_accuracy', 0.0) >= target:
           reached.append(line)
           break
-    last = [run.metrics[-1] for run in members]
-    steps = sum(line['step'] for line in reached) / max(1, len(reached))
-    row = {
-        'task': task,
-        'method': method,
-        'rank': rank_text,
-        'rate': f'{learning_rate(members[0]):g}',
-        'kB up a round': _a_round(last, 'bits_up', count),
-        'kB down a round': _a_round(last, 'bits_down', count),
-        f'reached {100 * target:g}%': f'{len(reached)} of {len(members)}',
-        'rounds': round(steps) if reached else '-',
+    count = group.runs[0].config['federated']['num_clients']
+    last = [run.metrics[-1] for run in group.runs]
+    mean = lambda name, lines=reached: (
+        sum(line.get(name, 0.0) for line in lines) / len(lines)
+        if lines
+        else None
+    )
+    scaled = lambda bits, unit, count=count: bits and bits / count / unit
+    rounds = sum(line['step'] for line in last)
+    row: dict[str, Any] = {
+        'method': group.name,
+        'rate': learning_rate(group.runs[0]),
     }
-    for name, text in (('bits_up', 'MB up'), ('bits_down', 'MB down')):
-      bits = sum(line.get(name, 0.0) for line in reached)
-      value = bits / max(1, len(reached)) / count / 8e6
-      row[text] = f'{value:.3g}' if reached else '-'
-    rows.append(row)
-  return rows
-
-
-def _a_round(
-    last: Sequence[Mapping[str, float]], name: str, num_clients: int
-) -> float:
-  """Returns the kilobytes a client and round, from the last lines of runs."""
-  total = sum(line.get(name, 0.0) for line in last)
-  rounds = sum(line['step'] for line in last)
-  return round(total / max(1, rounds) / num_clients / 8e3, 2)
+    for name, way in (('bits_up', 'up'), ('bits_down', 'down')):
+      total = sum(line.get(name, 0.0) for line in last)
+      row[f'kB {way} a round'] = total / max(1, rounds) / count / 8e3
+    row[f'reached {100 * target:g}%'] = f'{len(reached)} of {len(group.runs)}'
+    row['rounds'] = None if (x := mean('step')) is None else round(x)
+    row['MB up'] = scaled(mean('bits_up'), 8e6)
+    row['MB down'] = scaled(mean('bits_down'), 8e6)
+    tables.setdefault(group.caption, []).append(row)
+  return tables
 
 
 def write_csv(path: str | pathlib.Path, rows: Sequence[Mapping[str, Any]]):
@@ -513,23 +488,41 @@ def write_csv(path: str | pathlib.Path, rows: Sequence[Mapping[str, Any]]):
     writer.writerows(rows)
 
 
-def _mean_std(mean: float, std: float) -> str:
-  if math.isnan(mean):
-    return '-'
-  return f'{mean:.4g}' + ('' if math.isnan(std) else f' +- {std:.2g}')
+class Mean(NamedTuple):
+  """A cell of a table: a mean over runs."""
+
+  mean: float  # NaN: there is none.
+  std: float  # NaN: unknown.
+  count: int = 1  # Of runs.
 
 
-def table(rows: Sequence[Mapping[str, Any]], style: str = 'simple') -> str:
-  """Returns rows as an aligned table; style 'simple', 'github' or 'tsv'."""
-  cells = [{name: _cell(value) for name, value in row.items()} for row in rows]
+def table(
+    rows: Sequence[Mapping[str, Any]],
+    style: str = 'simple',
+    *,
+    is_even: bool = False,
+) -> str:
+  """Returns rows as an aligned table.
+
+  Args:
+    rows: {header: cell}; None and what is missing are '-'.
+    style: 'simple', 'github' or 'tsv'.
+    is_even: whether the numbers of a column have equal decimals.
+  """
+  headers = list(dict.fromkeys(name for row in rows for name in row))
+  columns = [[row.get(name) for row in rows] for name in headers]
+  cells = [
+      _column(column) if is_even else map(_cell, column) for column in columns
+  ]
+  is_number = lambda value: isinstance(value, (int, float, Mean))
   return tabulate.tabulate(
-      cells,
-      headers='keys',
-      tablefmt=style,
+      list(zip(*cells, strict=True)),
+      headers=headers,
+      tablefmt={'github': 'pipe'}.get(style, style),
       disable_numparse=True,
       colalign=[
-          'right' if isinstance(value, (int, float)) else 'left'
-          for value in rows[0].values()
+          'right' if any(map(is_number, column)) else 'left'
+          for column in columns
       ]
       if rows
       else None,
@@ -537,9 +530,69 @@ def table(rows: Sequence[Mapping[str, Any]], style: str = 'simple') -> str:
 
 
 def _cell(value: Any) -> str:
+  if value is None:
+    return '-'
   if isinstance(value, bool):
     return str(value).lower()
   if isinstance(value, float):
     is_count = value.is_integer() and 1000 <= abs(value) < 1e12
     return f'{value:,.0f}' if is_count else f'{value:.4g}'
   return f'{value:,}' if isinstance(value, int) else str(value)
+
+
+def _column(values: Sequence[Any]) -> list[str]:
+  """Returns the cells of a column with equal decimals."""
+  means = [
+      Mean(v, math.nan) if isinstance(v, float) else v
+      for v in values
+      if isinstance(v, (float, Mean))
+  ]
+  decimals = _decimals([m for m in means if math.isfinite(m.mean)])
+
+  def number(x: float, digits: int) -> str:
+    return f'{x:.{digits}e}' if decimals is None else f'{x:,.{decimals}f}'
+
+  def cell(value: Any) -> str:
+    if not isinstance(value, (float, Mean)):
+      whole = isinstance(value, int) and not isinstance(value, bool)
+      return number(value, 2) if whole and means else _cell(value)
+    mean, std, _ = value if isinstance(value, Mean) else (value, math.nan, 1)
+    if math.isnan(mean):
+      return '-'
+    return number(mean, 2) + ('' if math.isnan(std) else f' ± {number(std, 1)}')
+
+  return [cell(value) for value in values]
+
+
+def _decimals(means: Sequence[Mean]) -> int | None:
+  """Returns the decimals of a column; None: of different magnitudes.
+
+  The smallest standard error has one digit, where there is one. Else the spread of
+  the column has three and the smallest number two, and none has more than four.
+  """
+  errors = [m.std / math.sqrt(m.count) for m in means if m.count > 1]
+  errors = [
+      error
+      for error, m in zip(
+          errors, (m for m in means if m.count > 1), strict=True
+      )
+      if error > 1e-9 * abs(m.mean)  # Else of rounding.
+  ]
+  values = [m.mean for m in means]
+  sizes = [abs(value) for value in values if value]
+  if not sizes:
+    return 0
+  place = lambda x: math.floor(math.log10(x))
+  if errors:
+    decimals = max(0, -place(min(errors)))
+  else:
+    needed = max(
+        -int(decimal.Decimal(f'{x:.4g}').as_tuple().exponent) for x in sizes
+    )
+    spread = max(values) - min(values) or max(sizes)
+    decimals = max(1, 2 - place(spread), min(4, 1 - place(min(sizes))))
+    decimals = max(0, min(needed, decimals))
+    if min(sizes) < 0.5 * 10.0**-decimals:
+      return None
+  is_long = decimals > 2 and decimals + place(max(sizes)) + 1 > 7
+  return None if is_long or max(sizes) >= 1e12 else decimals

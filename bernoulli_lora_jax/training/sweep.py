@@ -22,6 +22,7 @@ from bernoulli_lora_jax.training import cli
 from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import fields
+from bernoulli_lora_jax.training import labels
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import metrics_log
 from bernoulli_lora_jax.training import together
@@ -138,14 +139,17 @@ def train(
   )
   groups = _groups(todo)
   _check(groups)
+  names, _ = labels.names(
+      [members[0].config.to_dict() for members in groups], _TRACED
+  )
   task_key, task, evaluators = None, None, {}
   with bar:
-    for members in groups:
+    for name, members in zip(names, groups, strict=True):
       first = members[0].config
       if task is None or arguments.task_key(first) != task_key:
         task_key = arguments.task_key(first)
         task, evaluators = arguments.make_task(first), {}
-      bar.set_postfix_str(members[0].directory.parent.name)
+      bar.set_postfix_str(name)
       if _is_small(first, task):
         with contextlib.ExitStack() as stack:
           for run in members:
