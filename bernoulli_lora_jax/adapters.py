@@ -872,11 +872,6 @@ def _without_product(
 
 # The family, and what a merge does, under one name for users.
 Target = policies.Target
-lora = policies.lora
-cola = policies.cola
-asymmetric_lora = policies.asymmetric_lora
-rac_lora = policies.rac_lora
-bernoulli_lora = policies.bernoulli_lora
 describe = policies.describe
 trained_numbers = policies.trained_numbers
 unmerge = merging.unmerge
@@ -884,3 +879,21 @@ extract = merging.extract
 merge_report = merging.merge_report
 check_factors = merging.check_factors
 check_shapes = merging.check_shapes
+
+
+def _renamed(old: str, new: str) -> Callable[..., ChainPolicy]:
+  """Returns a member of the family under the name that it had."""
+
+  def named(*args: Any, **kwargs: Any) -> ChainPolicy:
+    _warn(f'adapters.{old}', f'ChainPolicy.{new}')
+    return getattr(ChainPolicy, new)(*args, **kwargs)
+
+  named.__doc__ = f'Deprecated: `ChainPolicy.{new}`.'
+  return named
+
+
+lora = _renamed('lora', 'lora')
+cola = _renamed('cola', 'cola')
+asymmetric_lora = _renamed('asymmetric_lora', 'asymmetric')
+rac_lora = _renamed('rac_lora', 'rac')
+bernoulli_lora = _renamed('bernoulli_lora', 'bernoulli')

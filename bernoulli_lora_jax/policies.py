@@ -30,6 +30,15 @@ Matrices = matrices_lib.Matrices
 Matrix = matrices_lib.Matrix
 
 SIDES = ('left', 'right', 'bernoulli', None)
+# The sides of the members that have a field; others have none of it.
+_SIDES_OF = {
+    'prob': ('bernoulli',),
+    'shared_coin': ('bernoulli',),
+    'sketch': ('left', 'right', 'bernoulli'),
+    'frame': ('left', 'right', 'bernoulli'),
+    'init': (None,),
+    'zero': (None,),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +67,9 @@ class Target:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainPolicy:
   """One member of the LoRA family (A3).
+
+  The members have names: `lora`, `cola`, `asymmetric`, `rac`, `bernoulli`. A field
+  that a member does not have (prob where no coin falls) keeps its default.
 
   Attributes:
     rank: r >= 1, clipped to the sides of a matrix and at most the longer one.
@@ -101,6 +113,39 @@ class ChainPolicy:
   shared_coin: bool = False
   targets: tuple[Target, ...] = ()
 
+  @classmethod
+  def lora(cls, rank: int, **fields: Any) -> 'ChainPolicy':
+    """Returns LoRA: both factors are trained and never merged."""
+    return cls(rank=rank, side=None, period=None, **fields)
+
+  @classmethod
+  def cola(cls, rank: int, period: int, **fields: Any) -> 'ChainPolicy':
+    """Returns COLA: both factors are trained, merged and drawn anew."""
+    return cls(rank=rank, side=None, period=period, **fields)
+
+  @classmethod
+  def asymmetric(cls, rank: int, side: str, **fields: Any) -> 'ChainPolicy':
+    """Returns asymmetric LoRA: one factor is frozen and kept."""
+    return cls(rank=rank, side=side, period=None, **fields)
+
+  @classmethod
+  def rac(
+      cls, rank: int, period: int, side: str, **fields: Any
+  ) -> 'ChainPolicy':
+    """Returns RAC-LoRA: the same side is frozen in each link."""
+    return cls(rank=rank, side=side, period=period, **fields)
+
+  @classmethod
+  def bernoulli(
+      cls,
+      rank: int,
+      period: int,
+      prob: float | jax.Array = 0.5,
+      **fields: Any,
+  ) -> 'ChainPolicy':
+    """Returns Bernoulli-LoRA: a coin chooses the frozen side of each link."""
+    return cls(rank=rank, period=period, prob=prob, **fields)
+
   def __post_init__(self):
     check_field('rank', self.rank)
     check_field('prob', self.prob)
@@ -131,6 +176,14 @@ class ChainPolicy:
             f'Expected prob of target {target.pattern!r} with'
             f" side='bernoulli', got side={self.side!r}."
         )
+    for name in ignored(self.side):
+      default = self.__dataclass_fields__[name].default
+      value = getattr(self, name)
+      if isinstance(value, jax.Array) or value != default:
+        raise ValueError(
+            f'Expected {name} with side in {_SIDES_OF[name]}, got {name}={value!r}'
+            f' with side={self.side!r}, which has none.'
+        )
     longest = math.inf if self.period is None else self.period
     if not 0 <= self.warmup < longest:
       raise ValueError(
@@ -139,31 +192,9 @@ class ChainPolicy:
       )
 
 
-def lora(rank: int, **kwargs: Any) -> ChainPolicy:
-  """Returns LoRA: both factors are trained and never merged."""
-  return ChainPolicy(rank=rank, side=None, period=None, **kwargs)
-
-
-def cola(rank: int, period: int, **kwargs: Any) -> ChainPolicy:
-  """Returns COLA: both factors are trained, merged and drawn anew."""
-  return ChainPolicy(rank=rank, side=None, period=period, **kwargs)
-
-
-def asymmetric_lora(rank: int, side: str, **kwargs: Any) -> ChainPolicy:
-  """Returns asymmetric LoRA: one factor is frozen and kept."""
-  return ChainPolicy(rank=rank, side=side, period=None, **kwargs)
-
-
-def rac_lora(rank: int, period: int, side: str, **kwargs: Any) -> ChainPolicy:
-  """Returns RAC-LoRA: the same side is frozen in each link."""
-  return ChainPolicy(rank=rank, side=side, period=period, **kwargs)
-
-
-def bernoulli_lora(
-    rank: int, period: int, prob: float | jax.Array = 0.5, **kwargs: Any
-) -> ChainPolicy:
-  """Returns Bernoulli-LoRA: a coin chooses the frozen side of each link."""
-  return ChainPolicy(rank=rank, period=period, prob=prob, **kwargs)
+def ignored(side: str | None) -> list[str]:
+  """Returns the fields that members of a side do not have."""
+  return [name for name, sides in _SIDES_OF.items() if side not in sides]
 
 
 class Adapted(NamedTuple):

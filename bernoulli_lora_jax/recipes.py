@@ -28,6 +28,7 @@ import optax
 
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax import policies
 from bernoulli_lora_jax import sharded
 from bernoulli_lora_jax import sketches
 
@@ -299,7 +300,9 @@ def _from_record(
   policy = dict(record['policy'])
   name = policy['sketch']
   policy['sketch'] = sketches.by_name(name) if sketch is None else sketch
-  if record.get('prob_is_array'):
+  for field in policies.ignored(policy['side']):  # Of older recipes.
+    policy.pop(field, None)
+  if record.get('prob_is_array') and 'prob' in policy:
     policy['prob'] = jnp.asarray(policy['prob'])
   policy['targets'] = tuple(adapters.Target(**t) for t in policy['targets'])
   return Recipe(

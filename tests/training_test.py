@@ -125,7 +125,7 @@ class GradientMethodTest(parameterized.TestCase):
 
   def test_both_modes_draw_the_same(self):
     """With links of one plain step they take the same steps."""
-    policy = methods.make_policy('bernoulli', 2, 1, 0.5)
+    policy = methods.make_policy('bernoulli', period=1, rank=2)
     both = (
         methods.gradient_method(
             self.loss,

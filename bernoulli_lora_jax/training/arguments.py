@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import dataclasses
 import importlib
 import os
 import sys
@@ -323,23 +324,15 @@ def make_policy(
 ) -> adapters.ChainPolicy:
   """Returns the policy of adapter mode; `prob` may be traced."""
   c = config.method
-  return methods.make_policy(
-      c.name,
-      c.rank,
-      period_of(config, task) or None,
-      prob,
-      alpha=c.alpha,
-      scaling=c.scaling,
-      resample=c.resample,
-      sketch=make_sketch(config),
-      frame=c.frame,
-      init=c.init,
-      zero=c.zero,
-      warmup=c.link_warmup,
-      reset_optimizer=c.reset_optimizer,
-      rounding=c.rounding,
-      shared_coin=c.shared_coin,
-  )
+  names = [f.name for f in dataclasses.fields(adapters.ChainPolicy)]
+  special: dict[str, Any] = {
+      'period': period_of(config, task) or None,
+      'prob': prob,
+      'sketch': make_sketch(config),
+      'warmup': c.link_warmup,
+  }
+  same = {name: c[name] for name in names if name in c}
+  return methods.make_policy(c.name, **{**same, **special})
 
 
 def trained_leaves(

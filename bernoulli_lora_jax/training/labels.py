@@ -41,6 +41,7 @@ IGNORED = frozenset(
         'task.data_dir',
         'training.progress',
         'training.max_to_keep',
+        'training.keep_weights',
         'training.group_size',
     }
 )

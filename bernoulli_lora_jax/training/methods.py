@@ -21,6 +21,7 @@ from bernoulli_lora_jax import estimators
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import parts
+from bernoulli_lora_jax import policies
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import parallel
 
@@ -316,21 +317,16 @@ def adapter_method(
 
 
 def make_policy(
-    name: str,
-    rank: int,
-    period: int | None,
-    prob: float | jax.Array,
-    **kwargs: Any,
+    name: str, *, period: int | None, **fields: Any
 ) -> adapters.ChainPolicy:
   """Returns the policy of a named method.
 
   Args:
     name: 'lora', 'asymmetric_left', 'asymmetric_right', 'cola', 'rac_left',
       'rac_right' or 'bernoulli'; left and right name the frozen side.
-    rank: r.
     period: steps of a link, for the last four.
-    prob: P(left) of 'bernoulli'.
-    **kwargs: as for `adapters.ChainPolicy`.
+    **fields: of `adapters.ChainPolicy`; those that the method does not have are
+      left out, so that the runs of a sweep can share them.
 
   Raises:
     ValueError: an unknown name, or a chain without a period.
@@ -344,9 +340,9 @@ def make_policy(
   elif period is None:
     raise ValueError(f'Expected method.period >= 1 for {name}, got 0.')
   side = {'lora': None, 'cola': None}.get(name, name.rpartition('_')[2])
-  return adapters.ChainPolicy(
-      rank=rank, period=period, side=side, prob=prob, **kwargs
-  )
+  unused = policies.ignored(side)
+  used = {name: x for name, x in fields.items() if name not in unused}
+  return adapters.ChainPolicy(period=period, side=side, **used)
 
 
 def make_transformation(
