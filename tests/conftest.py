@@ -17,6 +17,8 @@ _FLAGS = ['--xla_backend_optimization_level=0']
 _VERSION = importlib.metadata.version('jaxlib').split('.')
 if [int(part) for part in _VERSION[:2]] < [0, 11]:  # Later ones do not know it.
   _FLAGS.append('--xla_cpu_use_fusion_emitters=false')
+  # One module of code a program: another tenth.
+  _FLAGS.append('--xla_cpu_parallel_codegen_split_count=1')
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['BERNOULLI_LORA_CACHE'] = str(_SHARED / 'cache')
