@@ -101,6 +101,15 @@ ESTIMATORS = {
     'ef21_chain': estimator_of(ef21, True),
 }
 ALL = {**CHAINS, **ESTIMATORS}
+# Near others of which each is compiled in the quick tests.
+SIBLINGS = (
+    'rademacher',
+    'shared_coin',
+    'traced_prob',
+    'period',
+    'rac_right',
+    'mvr_chain',
+)
 # In bfloat16 too: an inner state, and states of estimators.
 HALF = ('momentum', 'page_chain', 'ef21_chain')
 
@@ -189,11 +198,11 @@ def raw(tree):
 
 class EveryTransformationTest(parameterized.TestCase):
 
-  @parameterized.parameters('page_chain', 'mvr')
+  @parameterized.parameters('coordinate', 'mvr')
   def test_jit_equals_eager(self, name):
     self.check_jit_equals_eager(name)
 
-  @parameterized.parameters('adam', 'gaussian', 'coordinate', 'qgd')
+  @parameterized.parameters('adam', 'gaussian', 'page_chain', 'qgd')
   @pytest.mark.slow
   def test_jit_equals_eager_otherwise(self, name):
     self.check_jit_equals_eager(name)
@@ -209,7 +218,7 @@ class EveryTransformationTest(parameterized.TestCase):
     chex.assert_trees_all_close(raw(jitted), raw(eager), rtol=1e-5, atol=1e-5)
 
   @parameterized.parameters(
-      *((name, 'float32') for name in ALL),
+      *((name, 'float32') for name in ALL if name not in SIBLINGS),
       *((name, 'bfloat16') for name in HALF),
   )
   def test_shapes_and_dtypes_are_stable_and_nothing_recompiles(
@@ -218,6 +227,7 @@ class EveryTransformationTest(parameterized.TestCase):
     self.check_shapes_and_dtypes_are_stable_and_nothing_recompiles(name, dtype)
 
   @parameterized.parameters(
+      *((name, 'float32') for name in SIBLINGS),
       *((name, 'bfloat16') for name in ALL if name not in HALF),
   )
   @pytest.mark.slow
@@ -297,8 +307,16 @@ class EveryTransformationTest(parameterized.TestCase):
     resumed = run(name, restored['params'], restored['state'], range(4, 7))
     chex.assert_trees_all_equal(raw(resumed), raw(unbroken))
 
-  @parameterized.parameters(*ALL)
+  @parameterized.parameters(*(name for name in ALL if name not in SIBLINGS))
   def test_state_may_be_donated(self, name):
+    self.check_state_may_be_donated(name)
+
+  @parameterized.parameters(*SIBLINGS)
+  @pytest.mark.slow
+  def test_state_may_be_donated_otherwise(self, name):
+    self.check_state_may_be_donated(name)
+
+  def check_state_may_be_donated(self, name):
     tx, _, _ = compiled(name)
     params = make_params()
     results = []
@@ -346,8 +364,16 @@ class DrawsTest(parameterized.TestCase):
   def assert_differ(self, one, other):
     self.assertGreater(np.abs(one - other).max(), 1e-3)
 
-  @parameterized.parameters(*CHAINS)
+  @parameterized.parameters(*(name for name in CHAINS if name not in SIBLINGS))
   def test_chain(self, name):
+    self.check_chain(name)
+
+  @parameterized.parameters(*(name for name in SIBLINGS if name in CHAINS))
+  @pytest.mark.slow
+  def test_chain_otherwise(self, name):
+    self.check_chain(name)
+
+  def check_chain(self, name):
     period = {'period': 3, 'momentum': 3, 'adam': 2}.get(name, 1)
     updates = self.updates(name, period + 1)
     others = self.updates(name, 1, jax.random.key(1))
