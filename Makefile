@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 WORKDIR ?= runs/digits
 FIGURES ?= figures
 
-.PHONY: run test test-all lint format notebooks docs clean
+.PHONY: run test test-all mutants lint format notebooks docs clean
 
 # Pre-trains on the digits 0-4, fine-tunes on 5-9 with every method.
 run: $(VENV)/.installed
@@ -19,6 +19,10 @@ test: $(VENV)/.installed
 # What is too slow for `make test`, the network of processes included.
 test-all: $(VENV)/.installed-federated
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
+
+# Breaks the package line by line: of each fault a quick test must turn red.
+mutants: $(VENV)/.installed
+	$(BIN)/python tests/mutants.py
 
 lint: $(VENV)/.installed-dev $(VENV)/.installed-federated
 	$(BIN)/pyink --check --quiet .

@@ -155,6 +155,69 @@ def accumulate(
   return accumulated
 
 
+def chunked(grad_fn: Callable[..., Any], size: int) -> Callable[..., Any]:
+  """Evaluates a mean over a batch of any length in chunks, one after another.
+
+  Args:
+    grad_fn: (params, batch, *args) -> as for `accumulate`, a loss's (value, aux)
+      or its gradient, nothing of which follows the examples.
+    size: most examples at a time; 0 for all.
+
+  Returns:
+    (params, batch, *args) -> what grad_fn returns for the whole batch, the last
+    chunk as short as need be.
+  """
+  if size < 0:
+    raise ValueError(f'Expected a chunk of size >= 0, got size={size}.')
+
+  def in_chunks(params, batch, *args):
+    length = batch_size(batch)
+    if not size or size >= length:
+      return grad_fn(params, batch, *args)
+    count = length // size
+    row = lambda low, high: jax.tree.map(
+        lambda x: x[low:high] if jnp.ndim(x) else x, batch
+    )
+    main = accumulate(grad_fn, count)(params, row(0, count * size), *args)
+    if count * size == length:
+      return main
+    rest = grad_fn(params, row(count * size, length), *args)
+    return combined([main, rest], [count * size, length - count * size])
+
+  return in_chunks
+
+
+def combined(results: list[Any], sizes: list[int]) -> Any:
+  """Returns the means over parts of a batch as those over the batch.
+
+  Args:
+    results: what a loss or its gradient returned for each part.
+    sizes: their examples: the weights where none are returned (`Weighted`).
+
+  Returns:
+    Means by weight in the dtypes of the parts; integers are summed.
+  """
+  place = _weight_place(results[0])
+  flat = [jax.tree.leaves(result) for result in results]
+  weights = [jnp.asarray(size, jnp.float32) for size in sizes]
+  if place is not None:
+    weights = [_wide(leaves[place]) for leaves in flat]
+  total = jnp.where(sum(weights) > 0, sum(weights), 1)
+
+  def mean(i, xs):
+    if i == place or jnp.issubdtype(xs[0].dtype, jnp.integer):
+      return sum(xs[1:], xs[0])
+    terms = [_term(x, w) for x, w in zip(xs, weights, strict=True)]
+    scale = total.astype(terms[0].dtype)
+    return (sum(terms[1:], terms[0]) / scale).astype(xs[0].dtype)
+
+  leaves = [
+      mean(i, [jnp.asarray(x) for x in xs])
+      for i, xs in enumerate(zip(*flat, strict=True))
+  ]
+  return jax.tree.unflatten(jax.tree.structure(results[0]), leaves)
+
+
 def averaged(
     grad_fn: Callable[..., Any], average: Callable[[Any], Any]
 ) -> Callable[..., Any]:

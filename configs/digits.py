@@ -65,6 +65,7 @@ def get_config(variant: str = ''):
   """Returns the config of a variant."""
   config = base_config.get_config()
   config.training.num_passes = 60.0
+  config.training.eval_gradient = True  # For audits.
   names = [name for name in variant.split(',') if name]
   chosen = adapter('bernoulli')
   for name in names:

@@ -59,7 +59,6 @@ def get_config(variant: str = ''):
   config.training.num_passes = passes
   config.training.num_evals = 16
   config.training.patience = 16  # Never stops; keeps the best.
-  config.training.eval_gradient = False
   if equal == 'rank':
     config.method.period_passes = passes / NUM_LINKS
   if equal == 'flops':

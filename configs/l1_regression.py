@@ -39,6 +39,7 @@ def get_config(variant: str = ''):
   config.method.rank = 2
   config.training.num_steps = 3000
   config.training.num_evals = 60
+  config.training.eval_gradient = True  # For audits.
   for name in filter(None, variant.split(',')):
     if name in METHODS:
       config.method.name = name

@@ -31,6 +31,7 @@ def get_config(variant: str = ''):
   config.method.estimator = 'gd'
   config.training.num_passes = 60.0
   config.training.num_evals = 60
+  config.training.eval_gradient = True  # For audits.
   for name in filter(None, variant.split(',')):
     if name in METHODS:
       config.method.name = name

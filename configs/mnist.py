@@ -62,6 +62,7 @@ def get_config(variant: str = ''):
   config.method.init = 'normal'
   config.training.num_passes = 50.0
   config.training.num_evals = 50
+  config.training.eval_gradient = True  # For audits.
   config.training.patience = 10
   config.training.plateau_patience = 10
   names = [name for name in variant.split(',') if name]

@@ -30,6 +30,7 @@ def get_config(variant: str = ''):
   config.method.stepsize_factor = 1.0
   config.training.num_steps = 6000
   config.training.num_evals = 1200  # LoRA diverges within a few steps.
+  config.training.eval_gradient = True  # For audits.
   names = [name for name in variant.split(',') if name]
   for name in names:
     if name in ADAPTERS:

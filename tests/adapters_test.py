@@ -881,6 +881,7 @@ class RestartTest(parameterized.TestCase):
     tx = optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau())
     (_, state), _ = self.final(tx)
     self.assertLess(state.best_value, np.inf)
+    self.assertGreater(state.best_value, 0)
 
 
 class CoinTest(parameterized.TestCase):

@@ -27,7 +27,6 @@ from bernoulli_lora_jax.theory import audit
 from bernoulli_lora_jax.theory import bounds
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import base_config
-from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import reporting
@@ -308,6 +307,7 @@ class RealisedTest(parameterized.TestCase):
 def linear_config(**overrides):
   """Linear regression of 4 x 4, 40 examples, in float64; 10 steps."""
   config = base_config.get_config()
+  config.training.eval_gradient = True
   config.x64 = True
   config.task.name = 'linear_regression'
   config.task.dim = 16
@@ -327,6 +327,7 @@ def linear_config(**overrides):
 def digits_config(**overrides):
   """Digits with a small network, 8 steps."""
   config = base_config.get_config()
+  config.training.eval_gradient = True
   config.task.hidden = (8,)
   config.task.pretrain_epochs = 1
   config.method.sketch = 'coordinate'  # A QR takes long to compile.
@@ -868,6 +869,7 @@ class AuditTest(X64TestCase):
   def test_a_converged_path_has_a_pl_constant(self):
     """Full GD on the quadratic in float32: mu = 0.2, whatever is rounding."""
     config = base_config.get_config()
+    config.training.eval_gradient = True
     config.task.name = 'quadratic'
     config.method.name = 'full'
     config.method.estimator = 'gd'
@@ -1015,20 +1017,14 @@ class RunsTest(X64TestCase):
     self.assertBetween(path.error, 0.3, 0.7)
 
   def tamper(self, program):
-    state = program.get(program.put(program.start(jax.random.key(0))))
-    like = {
-        'method': state,
-        'best': state.params,
-        'progress': loop.empty_progress(),
-    }
-    with checkpoint.Checkpointer(self.folder) as saver:
-      tree = saver.restore(like)
-    old, new = state.params['w'], tree['method'].params['w']
-    moved = {'w': new + 0.5 * (new - old)}
-    tree['method'] = tree['method']._replace(params=moved)
+    start = program.start(jax.random.key(0))
+    with loop.open_checkpoints(program, self.folder, start) as saver:
+      state, best, progress = loop.restore(saver, program, start, start.params)
+    old, new = start.params['w'], state.params['w']
+    state = state._replace(params={'w': new + 0.5 * (new - old)})
     shutil.rmtree(self.folder / 'checkpoints')
-    with checkpoint.Checkpointer(self.folder) as saver:
-      saver.save(10, tree)
+    with loop.open_checkpoints(program, self.folder, start) as saver:
+      saver.save(10, loop.checkpoint_tree(state, best, progress))
 
   def change(self, section, name, value):
     path = self.folder / 'config.json'

@@ -20,6 +20,7 @@ from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import averaging
 from bernoulli_lora_jax import clients as clients_lib
 from bernoulli_lora_jax import inject
+from bernoulli_lora_jax import parts
 
 NUM_CLIENTS, NUM_ROWS, BATCH = 4, 6, 3
 NUM_STEPS, NUM_ROUNDS = 3, 5  # Local steps; rounds of a run.
@@ -1119,6 +1120,22 @@ class ClientsTest(parameterized.TestCase):
     expected = (NORMALISED @ x.astype(float)).astype(jnp.bfloat16)
     self.assertEqual(got.dtype, jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(got), expected)
+
+  def test_the_weight_of_a_loss_multiplies_the_client_s(self):
+    loss = lambda params, client, key: (
+        params['w'] * client['x'],
+        parts.Weighted(client['weight']),
+    )
+    rounds = averaging.federated_weights(
+        optax.sgd(1.0), num_clients=2, num_local_steps=1, weights=(1.0, 2.0)
+    )
+    clients = {'x': jnp.array([1.0, 3.0]), 'weight': jnp.array([4.0, 1.0])}
+    state = rounds.init(None, {'w': jnp.ones([])})
+    state, (value, aux) = rounds.step(state, loss, clients, KEY)
+    # The weights of 4 : 2 of the gradients 1 and 3.
+    np.testing.assert_allclose(state.params['w'], 1 - 5 / 3, rtol=1e-6)
+    np.testing.assert_allclose(value, 5 / 3, rtol=1e-6)
+    np.testing.assert_allclose(aux.weight, 5.0)
 
   def test_nan_of_weight_zero_adds_nothing(self):
     clients = clients_lib.make_clients(3, (1.0, 0.0, 1.0), None, None)

@@ -612,7 +612,7 @@ def fake_task(
       data=data,
       loss=lambda params, batch, key: (jnp.zeros([]), {}),
       batch=task_lib.uniform_batch(4),
-      evaluate=lambda params, data, split: {},
+      sampling='replacement',
       num_samples=40,
       batch_size=4,
       outputs=lambda params, batch: batch['x'] @ params['w'],

@@ -678,6 +678,16 @@ class AllLinearTest(parameterized.TestCase):
     selected = [matrix.path for matrix in matrices.find(params, found)]
     self.assertEqual(selected, ['linear/kernel'])
 
+  def test_tables_of_plain_trees_are_left_out(self):
+    params = {'table': normal(5, 4), 'w': normal(4, 4)}
+
+    def loss(params, rows):
+      h = jnp.take(params['table'], rows, axis=0) @ params['w']
+      return h @ params['table'].T  # Tied: looked up in, and multiplied by.
+
+    found = inject.all_linear(loss, params, jnp.arange(3))
+    self.assertEqual([rule.pattern for rule in found.rules], ['^w$'])
+
   def test_layers_that_are_not_called_are_left_out(self):
     loss, params, x = two_dense()
     params['unused'] = {'kernel': jnp.zeros((4, 4))}
@@ -1040,6 +1050,10 @@ class QuantizedTest(parameterized.TestCase):
         array.scale
     )
     axes = {'layers/linear/kernel': Axes((1,), (2,), (0,))}
+    (rule,) = inject.all_linear(apply_of(low), params, x).rules
+    self.assertEqual(
+        (rule.left, rule.right, rule.batch), axes['layers/linear/kernel']
+    )
     factors = factors_of(full, axes)
     out = jax.jit(inject.by_product(apply_of(low)))(params, factors, x)
     with jax.enable_x64(True):

@@ -133,21 +133,18 @@ def result(workdir: pathlib.Path, num_steps: int) -> dict[str, object]:
   import jax
   import numpy as np
 
-  from bernoulli_lora_jax.training import checkpoint
   from bernoulli_lora_jax.training import experiment
   from bernoulli_lora_jax.training import loop
 
   config = make_config(num_steps)
   program = experiment.make_program(config)
   key = jax.random.key(config.seed)
-  like = {
-      'method': program.start(key),
-      'best': loop.make_params(program.task)(key),
-      'progress': loop.empty_progress(),
-  }
-  with checkpoint.Checkpointer(workdir) as saver:
-    tree = saver.restore(like)
-  del tree['progress']['seconds']
+  state = program.start(key)
+  with loop.open_checkpoints(program, workdir, state) as saver:
+    params = program.params(state)
+    state, best, progress = loop.restore(saver, program, state, params)
+  progress = jax.tree.map(np.asarray, progress._replace(seconds=0.0))
+  tree = {'method': state, 'best': best, 'progress': progress}
   found = {}
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):

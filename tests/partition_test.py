@@ -354,7 +354,7 @@ class ClientsTest(parameterized.TestCase):
         data={'train': self.split, 'test': self.split},
         loss=least_squares(),
         batch=task_lib.uniform_batch(2),
-        evaluate=lambda params, data, split: {},
+        sampling='replacement',
         num_samples=12,
         batch_size=2,
     )
@@ -363,5 +363,7 @@ class ClientsTest(parameterized.TestCase):
     chex.assert_trees_all_equal(got.batch(got.data, key, 3), self.clients)
     self.assertEqual(set(got.data), {'train', 'test', 'clients'})
     self.assertNotIn('clients', task.data)
-    kept = got._replace(data=task.data, batch=task.batch)
+    kept = got._replace(
+        data=task.data, batch=task.batch, sampling='replacement'
+    )
     self.assertEqual(kept, task)

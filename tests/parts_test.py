@@ -118,6 +118,16 @@ class PartsTest(parameterized.TestCase):
     # A key in the batch is the same for all parts, one in args for none.
     self.assertLen(np.unique(rows), 1 if kind == 'in the batch' else 4)
 
+  def test_devices_differ_in_their_noise(self):
+    noise = lambda params, batch, key: jax.random.normal(key)
+    run = parts.accumulate(noise, 1, axis_name='devices')
+    key = jax.random.key(0)
+    found = jax.vmap(run, (None, 0, None), axis_name='devices')(
+        0.0, jnp.ones((4, 2)), key
+    )
+    each = [jax.random.normal(jax.random.fold_in(key, i)) for i in range(4)]
+    np.testing.assert_allclose(found, np.full(4, np.mean(each)), rtol=1e-5)
+
   def test_one_part_is_the_function_itself(self):
     grad_fn = lambda params, batch, key: jax.random.uniform(key) + batch.sum()
     found = bl.accumulate(grad_fn, 1)({}, jnp.ones(3), KEY)

@@ -495,8 +495,8 @@ class ResumeTest(parameterized.TestCase):
     config = quadratic_config()
     program = experiment.make_program(config)
     cut = program._replace(
-        prepare=lambda state, key, start, num: (
-            program.prepare(state, key, start, num)
+        prepare=lambda state, key, start, *rest: (
+            program.prepare(state, key, start, *rest)
             if start < 8
             else self.fail('cut')
         )

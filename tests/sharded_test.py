@@ -136,7 +136,9 @@ class ShardedTest(parameterized.TestCase):
     # Compilations: jit's own cache also tells apart equal placements of a key.
     with jax.log_compiles(), self.assertLogs('jax') as logs:
       found, states = run(placed)
-    programs = sum('XLA compilation of jit(step)' in line for line in logs.output)
+    programs = sum(
+        'XLA compilation of jit(step)' in line for line in logs.output
+    )
     chex.assert_trees_all_close(
         jax.device_get(found), jax.device_get(expected), rtol=1e-4, atol=1e-5
     )

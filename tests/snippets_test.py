@@ -214,17 +214,8 @@ def federation(names):
 
   return {
       'labels': np.asarray(rows['y']),
-      'task': task_lib.Task(
-          'rows',
-          lambda key: names['params'],
-          {'train': rows},
-          loss,
-          task_lib.uniform_batch(4),
-          lambda params, data, split: {
-              'loss': loss(params, data[split], None)[0]
-          },
-          40,
-          4,
+      'task': task_lib.from_arrays(
+          'rows', loss, weights=names['params'], train=rows, batch_size=4
       ),
       # A client's data are a batch: all have as many examples.
       'clients': partition.client_data(rows, partition.iid(40, 10, seed=0)),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from bernoulli_lora_jax import recipes
+from bernoulli_lora_jax.tasks import quadratic
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import base_config
@@ -27,6 +28,7 @@ from bernoulli_lora_jax.training import together
 def small_config(**overrides):
   """Bernoulli-LoRA adapters on digits: 24 steps, links of 5, dropout on."""
   config = base_config.get_config()
+  config.training.eval_gradient = True
   config.task.hidden = (16,)
   config.task.pretrain_epochs = 1
   config.task.dropout = 0.2
@@ -171,6 +173,31 @@ class TogetherTest(parameterized.TestCase):
     losses = [result.summary['train_loss'] for result in results]
     self.assertEqual(len(set(losses)), 7)
 
+  def test_each_run_is_tested_at_its_best_weights(self):
+    task = quadratic.make_task()
+
+    def make_method(hyper):
+      return methods.gradient_method(
+          task.loss,
+          methods.make_transformation('full', hyper['learning_rate']),
+          estimator='gd',
+          num_samples=1,
+          batch_size=1,
+      )
+
+    settings = loop.Settings(6, 1, patience=2, progress=False)
+    rates = {'learning_rate': [0.3, 1 / quadratic.SMOOTHNESS]}
+    results = dict(
+        together.train_together(task, make_method, settings, [0, 0], rates)
+    )
+    # The first climbs from its first step on, the other one descends.
+    for i, (best, end) in enumerate([(1, 3), (6, 6)]):
+      lines, summary = results[i]
+      self.assertEqual((summary['best_step'], summary['step']), (best, end))
+      np.testing.assert_allclose(
+          summary['train_loss'], lines[best]['train_loss'], rtol=1e-5
+      )
+
   def test_the_end_of_a_link_stays_a_branch(self):
     config = small_config()
     task = arguments.make_task(config)
@@ -182,7 +209,7 @@ class TogetherTest(parameterized.TestCase):
     )
     keys = jnp.stack([jax.random.key(0), jax.random.key(1)])
     hyper = {'prob': jnp.array([0.5, 0.5])}
-    start = jax.vmap(parts.start)
+    start = jax.vmap(lambda *args: parts.start(*args, None))
     states = jax.eval_shape(
         lambda *args: together._shared_count(start(*args), False), keys, hyper
     )
@@ -212,7 +239,8 @@ class TogetherTest(parameterized.TestCase):
         data={'train': {'x': x, 'index': jnp.arange(size)}},
         loss=loss,
         batch=task_lib.uniform_batch(2),
-        evaluate=lambda params, data, split: {'loss': jnp.zeros([])},
+        metrics=lambda params, data, split: {'loss': jnp.zeros([])},
+        sampling='replacement',
         num_samples=size,
         batch_size=2,
     )
@@ -286,6 +314,7 @@ class SweepTest(parameterized.TestCase):
     found = sorted(self.tmp.rglob('summary.json'))
     self.assertLen(found, 6)
     summaries = [json.loads(path.read_text()) for path in found]
+    self.assertLen({s['test_loss'] for s in summaries}, 6)
     # Runs of both p are one program; LoRA is another.
     self.assertEqual([s['runs_together'] for s in summaries], [4] * 4 + [2] * 2)
     record = json.loads((found[0].parent / 'config.json').read_text())
@@ -379,8 +408,8 @@ class AdapterRunTest(parameterized.TestCase):
     program = experiment.make_program(config)
     states = []
 
-    def watched(state, key, start, num):
-      run = program.prepare(state, key, start, num)
+    def watched(*args):
+      run = program.prepare(*args)
 
       def keeping(*args):
         state, metrics = run(*args)
@@ -389,10 +418,10 @@ class AdapterRunTest(parameterized.TestCase):
 
       return keeping
 
-    def interrupted(state, key, start, num):
+    def interrupted(state, key, start, *rest):
       if start >= 16:
         raise KeyboardInterrupt
-      return program.prepare(state, key, start, num)
+      return program.prepare(state, key, start, *rest)
 
     watching = program._replace(prepare=watched)
     experiment.train(config, self.tmp / 'whole', watching)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sklearn.datasets
 
 from bernoulli_lora_jax.models import mlp
 from bernoulli_lora_jax.tasks import cache
@@ -70,6 +71,8 @@ class SamplingTest(parameterized.TestCase):
     counts = np.bincount(rows, minlength=4)
     # Binomial(4000, 1/4): sd 27.4.
     self.assertLess(np.abs(counts - 1000).max(), 5 * 27.4)
+    again = task_lib.uniform_batch(4000)(data, jax.random.key(0), 1)['index']
+    self.assertFalse(np.array_equal(rows, again))
 
   def test_batch_larger_than_data_is_refused(self):
     data = {'train': {'index': jnp.arange(4)}}
@@ -110,13 +113,43 @@ class DigitsTest(parameterized.TestCase):
     )
     params = task.init(jax.random.key(0))
     lower = classification.select_classes(images, 0, 5)
-    old = task.evaluate(params, lower, 'test')['accuracy']
-    new = task.evaluate(params, task.data, 'test')['accuracy']
+    old = task_lib.evaluate(task, params, lower, 'test')['accuracy']
+    new = task_lib.evaluate(task, params, task.data, 'test')['accuracy']
     self.assertGreater(old, 0.95)
     self.assertLess(new, 0.4)
     self.assertEqual(set(np.unique(task.data['train']['y'])), set(range(5)))
     sizes = [len(images.splits[s][1]) for s in ('train', 'validation', 'test')]
     self.assertEqual(sum(sizes), 1797)
+
+  def test_noise_follows_the_example(self):
+    task = classification.make_task(
+        'digits',
+        digits.load(0),
+        hidden=(16,),
+        dropout=0.5,
+        batch_size=8,
+        pretraining=classification.Pretraining(0, 1e-3, 8, 0),
+    )
+    params, key = task.init(jax.random.key(0)), jax.random.key(1)
+    batch = lambda rows: task_lib.take(task.data['train'], jnp.asarray(rows))
+    loss = lambda *rows: task.loss(params, batch(rows), key)[0]
+    alone = [loss(row) for row in (3, 4, 5, 6)]
+    np.testing.assert_allclose(loss(3, 4, 5, 6), np.mean(alone), rtol=1e-5)
+
+  def test_parts_in_their_order_by_the_training_pixels(self):
+    x, y = sklearn.datasets.load_digits(return_X_y=True)
+    order = np.random.default_rng(3).permutation(len(y))
+    splits = digits.load(3).splits
+    self.assertEqual(list(splits), ['train', 'validation', 'test'])
+    ends = [0, 1078, 1437, 1797]
+    for (images, labels), a, b in zip(
+        splits.values(), ends, ends[1:], strict=False
+    ):
+      rows = order[a:b]
+      np.testing.assert_array_equal(labels, y[rows])
+      train = x[order[:1078]]
+      expected = (x[rows] - train.mean()) / train.std()
+      np.testing.assert_allclose(images, expected, atol=1e-6)
 
   def test_pretraining_is_cached_by_settings(self):
     calls = []
@@ -184,6 +217,24 @@ class MnistTest(parameterized.TestCase):
     self._write('train-images-idx3-ubyte', np.zeros((2, 3, 4)))
     with self.assertRaisesRegex(FileNotFoundError, 'train-labels-idx1-ubyte'):
       mnist.load(str(self.tmp), 0)
+
+  def test_parts_of_the_files(self):
+    for name, size in (('train', 8), ('t10k', 3)):
+      labels = np.arange(size)
+      pixels = np.broadcast_to(labels[:, None, None], (size, 2, 3))
+      self._write(f'{name}-images-idx3-ubyte', pixels)
+      self._write(f'{name}-labels-idx1-ubyte', labels)
+    splits = mnist.load(str(self.tmp), 5, num_validation=2).splits
+    order = np.random.default_rng(5).permutation(8)
+    for split, expected in (
+        ('train', order[2:]),
+        ('validation', order[:2]),
+        ('test', np.arange(3)),
+    ):
+      x, y = splits[split]
+      np.testing.assert_array_equal(y, expected)
+      pixels = np.broadcast_to(y[:, None], (len(y), 6))
+      np.testing.assert_allclose(255 * (x * 0.3081 + 0.1307), pixels, atol=1e-4)
 
   def test_real_files(self):
     folder = os.environ.get('BERNOULLI_LORA_DATA')

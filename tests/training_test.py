@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 from absl.testing import parameterized
 import chex
@@ -37,6 +38,7 @@ _ROOT = pathlib.Path(__file__).parent.parent
 def small_config(**overrides):
   """Digits with a small network; 24 steps, dropout on."""
   config = base_config.get_config()
+  config.training.eval_gradient = True
   config.task.hidden = (16,)
   config.task.pretrain_epochs = 1
   config.task.dropout = 0.2
@@ -55,35 +57,24 @@ def small_program():
   return experiment.make_program(small_config())
 
 
-_STATES = {}  # By config: making one takes longer than restoring it.
+_PROGRAMS = {}  # By config: making one takes longer than restoring a state.
 
 
 def first_state(config):
-  """Returns shapes and dtypes of a state of a config's method."""
+  """Returns the program of a config and its state at step 0."""
   name = str(config.to_dict())
-  if name not in _STATES:
+  if name not in _PROGRAMS:
     program = experiment.make_program(config)
-    _STATES[name] = jax.eval_shape(
-        lambda key: program.method.init(key, program.task.init(key)),
-        jax.random.key(0),
-    )
-  return _STATES[name]
+    _PROGRAMS[name] = program, program.start(jax.random.key(config.seed))
+  return _PROGRAMS[name]
 
 
 def final_params(directory, config):
   """Returns the params of the newest checkpoint as NumPy arrays."""
-  state = first_state(config)
-  with checkpoint.Checkpointer(directory) as saver:
-    tree = saver.restore(
-        {
-            'method': state,
-            'best': state.params,
-            'progress': jax.tree.map(
-                jnp.asarray, loop.Progress(0, 0, 0.0, 0, 0, 0.0)._asdict()
-            ),
-        }
-    )
-  return jax.tree.map(np.asarray, tree['method'].params)
+  program, state = first_state(config)
+  with loop.open_checkpoints(program, directory, state) as saver:
+    state, _, _ = loop.restore(saver, program, state, state.params)
+  return jax.tree.map(np.asarray, state.params)
 
 
 class GradientMethodTest(parameterized.TestCase):
@@ -139,6 +130,36 @@ class GradientMethodTest(parameterized.TestCase):
     np.testing.assert_allclose(
         self.method('page').passes_per_step, 1 / 6 + 5 / 6 * 0.4
     )
+
+  def test_both_modes_draw_the_same(self):
+    """With links of one plain step they take the same steps."""
+    policy = methods.make_policy('bernoulli', 2, 1, 0.5)
+    both = (
+        methods.gradient_method(
+            self.loss,
+            methods.make_transformation(
+                'bernoulli', 0.1, rank=2, others='freeze'
+            ),
+            estimator='sgd',
+            num_samples=10,
+            batch_size=2,
+        ),
+        methods.adapter_method(
+            self.loss,
+            policy,
+            optax.sgd(0.1),
+            num_samples=10,
+            batch_size=2,
+            additive=True,
+        ),
+    )
+    found = []
+    for method in both:
+      state = None
+      for _ in range(3):
+        state, _ = self.step(method, state)
+      found.append(method.params(state))
+    chex.assert_trees_all_close(*found, rtol=1e-5)
 
   def test_frozen_leaves_stay(self):
     method = self.method('mvr', trained=lambda p: {'w': True, 'bias': False})
@@ -256,6 +277,39 @@ class LoopTest(parameterized.TestCase):
     # A second call runs nothing.
     self.assertEqual(experiment.train(config, self.tmp), summary)
 
+  def test_a_checkpoint_holds_state_best_weights_and_progress(self):
+    state, best = {'w': jnp.arange(1.0, 3.0)}, {'w': jnp.arange(3.0, 6.0)}
+    progress = loop.Progress(4, 2, 0.5, 1, 1, 3.0)
+    like = jax.tree.map(jnp.zeros_like, (state, best))
+    with checkpoint.Checkpointer(self.tmp) as saver:
+      loop._save(saver, state, best, progress)
+      found = loop._restore(saver, *like)
+    chex.assert_trees_all_equal(found[:2], (state, best))
+    self.assertEqual(found[2], progress)
+
+  def test_each_step_draws_by_its_number(self):
+    """In any dispatch, and its noise apart from its minibatch."""
+    bits = jax.random.bits
+    task = types.SimpleNamespace(
+        batch=lambda data, key, step: bits(jax.random.fold_in(key, step))
+    )
+    method = types.SimpleNamespace(
+        step=lambda state, batch, key, full: (
+            state,
+            {'batch': batch, 'noise': bits(key)},
+        )
+    )
+    steps = loop.make_steps(task, method)
+    run = lambda start, num: jax.tree.map(
+        np.asarray, steps((), {'train': ()}, jax.random.key(0), start, num)[1]
+    )
+    whole, first, second = run(0, 4), run(0, 2), run(2, 2)
+    for name, draws in whole.items():
+      np.testing.assert_array_equal(
+          draws, np.concatenate([first[name], second[name]])
+      )
+    self.assertLen(np.unique(np.concatenate([*whole.values()])), 8)
+
   @parameterized.parameters(('page', 3))  # One length of dispatch is compiled.
   def test_resume_is_bit_identical(self, estimator, num_evals):
     self.check_resume_is_bit_identical(estimator, num_evals)
@@ -276,10 +330,10 @@ class LoopTest(parameterized.TestCase):
     program = experiment.make_program(config)
     experiment.train(config, self.tmp / 'whole', program)
 
-    def interrupted(state, key, start, num):
+    def interrupted(state, key, start, *rest):
       if start >= 16:
         raise KeyboardInterrupt
-      return program.prepare(state, key, start, num)
+      return program.prepare(state, key, start, *rest)
 
     with self.assertRaises(KeyboardInterrupt):
       experiment.train(
@@ -532,6 +586,13 @@ class ConfigTest(parameterized.TestCase):
   def test_wrong_type(self):
     with self.assertRaisesRegex(TypeError, 'rank'):
       experiment.apply_overrides(small_config(), {'method.rank': 'four'})
+
+  def test_a_factor_of_the_stepsize_is_of_1_over_l(self):
+    config = base_config.get_config()
+    config.task.name = 'quadratic'
+    config.method.stepsize_factor = 0.5
+    task = arguments.make_task(config)
+    self.assertEqual(arguments.learning_rate_of(config, task), 0.5 / 20)
 
   def test_selection_table_says_clipped(self):
     config = small_config(method__rank=8)

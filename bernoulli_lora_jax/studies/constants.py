@@ -83,6 +83,7 @@ def estimate(
       if size == 1:
         rows = jax.random.randint(one_key, (1,), 0, task.num_samples)
         return {'batch': task_lib.take(data['train'], rows), 'key': noise}
+      assert plain.batch is not None
       return {'batch': plain.batch(data, one_key, jnp.int32(0)), 'key': noise}
 
     return jax.vmap(draw)(jnp.arange(num_batches))

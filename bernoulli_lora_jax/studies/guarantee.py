@@ -140,7 +140,7 @@ def has_whole_batches(task: task_lib.Task) -> bool:
 
 def draws_afresh(task: task_lib.Task) -> bool:
   """Returns whether minibatches are drawn with replacement, independently."""
-  return task.name in ('linear_regression', 'l1_regression')
+  return task.sampling == 'replacement'
 
 
 def find_bound(

@@ -200,7 +200,7 @@ def train(
       state, _ = steps(state, data, key, i * every, every)
       return state, measure(state)
 
-    start = loop.make_start(task, method)(key)
+    start = loop.make_start(task, method)(key, task.weights)
     _, rest = jax.lax.scan(body, start, jnp.arange(num_evals))
     return jax.tree.map(
         lambda a, b: jnp.concatenate([a[None], b]), measure(start), rest

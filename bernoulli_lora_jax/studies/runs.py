@@ -58,8 +58,8 @@ def load(directory: str | pathlib.Path) -> Finished:
   saved = directory / 'checkpoints'
   if not saved.is_dir() or not any(p.name.isdigit() for p in saved.iterdir()):
     raise ValueError(
-        f'Expected checkpoints in {saved}, got none: runs that were trained'
-        ' together (launch/sweep.py) write none, launch/train.py does.'
+        f'Expected checkpoints in {saved}, got none: of runs that were trained'
+        ' together (a sweep) --config.training.keep_weights=True keeps the end.'
     )
   found = reporting.load_runs([directory])
   if len(found) != 1:
@@ -124,13 +124,9 @@ def replay(
     if begin + num in wanted:
       steps.append(begin + num)
       points.append(program.params(state))
-  like = {
-      'method': program.get(state),
-      'best': points[0],
-      'progress': loop.empty_progress(),
-  }
-  with checkpoint.Checkpointer(finished.run.path) as saver:
-    saved = program.params(program.put(saver.restore(like)['method']))
+  with loop.open_checkpoints(program, finished.run.path, start) as saver:
+    end, _, _ = loop.restore(saver, program, program.get(state), points[0])
+    saved = program.params(program.put(end))
   distance = lambda a, b: math.sqrt(
       sum(
           float(jnp.sum((x - y) ** 2))

@@ -80,10 +80,6 @@ def make_task(
     accuracy = jnp.mean(jnp.argmax(outputs, -1) == batch['y'])
     return jnp.mean(losses), {'accuracy': accuracy}
 
-  def evaluate(params, data, split):
-    value, metrics = loss(params, data[split], None)
-    return {'loss': value, **metrics}
-
   data = select_classes(images, half, 2 * half)
   size = data['train']['index'].shape[0]
   if not 1 <= batch_size <= size:
@@ -93,13 +89,13 @@ def make_task(
     )
   task = task_lib.Task(
       name=name,
-      init=lambda key: None,
+      init=lambda key: model.init(key, data['train']['x'][:1])['params'],
       data=data,
       loss=loss,
-      batch=task_lib.epoch_batch(batch_size),
-      evaluate=evaluate,
       num_samples=size,
       batch_size=batch_size,
+      sampling='epochs',
+      batch=task_lib.epoch_batch(batch_size),
       lower_bound=0.0,
       outputs=lambda params, batch: logits(params, batch['x']),
       criterion='cross_entropy',
@@ -111,13 +107,13 @@ def make_task(
       **pretraining._asdict(),
       'data': cache.fingerprint(*images.splits['train']),
   }
-  initial = lambda key: model.init(key, data['train']['x'][:1])['params']
   flat = cache.cached(
       f'{name}-pretrained',
       settings,
-      lambda: _flatten(_pretrain(task, images, half, initial, pretraining)),
+      lambda: _flatten(_pretrain(task, images, half, pretraining)),
   )
-  return task._replace(init=lambda key: _unflatten(flat))
+  weights = _unflatten(flat)
+  return task._replace(init=lambda key: weights, weights=weights)
 
 
 def select_classes(
@@ -139,7 +135,6 @@ def _pretrain(
     task: task_lib.Task,
     images: Images,
     half: int,
-    initial: Any,
     settings: Pretraining,
 ) -> Any:
   """Trains on the lower half; returns the params of the last step."""
@@ -153,7 +148,7 @@ def _pretrain(
   @jax.jit
   def train(data, key):
     init_key, batch_key, noise_key = jax.random.split(key, 3)
-    params = initial(init_key)
+    params = task.init(init_key)
 
     def step(carry, i):
       params, state = carry

@@ -139,10 +139,6 @@ def make_task(problem: Problem, *, batch_size: int) -> task_lib.Task:
     value = jnp.mean(jnp.abs(residual))
     return value, {'gap': value - problem.optimum}
 
-  def evaluate(params, data, split):
-    value, metrics = loss(params, data[split], None)
-    return {'loss': value, **metrics}
-
   return task_lib.Task(
       name='l1_regression',
       init=lambda key: {'w': jnp.zeros(problem.shape, dtype)},
@@ -154,10 +150,10 @@ def make_task(problem: Problem, *, batch_size: int) -> task_lib.Task:
           }
       },
       loss=loss,
-      batch=task_lib.uniform_batch(batch_size),
-      evaluate=evaluate,
       num_samples=size,
       batch_size=batch_size,
+      sampling='replacement',
+      batch=task_lib.uniform_batch(batch_size),
       optimum=problem.optimum,
       lower_bound=problem.optimum,
       outputs=outputs,

@@ -110,9 +110,6 @@ def make_task(
     penalty = jnp.sum(w**2 / (1 + w**2))
     return jnp.mean(residual**2) / 2 + lam * penalty, {}
 
-  def evaluate(params, data, split):
-    return {'loss': loss(params, data[split], None)[0]}
-
   return task_lib.Task(
       name='linear_regression',
       init=lambda key: {'w': jnp.asarray(problem.start.reshape(shape), dtype)},
@@ -124,10 +121,10 @@ def make_task(
           }
       },
       loss=loss,
-      batch=task_lib.uniform_batch(batch_size),
-      evaluate=evaluate,
       num_samples=size,
       batch_size=batch_size,
+      sampling='replacement',
+      batch=task_lib.uniform_batch(batch_size),
       lower_bound=0.0,
       smoothness=problem.smoothness,
   )

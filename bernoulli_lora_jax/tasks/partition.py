@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bernoulli_lora_jax import parts as parts_lib
 from bernoulli_lora_jax.tasks import task as task_lib
 
 _SPREAD = 1.0  # Of the log-normal law of unequal sizes.
@@ -133,6 +134,7 @@ def federate(task: task_lib.Task, parts: Sequence[np.ndarray]) -> task_lib.Task:
   clients = client_data(task.data['train'], parts)
   return task._replace(
       data={**task.data, 'clients': clients},
+      sampling='full',
       batch=lambda data, key, step: data['clients'],
   )
 
@@ -158,10 +160,15 @@ def client_loss(
     )
     batch = {name: own(x) for name, x in client.items() if name != 'mask'}
     one = lambda x: jax.tree.map(lambda x: x[None], x)
-    values = jax.vmap(lambda example: loss(params, one(example), key))(batch)
-    size = jnp.sum(is_real)
-    mean = lambda x: jnp.sum(jnp.where(is_real, x, 0)) / size.astype(x.dtype)
-    return jax.tree.map(mean, values)
+    value, aux = jax.vmap(lambda x: loss(params, one(x), key))(batch)
+    weight = is_real
+    if isinstance(aux, parts_lib.Weighted):
+      weight = jnp.where(is_real, aux.weight, 0)
+    size = jnp.sum(weight)
+    size = jnp.where(size > 0, size, 1)
+    terms = lambda x: jnp.where(weight > 0, x * weight.astype(x.dtype), 0)
+    mean = lambda x: jnp.sum(terms(x)) / size.astype(x.dtype)
+    return jax.tree.map(mean, (value, task_lib.metrics_of(aux)))
 
   return masked
 

@@ -28,19 +28,15 @@ def make_task() -> task_lib.Task:
     value = jnp.sum(curvature * x**2) + jnp.dot(jnp.asarray(SLOPE, x.dtype), x)
     return value, {'gap': value - OPTIMUM}
 
-  def evaluate(params, data, split):
-    value, metrics = loss(params, data[split], None)
-    return {'loss': value, **metrics}
-
   return task_lib.Task(
       name='quadratic',
       init=lambda key: {'w': jnp.zeros((3, 3), jnp.result_type(float))},
       data={'train': {'index': jnp.zeros((1,), jnp.int32)}},
       loss=loss,
-      batch=lambda data, key, step: data['train'],
-      evaluate=evaluate,
       num_samples=1,
       batch_size=1,
+      sampling='full',
+      batch=lambda data, key, step: data['train'],
       optimum=OPTIMUM,
       lower_bound=OPTIMUM,
       smoothness=SMOOTHNESS,

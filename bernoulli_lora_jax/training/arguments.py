@@ -3,7 +3,11 @@
 `experiment` puts them together. The library never sees a ConfigDict.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import importlib
+import os
+import sys
 from typing import Any
 
 import jax
@@ -26,6 +30,7 @@ from bernoulli_lora_jax.tasks import mnist
 from bernoulli_lora_jax.tasks import partition
 from bernoulli_lora_jax.tasks import quadratic
 from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.training import cli
 from bernoulli_lora_jax.training import federated
 from bernoulli_lora_jax.training import fields
 from bernoulli_lora_jax.training import methods
@@ -41,6 +46,7 @@ def make_task(config: config_dict.ConfigDict) -> task_lib.Task:
   """
   fields.check(config)
   task = _cast(_make_task(config), config.task.param_dtype)
+  task = task._replace(chunk=config.task.chunk or task.chunk)
   parts = make_parts(config, task)
   return task if parts is None else partition.federate(task, parts)
 
@@ -121,11 +127,8 @@ def _make_task(config: config_dict.ConfigDict) -> task_lib.Task:
         shape=_shape(c.dim, c.num_rows), num_samples=c.num_samples
     )
     return l1_regression.make_task(problem, batch_size=c.batch_size)
-  if c.name not in ('digits', 'mnist'):
-    raise ValueError(
-        "Expected task.name to be 'digits', 'mnist', 'linear_regression',"
-        f" 'l1_regression' or 'quadratic', got {c.name!r}."
-    )
+  if ':' in c.name:
+    return _own_task(c)
   if c.name == 'digits':
     images = digits.load(c.split_seed)
   else:
@@ -145,18 +148,58 @@ def _make_task(config: config_dict.ConfigDict) -> task_lib.Task:
   )
 
 
+def _own_task(c: config_dict.ConfigDict) -> task_lib.Task:
+  """Returns make_task(batch_size=..., **kwargs) of task.name 'module:make_task'.
+
+  Raises:
+    ValueError: no such module or function, one that raises, with file and line,
+      or that returns no task, see `task.check`.
+  """
+  module, _, function = c.name.rpartition(':')
+  with cli.running(c.name):
+    if module.endswith('.py'):
+      make = cli.run_file(module).get(function)
+    else:
+      with _importing_from(os.getcwd()):
+        make = getattr(importlib.import_module(module), function, None)
+  if not callable(make):
+    raise ValueError(f'Expected a function {function} in {module}, got {make}.')
+  with cli.running(c.name):
+    task = make(batch_size=c.batch_size, **c.kwargs.to_dict())
+  task = task_lib.check(task, c.name)
+  if task.batch_size != c.batch_size:
+    raise ValueError(
+        f'Expected {c.name} to return a task of task.batch_size={c.batch_size},'
+        f' got batch_size={task.batch_size}.'
+    )
+  return task
+
+
+@contextlib.contextmanager
+def _importing_from(folder: str) -> Iterator[None]:
+  """Makes modules of a folder importable, as `python -m` does."""
+  added = folder not in sys.path and '' not in sys.path
+  if added:
+    sys.path.insert(0, folder)
+  try:
+    yield
+  finally:
+    if added:
+      sys.path.remove(folder)
+
+
 def _cast(task: task_lib.Task, dtype: str) -> task_lib.Task:
   """Returns the task with float weights of a dtype; '' leaves them."""
   if not dtype:
     return task
 
-  def init(key):
+  def cast(params):
     is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if is_float(x) else x, task.init(key)
-    )
+    return jax.tree.map(lambda x: x.astype(dtype) if is_float(x) else x, params)
 
-  return task._replace(init=init)
+  return task._replace(
+      init=lambda key: cast(task.init(key)), weights=cast(task.weights)
+  )
 
 
 def _shape(dim: int, num_rows: int | None) -> tuple[int, int]:
@@ -252,14 +295,14 @@ def make_matrices(
   select = config.method.select
   if select == 'all-linear':
     key = jax.random.key(0)
-    batch = task_lib.take(task.data['train'], jnp.arange(task.batch_size))
-    return inject.all_linear(task.loss, task.init(key), batch, key)
+    batch = task_lib.example(task)
+    return inject.all_linear(task.loss, task_lib.shapes(task), batch, key)
   return matrices_lib.Matrices(select=select or None)
 
 
 def is_flax(task: task_lib.Task) -> bool:
   """Returns whether params are those of a Flax model (a leaf `kernel`)."""
-  leaves = jax.tree_util.tree_flatten_with_path(task.init(jax.random.key(0)))[0]
+  leaves = jax.tree_util.tree_flatten_with_path(task_lib.shapes(task))[0]
   paths = matrices_lib.path_names([path for path, _ in leaves])
   return any(path.rpartition('/')[2] == 'kernel' for path in paths)
 

@@ -14,9 +14,14 @@ def get_config() -> config_dict.ConfigDict:
   config.x64 = False  # Whether to compute in float64.
 
   config.task = config_dict.ConfigDict()
-  # 'digits', 'mnist', 'linear_regression', 'l1_regression' or 'quadratic'.
+  # 'digits', 'mnist', 'linear_regression', 'l1_regression', 'quadratic', or one of
+  # your own: 'my_module:make_task', 'path/to/file.py:make_task'.
   config.task.name = 'digits'
+  # Arguments of a task of your own, besides batch_size.
+  config.task.kwargs = config_dict.ConfigDict()
   config.task.batch_size = 32  # Examples a minibatch.
+  # Most examples at a time in evaluations and full gradients; 0: all.
+  config.task.chunk = 0
   config.task.data_dir = ''  # mnist: folder of the files; '': see tasks/mnist.
   # Of the weights: 'float32', 'bfloat16', 'float16'; '': as the task makes them.
   config.task.param_dtype = ''
@@ -122,8 +127,11 @@ def get_config() -> config_dict.ConfigDict:
   # Evaluations without a better one after which the learning rate drops; 0: no.
   config.training.plateau_patience = 0
   config.training.plateau_factor = 0.1
-  config.training.eval_gradient = True  # Whether to report ||grad f||^2.
+  # Whether evaluations report ||grad f||^2, for audits: a data pass each.
+  config.training.eval_gradient = False
   config.training.recipe = False  # Adapter mode: write what rebuilds the run.
+  # Sweeps: whether runs that train together write a checkpoint of their end.
+  config.training.keep_weights = False
   config.training.group_size = 0  # Runs together in a sweep; 0: by the device.
   config.training.parallel = 'none'  # 'jit' (sharded batch) or 'pmap'.
   config.training.num_devices = config_dict.placeholder(int)  # None: all.

@@ -1,5 +1,6 @@
 """Checkpoints by orbax, and the record of the configuration they belong to."""
 
+import base64
 from collections.abc import Mapping
 import hashlib
 import json
@@ -13,6 +14,7 @@ from absl import logging
 from etils import epath
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from bernoulli_lora_jax.training import base_config
@@ -22,11 +24,14 @@ _FREE = (
     'training.parallel',
     'training.num_devices',
     'training.progress',
+    'training.keep_weights',
     'training.max_to_keep',
     'training.group_size',
     'task.data_dir',
 )
 _DIGEST = 'digest.json'  # Of a checkpoint's files, in its folder.
+_FROZEN = 'frozen.json'  # Of what is not in it: shape, dtype and hash by path.
+_STREAM = 'stream.json'  # Place of the stream of batches.
 
 
 class Checkpointer:
@@ -36,7 +41,36 @@ class Checkpointer:
   its files tells a whole one from a damaged one.
   """
 
-  def __init__(self, workdir: str | os.PathLike[str], max_to_keep: int = 2):
+  def __init__(
+      self,
+      workdir: str | os.PathLike[str],
+      max_to_keep: int = 2,
+      frozen: Mapping[str, Any] | None = None,
+      stream: Any = None,
+  ):
+    """Opens the checkpoints of a run.
+
+    Args:
+      workdir: directory of the run.
+      max_to_keep: checkpoints kept.
+      frozen: {path: leaf} that no step changes: their hashes are stored in place
+        of them, and compared when a checkpoint is restored.
+      stream: iterator with get_state and set_state, whose place is stored.
+
+    Raises:
+      TypeError: a stream without them.
+    """
+    for name in ('get_state', 'set_state'):
+      if stream is not None and not hasattr(stream, name):
+        raise TypeError(
+            f'Expected a stream of batches with {name}, got {stream!r}: a resumed'
+            ' run goes on where it was.'
+        )
+    # At once: a step donates them.
+    self._frozen = {
+        path: _fingerprint(leaf) for path, leaf in (frozen or {}).items()
+    }
+    self._stream = stream
     self._directory = pathlib.Path(workdir).absolute() / 'checkpoints'
     self._manager = ocp.CheckpointManager(
         epath.Path(self._directory),
@@ -55,8 +89,15 @@ class Checkpointer:
 
   def save(self, step: int, tree: Any) -> None:
     """Saves a tree of arrays and typed keys as the checkpoint of a step."""
-    self._manager.save(step, args=ocp.args.StandardSave(tree), force=True)
+    kept = without(tree, self._frozen)
+    self._manager.save(step, args=ocp.args.StandardSave(kept), force=True)
     folder = self._directory / str(step)
+    write_json(folder / _FROZEN, self._frozen)
+    if self._stream is not None:
+      place = self._stream.get_state()
+      if isinstance(place, bytes):
+        place = {'base64': base64.b64encode(place).decode()}
+      write_json(folder / _STREAM, place)
     write_json(folder / _DIGEST, _digest(folder))
 
   def latest(self) -> int | None:
@@ -68,24 +109,26 @@ class Checkpointer:
     names = [path.name for path in self._directory.iterdir()]
     return [int(name) for name in names if name.isdigit()]
 
-  def restore(self, like: Any) -> Any:
+  def restore(self, like: Any, older: Mapping[str, Any] | None = None) -> Any:
     """Returns the newest whole checkpoint; a warning names damaged ones.
 
     Damaged ones that are newer are removed, for they are to be written again.
 
     Args:
       like: tree of arrays with the structure, shapes and shardings to restore
-        to, on whatever number of devices.
+        to, on whatever number of devices. Frozen leaves are returned as they are.
+      older: entries that checkpoints of the last version have besides.
 
     Raises:
-      ValueError: a checkpoint of another structure, or none that is whole.
+      ValueError: a checkpoint of another structure, with other frozen leaves, or
+        none that is whole.
     """
     steps = sorted(self._steps(), reverse=True)
     if not steps:
       raise ValueError(f'Expected a checkpoint in {self._directory}, got none.')
     for i, step in enumerate(steps):
       try:
-        tree = self._restore(step, like)
+        tree = self._restore(step, like, older or {})
       except _DamagedError as e:
         message = str(e)
         rest = (
@@ -104,21 +147,33 @@ class Checkpointer:
       return tree
     raise AssertionError
 
-  def _restore(self, step: int, like: Any) -> Any:
+  def _restore(self, step: int, like: Any, older: Mapping[str, Any]) -> Any:
     folder = self._directory / str(step)
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     damage = _damage(folder)
+    is_older = not (folder / _FROZEN).exists()
+    stored = {**older, **like} if is_older else without(like, self._frozen)
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, stored)
+    if not damage and self._stream is not None:
+      damage = '' if (folder / _STREAM).exists() else f'no file {_STREAM}'
     if damage:
       raise _DamagedError(
           f'Expected a whole checkpoint in {self._directory} at step {step}, got'
           f' {damage}.'
       )
+    if not is_older:
+      self._check_frozen(step)
     try:
-      return self._manager.restore(
+      tree = self._manager.restore(
           step, args=ocp.args.StandardRestore(abstract)
       )
+      if self._stream is not None:
+        place = read_json(folder / _STREAM)
+        if isinstance(place, dict) and place.keys() == {'base64'}:
+          place = base64.b64decode(place['base64'])
+        self._stream.set_state(place)
+      return {k: v for k, v in joined(tree, like).items() if k in like}
     except Exception as e:
-      what = self._difference(step, like)
+      what = self._difference(step, stored)
       if not what and (folder / _DIGEST).exists():
         what = f'one that does not restore: {e}'  # Whole, of another structure.
       if what:
@@ -131,6 +186,31 @@ class Checkpointer:
           f' one that does not restore: {e}.'
       ) from e
 
+  def _check_frozen(self, step: int) -> None:
+    """Raises where the leaves that are not stored are others than they were."""
+    where = f'{self._directory} at step {step}'
+    try:
+      stored = read_json(self._directory / str(step) / _FROZEN)
+    except ValueError as e:
+      raise _DamagedError(
+          f'Expected a whole checkpoint in {where}, got a damaged {_FROZEN}.'
+      ) from e
+    for path in sorted(stored.keys() | self._frozen.keys()):
+      old, new = stored.get(path), self._frozen.get(path)
+      if old is None or new is None or old['shape'] != new['shape']:
+        shape = lambda entry: entry and tuple(entry['shape'])
+        raise ValueError(
+            f'Expected a checkpoint of this configuration in {where}, got {path} of'
+            f' shape {shape(old)} where the configuration has {shape(new)} (None:'
+            ' trained).'
+        )
+      if old != new:
+        raise ValueError(
+            f'Expected {path} as the run in {self._directory} began with, of hash'
+            f' {old["hash"]}, got {new["hash"]}: the weights that it fine-tunes'
+            ' have changed.'
+        )
+
   def _difference(self, step: int, like: Any) -> str:
     """Returns the first leaf whose shape differs from the stored one."""
     folder = epath.Path(self._directory) / str(step) / 'default'
@@ -140,7 +220,7 @@ class Checkpointer:
       return ''
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     shapes = lambda tree: {
-        jax.tree_util.keystr(path, simple=True, separator='/'): tuple(x.shape)
+        _name(path): tuple(x.shape)
         for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
         if not (isinstance(x, jax.Array) and is_key(x))
     }
@@ -149,6 +229,57 @@ class Checkpointer:
       if stored.get(path, shape) != shape:
         return f'{path} of shape {stored[path]} where the configuration has {shape}.'
     return ''
+
+
+def marked(tree: Any, marks: Any) -> dict[str, Any]:
+  """Returns {path: leaf} of the leaves that a tree of bool marks.
+
+  Args:
+    tree: of arrays.
+    marks: a tree of bool with the same leaves.
+  """
+  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  flags = jax.tree.leaves(marks)
+  return {
+      _name(path): leaf
+      for (path, leaf), flag in zip(flat, flags, strict=True)
+      if flag
+  }
+
+
+def without(tree: Any, paths: Mapping[str, Any]) -> Any:
+  """Returns the tree with None in place of the leaves at some paths."""
+  drop = lambda path, x: None if _name(path) in paths else x
+  return jax.tree_util.tree_map_with_path(drop, tree)
+
+
+def joined(tree: Any, like: Any) -> Any:
+  """Returns the tree with the leaves of `like` where it has None."""
+  none = lambda x: x is None
+  pick = lambda x, y: y if x is None else x
+  return {
+      name: jax.tree.map(pick, value, like[name], is_leaf=none)
+      if name in like
+      else value
+      for name, value in tree.items()
+  }
+
+
+def _name(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def _fingerprint(leaf: Any) -> dict[str, Any]:
+  """Returns shape, dtype and hash of an array, by its bytes."""
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    leaf = jax.random.key_data(leaf)
+  array = np.ascontiguousarray(jax.device_get(leaf))
+  digest = hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
+  return {
+      'shape': list(array.shape),
+      'dtype': str(array.dtype),
+      'hash': digest[:32],
+  }
 
 
 class _DamagedError(Exception):

@@ -88,6 +88,7 @@ def make_program(
   """
   fields.check(config)
   task = arguments.make_task(config) if task is None else task
+  check_task(config, task)
   t = config.training
   driver = parallel.make_driver(t.parallel, t.num_devices)
   try:
@@ -98,10 +99,27 @@ def make_program(
           'Expected training.recipe=False in gradient mode, got recipe=True.'
       )
     key = jax.random.key(0)
-    jax.eval_shape(method.init, key, jax.eval_shape(task.init, key))
+    jax.eval_shape(method.init, key, task_lib.shapes(task))
   except ValueError as e:
     raise fields.named(e) from e
   return loop.make_program(task, method, settings, driver)
+
+
+def check_task(config: config_dict.ConfigDict, task: task_lib.Task) -> None:
+  """Raises ValueError for what a task without a training split cannot do."""
+  if task.sampling != 'stream' or 'train' in task.data:
+    return
+  asked = {
+      'method.estimator': config.method.estimator in ('gd', 'page'),
+      'training.eval_gradient': config.training.eval_gradient,
+      'federated.num_clients': config.federated.num_clients > 0,
+  }
+  for field, needs_data in asked.items():
+    if needs_data:
+      raise ValueError(
+          f"Expected data['train'] of {task.name}, which is a stream, for"
+          f' {field}={config[field.split(".")[0]][field.split(".")[1]]!r}.'
+      )
 
 
 def make_settings(
@@ -238,6 +256,7 @@ def _make_method(
       estimator=c.estimator,
       page_prob=c.page_prob,
       momentum=c.mvr_momentum,
+      chunk=task.chunk,
       trained=arguments.trained_leaves(config, task),
       **common,
   )
@@ -328,22 +347,24 @@ def step_flops(
   """
   method = _make_method(config, task)
 
-  def one(key, data):
-    state = loop.make_start(task, method)(key)
+  def start(key, data, weights):
+    return loop.make_start(task, method)(key, weights)
+
+  def one(key, data, weights):
+    state = start(key, data, weights)
     return loop.make_steps(task, method)(state, data, key, 0, 1)
 
   try:
     cpu = jax.local_devices(backend='cpu')[0]
   except RuntimeError:  # JAX_PLATFORMS leaves it out.
     return None
-  key, data = jax.eval_shape(lambda: (jax.random.key(0), task.data))
+  args = jax.eval_shape(lambda: (jax.random.key(0), task.data, task.weights))
 
   def count(f):
     with jax.default_device(cpu):
-      analysis = jax.jit(f).lower(key, data).cost_analysis()
+      analysis = jax.jit(f).lower(*args).cost_analysis()
     return analysis.get('flops', 0.0) if analysis else math.nan
 
-  start = lambda key, data: loop.make_start(task, method)(key)
   flops = count(one) - count(start)
   return flops if math.isfinite(flops) and flops > 0 else None
 
@@ -408,7 +429,7 @@ def selection(
     config: config_dict.ConfigDict, task: task_lib.Task
 ) -> list[dict[str, Any]]:
   """Returns the table of what the config selects, a row a matrix."""
-  params = task.init(jax.random.key(0))
+  params = task_lib.shapes(task)
   c = config.method
   matrices = arguments.make_matrices(config, task)
   if c.mode == 'adapter':
@@ -430,7 +451,7 @@ def trained_parameters(
   rows = selection(config, task)
   total = float(sum(row['trained'] for row in rows))
   if config.method.train_others:
-    params = task.init(jax.random.key(0))
+    params = task_lib.shapes(task)
     chosen = matrices_lib.mask(params, arguments.make_matrices(config, task))
     sizes = jax.tree.map(lambda p, m: 0 if m else p.size, params, chosen)
     total += sum(jax.tree.leaves(sizes))

@@ -18,6 +18,7 @@ from bernoulli_lora_jax import compressors
 from bernoulli_lora_jax import federated
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax.tasks import partition
+from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import methods
 from bernoulli_lora_jax.training import parallel
 
@@ -241,6 +242,7 @@ def rounds_method(
     numbers = rounds.sent_numbers(rounds.begin(state.inner))
     bits = _bits(numbers, rounds.trained(inner), cohort)
     new, traffic = _finish(state, inner, cohort.share * bits, bits, passes)
+    metrics = task_lib.metrics_of(metrics)
     return new, {'loss': value, **metrics, **traffic}
 
   def trained(params):

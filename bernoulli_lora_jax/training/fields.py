@@ -49,13 +49,17 @@ def _is_pattern(text: str) -> bool:
   return True
 
 
+_TASKS = ('digits', 'mnist', 'linear_regression', 'l1_regression', 'quadratic')
+
 # Every field; None is allowed where it is the default.
 _RULES: dict[str, _Rule] = {
     'seed': _SEED,
     'x64': _FREE,
-    'task.name': _one_of(
-        'digits', 'mnist', 'linear_regression', 'l1_regression', 'quadratic'
+    'task.name': _Rule(
+        lambda x: x in _TASKS or bool(re.fullmatch(r'[^:]+:[A-Za-z_]\w*', x)),
+        f"in {_TASKS} or 'module:function'",
     ),
+    'task.chunk': _at_least(0),
     'task.batch_size': _at_least(1),
     'task.data_dir': _Rule(lambda x: '\0' not in x, 'without zero bytes'),
     'task.param_dtype': _one_of('', 'float32', 'bfloat16', 'float16'),
@@ -125,6 +129,7 @@ _RULES: dict[str, _Rule] = {
     'training.plateau_factor': _OPEN,
     'training.eval_gradient': _FREE,
     'training.recipe': _FREE,
+    'training.keep_weights': _FREE,
     'training.group_size': _at_least(0),
     'training.parallel': _one_of('none', 'jit', 'pmap'),
     'training.num_devices': _at_least(1),
@@ -148,13 +153,21 @@ def check(config: config_dict.ConfigDict) -> None:
   defaults = base_config.get_config()
   known = checkpoint.flatten(defaults.to_dict())
   given = checkpoint.flatten(config.to_dict())
-  for field in sorted(given.keys() - known.keys()):
+  own = {field for field in given if field.startswith('task.kwargs.')}
+  if own and ':' not in config.task.name:
+    raise ValueError(
+        "Expected task.kwargs for a task of one's own, 'module:function', got"
+        f' {min(own)} with task.name={config.task.name!r}.'
+    )
+  for field in sorted(given.keys() - known.keys() - own):
     raise ValueError(
         f'Expected a field of base_config, got config.{field}={given[field]!r}.'
     )
   for field in sorted(known.keys() - given.keys()):
     raise ValueError(f'Expected config.{field}, which is missing.')
   for field, value in given.items():
+    if field in own:
+      continue
     name = field.rpartition('.')[2]
     section = defaults[field.rpartition('.')[0]] if '.' in field else defaults
     kind = section.get_type(name)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
-import functools
 import math
 import pathlib
 import signal
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from bernoulli_lora_jax import parts
 from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import checkpoint
@@ -106,8 +106,9 @@ class Program(NamedTuple):
   driver: parallel.Driver
   settings: Settings
   data: Any  # Where the steps read it.
-  # (state, key, start, num) -> a function of the same state, key and start
-  # that runs num steps: (state, metrics). Compiled once for each num.
+  # (state, key, start, num) -> a function of the same state, key and start (and
+  # of the num batches of a stream) that runs num steps: (state, metrics). Compiled
+  # once for each num.
   prepare: Callable[..., Callable[..., Any]]
   start: Callable[[jax.Array], Any]  # (run's key) -> state at step 0.
   put: Callable[[Any], Any]  # (state) -> where the steps read it.
@@ -130,11 +131,16 @@ def make_program(
   compiled = {}
   steps = make_steps(task, method)
 
-  def prepare(state, key, start, num):
+  def prepare(state, key, start, num, batches=()):
     if num not in compiled:
-      run = functools.partial(steps, num=num)
-      compiled[num] = driver.compile(run, (state, data, key, start))
-    return lambda state, key, start: compiled[num](state, data, key, start)
+
+      def run(state, data, key, start, batches):
+        return steps(state, data, key, start, num, batches)
+
+      compiled[num] = driver.compile(run, (state, data, key, start, batches))
+    return lambda state, key, start, batches=(): compiled[num](
+        state, data, key, start, batches
+    )
 
   marks = method.per_client or (lambda state: None)
   get = lambda state: driver.get(state, marks(state))
@@ -142,7 +148,8 @@ def make_program(
   jit_params = jax.jit(method.params)
   split = test_split(task)
   jit_evaluate = jax.jit(evaluate)
-  jit_test = jax.jit(lambda p, data: task.evaluate(p, data, split))
+  jit_test = jax.jit(lambda p, data: of_split(task, p, data, split))
+  jit_start = jax.jit(make_start(task, method))
   return Program(
       task,
       method,
@@ -150,7 +157,7 @@ def make_program(
       settings,
       data,
       prepare,
-      jax.jit(make_start(task, method)),
+      lambda key: jit_start(key, task.weights),
       lambda state: driver.put(state, marks(state)),
       get,
       lambda state: jit_params(get(state)),
@@ -165,16 +172,25 @@ def make_program(
 def make_steps(
     task: task_lib.Task, method: methods.Method
 ) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
-  """Returns (state, data, key, start, num) -> (state, metrics of num steps)."""
+  """Returns (state, data, key, start, num) -> (state, metrics of num steps).
 
-  def steps(state, data, key, start, num):
+  A further argument are the num batches of a stream, stacked.
+  """
+
+  def steps(state, data, key, start, num, batches=()):
+    if task.batch is None and not jax.tree.leaves(batches):
+      raise ValueError(f'Expected batches of the stream of {task.name}.')
     batch_key = jax.random.fold_in(key, _BATCH)
 
-    def body(state, step):
-      batch = task.batch(data, batch_key, step)
-      return method.step(state, batch, noise_key(key, step), data['train'])
+    def body(state, inputs):
+      step, batch = inputs
+      if task.batch is not None:
+        batch = task.batch(data, batch_key, step)
+      noise = noise_key(key, step)
+      return method.step(state, batch, noise, data.get('train'))
 
-    return jax.lax.scan(body, state, start + jnp.arange(num))
+    inputs = start + jnp.arange(num), batches
+    return jax.lax.scan(body, state, inputs)
 
   return steps
 
@@ -191,24 +207,45 @@ def noise_key(key: jax.Array, step: Any) -> jax.Array:
 
 def make_start(
     task: task_lib.Task, method: methods.Method
-) -> Callable[[jax.Array], Any]:
-  """Returns (run's key) -> state of the method at step 0."""
+) -> Callable[..., Any]:
+  """Returns (run's key, task.weights) -> state of the method at step 0."""
 
-  def start(key):
-    params = make_params(task)(key)
+  def start(key, weights=None):
+    params = make_params(task)(key, weights)
     return method.init(method_key(key), params)
 
   return start
 
 
-def make_params(task: task_lib.Task) -> Callable[[jax.Array], Any]:
-  """Returns (run's key) -> params at step 0."""
-  return lambda key: task.init(jax.random.fold_in(key, _INIT))
+def make_params(task: task_lib.Task) -> Callable[..., Any]:
+  """Returns (run's key, task.weights) -> params at step 0.
+
+  Weights are an argument: as constants of what is compiled they would be copied
+  into the program.
+  """
+
+  def params(key, weights=None):
+    return (
+        task.init(jax.random.fold_in(key, _INIT))
+        if weights is None
+        else weights
+    )
+
+  return params
 
 
-def test_split(task: task_lib.Task) -> str:
-  """Returns the split that is looked at once, at the end."""
-  return 'test' if 'test' in task.data else 'train'
+def test_split(task: task_lib.Task) -> str | None:
+  """Returns the split that is looked at once, at the end; None without splits."""
+  return 'test' if 'test' in task.data else 'train' if task.data else None
+
+
+def of_split(
+    task: task_lib.Task, params: Any, data: Any, split: str | None
+) -> dict[str, jax.Array]:
+  """Returns the metrics of a split, none where there is none."""
+  if split is None:
+    return {}
+  return task_lib.evaluate(task, params, data, split)
 
 
 def make_evaluate(
@@ -219,7 +256,9 @@ def make_evaluate(
   def evaluate(params, data):
     metrics: dict[str, Any] = {}
     if settings.eval_gradient:
-      grad = jax.grad(lambda p: task.loss(p, data['train'], None)[0])(params)
+      value = lambda p, batch: task.loss(p, batch, None)
+      grad_fn = jax.value_and_grad(value, has_aux=True)
+      _, grad = parts.chunked(grad_fn, task.chunk)(params, data['train'])
       squares = jax.tree.map(
           lambda moves, g: jnp.vdot(g, g) if moves else 0.0,
           method.trained(params),
@@ -227,7 +266,7 @@ def make_evaluate(
       )
       metrics['grad_norm_sq'] = sum(jax.tree.leaves(squares))
     for split in sorted(data.keys() - {'test', 'clients'}):
-      for name, value in task.evaluate(params, data, split).items():
+      for name, value in task_lib.evaluate(task, params, data, split).items():
         metrics[f'{split}_{name}'] = value
     return metrics
 
@@ -341,13 +380,17 @@ def _train(
     # First: an interrupt within a compilation would end in jax's own errors.
     terminated = stack.enter_context(_catch_signals())
     state = program.start(key)
-    best = make_params(program.task)(key)
-    progress, base = Progress(0, 0, math.inf, 0, 0, 0.0), best
+    base = make_params(program.task)(key, program.task.weights)
+    best = base if program.settings.patience else None
+    progress = Progress(0, 0, math.inf, 0, 0, 0.0)
+    stream = None
+    if program.task.stream is not None:
+      stream = program.task.stream(seed)
     saver = stack.enter_context(
-        checkpoint.Checkpointer(workdir, program.settings.max_to_keep)
+        open_checkpoints(program, workdir, state, stream)
     )
     if saver.latest() is not None:
-      state, best, progress = _restore(saver, state, best)
+      state, best, progress = restore(saver, program, state, base)
     _check_length(workdir, progress.step, program.settings.num_steps)
     state = program.put(state)
     # Of fewer steps: the run is not finished any more.
@@ -364,7 +407,16 @@ def _train(
     begun = time.perf_counter()
     try:
       state, best, progress = _run_to_end(
-          program, key, state, best, progress, saver, log, bar, terminated
+          program,
+          key,
+          state,
+          best,
+          progress,
+          stream,
+          saver,
+          log,
+          bar,
+          terminated,
       )
     except DivergedError as e:
       spent = progress.seconds + time.perf_counter() - begun
@@ -397,6 +449,7 @@ def _run_to_end(
     state: Any,
     best: Any,
     progress: Progress,
+    stream: task_lib.Stream | None,
     saver: checkpoint.Checkpointer,
     log: metrics_log.MetricsLog,
     bar: Any,
@@ -412,7 +465,7 @@ def _run_to_end(
   while progress.step < settings.num_steps:
     if settings.patience and progress.stale >= settings.patience:
       break
-    state, line, progress = _advance(program, key, state, progress)
+    state, line, progress = _advance(program, key, state, progress, stream)
     step = progress.step
     if 'train_loss' in line:
       loss = line.get('validation_loss', line['train_loss'])
@@ -446,14 +499,22 @@ def _run_to_end(
 
 
 def _advance(
-    program: Program, key: jax.Array, state: Any, progress: Progress
+    program: Program,
+    key: jax.Array,
+    state: Any,
+    progress: Progress,
+    stream: task_lib.Stream | None,
 ) -> tuple[Any, dict[str, float], Progress]:
   """Runs one dispatch and the evaluation that is due after it."""
   settings, start = program.settings, progress.step
   num = _next_event(start, program) - start
-  run = program.prepare(state, key, start, num)
+  batches: Any = ()
+  if stream is not None:
+    rows = [next(stream) for _ in range(num)]
+    batches = jax.tree.map(lambda *xs: np.stack(xs), *rows)
+  run = program.prepare(state, key, start, num, batches)
   begun = time.perf_counter()
-  state, metrics = run(state, key, start)
+  state, metrics = run(state, key, start, batches)
   metrics = {name: np.asarray(value) for name, value in metrics.items()}
   _check_finite(metrics['loss'], start)
   step = start + num
@@ -554,24 +615,75 @@ def _save(
           f' {jax.tree_util.keystr(path)} at step {progress.step}; the last good'
           ' checkpoint is kept.'
       )
-  numbers = {k: np.asarray(v) for k, v in progress._asdict().items()}
-  tree = {'method': state, 'best': best, 'progress': numbers}
-  saver.save(progress.step, tree)
+  saver.save(progress.step, checkpoint_tree(state, best, progress))
 
 
-def empty_progress() -> dict[str, jax.Array]:
-  """Returns the entry 'progress' of a checkpoint at step 0."""
-  return jax.tree.map(jnp.asarray, Progress(0, 0, 0.0, 0, 0, 0.0)._asdict())
-
-
-def _restore(
-    saver: checkpoint.Checkpointer, state: Any, best: Any
-) -> tuple[Any, Any, Progress]:
-  tree = saver.restore(
-      {'method': state, 'best': best, 'progress': empty_progress()}
+def save_end(
+    program: Program,
+    workdir: pathlib.Path,
+    result: Any,
+) -> None:
+  """Saves the end of a run that was trained together with others, `Result`."""
+  if 'diverged' in result.summary:
+    return
+  names = ('step', 'best_step', 'seconds')
+  progress = Progress(0, 0, math.inf, 0, 0, 0.0)._replace(
+      **{name: result.summary[name] for name in names}
   )
+  with open_checkpoints(program, workdir, result.state) as saver:
+    _save(saver, result.state, result.best, progress)
+
+
+def checkpoint_tree(
+    state: Any, best: Any, progress: Progress
+) -> dict[str, Any]:
+  """Returns what a checkpoint holds; `best` is None without early stopping."""
+  numbers = {k: np.asarray(v) for k, v in progress._asdict().items()}
+  tree = {'method': state, 'progress': numbers}
+  return tree if best is None else {**tree, 'best': best}
+
+
+def open_checkpoints(
+    program: Program,
+    workdir: str | pathlib.Path,
+    state: Any,
+    stream: task_lib.Stream | None = None,
+) -> checkpoint.Checkpointer:
+  """Returns the checkpoints of a run of the program.
+
+  Args:
+    program: see `make_program`.
+    workdir: directory of the run.
+    state: at step 0, as `program.start` returns it: what the method never moves
+      is not stored, but compared with it.
+    stream: whose place is stored beside the state.
+  """
+  frozen = {}
+  if program.method.frozen is not None:
+    marks = {'method': program.method.frozen(state)}
+    frozen = checkpoint.marked({'method': state}, marks)
+  return checkpoint.Checkpointer(
+      workdir, program.settings.max_to_keep, frozen, stream
+  )
+
+
+def restore(
+    saver: checkpoint.Checkpointer, program: Program, state: Any, params: Any
+) -> tuple[Any, Any, Progress]:
+  """Returns state, best params (or None) and progress of the newest checkpoint.
+
+  Args:
+    saver: see `open_checkpoints`.
+    program: see `make_program`.
+    state: at step 0.
+    params: of their shapes.
+  """
+  zero = Progress(0, 0, 0.0, 0, 0, 0.0)
+  best = params if program.settings.patience else None
+  like = jax.tree.map(jnp.asarray, checkpoint_tree(state, best, zero))
+  tree = saver.restore(like, older={'best': params})
   found = {name: value.item() for name, value in tree['progress'].items()}
-  return tree['method'], tree['best'], Progress(**found)
+  return tree['method'], tree.get('best'), Progress(**found)
 
 
 def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -20,6 +20,8 @@ from bernoulli_lora_jax import chain
 from bernoulli_lora_jax import estimators
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax import parts
+from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import parallel
 
 # Metrics that are sums over all steps so far.
@@ -50,6 +52,8 @@ class Method(NamedTuple):
   chain: adapters.Chain | None = None  # Of adapter mode.
   # (state) -> tree of bool: leaves with a leading axis of clients. None: none.
   per_client: Callable[[Any], Any] | None = None
+  # (state) -> tree of bool: leaves that stay as they are at step 0. None: none.
+  frozen: Callable[[Any], Any] | None = None
 
 
 class Steps(NamedTuple):
@@ -87,6 +91,7 @@ def gradient_method(
     page_prob: float | None = None,
     momentum: float = 0.0,
     num_micro_batches: int = 1,
+    chunk: int = 0,
     trained: Callable[[Any], Any] | None = None,
     driver: parallel.Driver | None = None,
 ) -> Method:
@@ -102,6 +107,7 @@ def gradient_method(
     page_prob: q of PAGE in (0, 1]; None for b / (b + N).
     momentum: 1 - b of MVR in [0, 1).
     num_micro_batches: parts in which a minibatch's gradient is accumulated.
+    chunk: most examples at a time in a full gradient; 0 for all.
     trained: params -> tree of bool; other leaves are frozen: they get no
       gradient, and neither moments nor a copy in an estimator. None: all move.
     driver: None for one device.
@@ -136,33 +142,29 @@ def gradient_method(
     }.get(estimator, optax.identity)
     return optax.chain(first(), make_tx(jax.random.fold_in(key, 1)))
 
-  def value_and_grad(ours, params, batch, key):
+  def value_and_grad(ours, batch, params, key):
     """Differentiates by the trained leaves `ours` of the params."""
     value_of = lambda ours: loss(averaging.joined(params, ours), batch, key)
     return jax.value_and_grad(value_of, has_aux=True)(ours)
 
   def mean_of(params, batch, key):
     """Returns ours -> ((value, metrics), gradient), means over the batch."""
-    whole = lambda ours, batch: value_and_grad(ours, params, batch, key)
+    whole = lambda ours, batch: value_and_grad(ours, batch, params, key)
     if num_micro_batches > 1:
       whole = estimators.accumulate(whole, num_micro_batches)
     return lambda ours: driver.average(whole(ours, batch))
 
   def full_mean_of(params, full, key):
-    main, rest = _split(full, driver.num_devices)
+    whole = lambda ours, batch: value_and_grad(ours, batch, params, key)
+    whole = parts.chunked(whole, chunk)
 
     def full_mean(ours):
-      first = driver.average(
-          value_and_grad(ours, params, driver.shard(main), key)
-      )
+      main, rest = _split(full, driver.num_devices)
+      first = driver.average(whole(ours, driver.shard(main)))
       if rest is None:
         return first
-      weight = _size(rest) / _size(full)
-      return jax.tree.map(
-          lambda a, b: (1 - weight) * a + weight * b,
-          first,
-          value_and_grad(ours, params, rest, key),
-      )
+      sizes = [parts.batch_size(x) for x in (main, rest)]
+      return parts.combined([first, whole(ours, rest)], sizes)
 
     return full_mean
 
@@ -204,6 +206,7 @@ def gradient_method(
         state.lr_scale,
         steps,
     )
+    metrics = task_lib.metrics_of(metrics)
     return state, {'loss': value, **metrics, 'data_passes': state.data_passes}
 
   return Method(
@@ -212,6 +215,11 @@ def gradient_method(
       lambda state: jax.tree.map(jnp.copy, state.params),  # A donated state's.
       all_true if trained is None else trained,
       mean_cost,
+      frozen=lambda state: none_marked(state)._replace(
+          params=jax.tree.map(
+              lambda t: not t, (trained or all_true)(state.params)
+          )
+      ),
   )
 
 
@@ -278,6 +286,14 @@ def adapter_method(
     state = links.init(jax.random.fold_in(key, 1), params)
     return AdapterMethodState(state, jnp.zeros([]), jnp.ones([]))
 
+  def frozen(state):
+    base = state.chain.params
+    merges = policy.period is not None
+    moves = adapted_leaves(links, base)
+    marks = jax.tree.map(lambda m: not (m and merges), moves)
+    unmarked = none_marked(state)
+    return unmarked._replace(chain=unmarked.chain._replace(params=marks))
+
   def step(state, batch, key, full):
     del full
     inner, (value, metrics) = links.step(
@@ -285,6 +301,7 @@ def adapter_method(
     )
     passes = data_passes_of(Steps(0, inner.count), batch_size / num_samples)
     state = AdapterMethodState(inner, passes, state.lr_scale)
+    metrics = task_lib.metrics_of(metrics)
     return state, {'loss': value, **metrics, 'data_passes': passes}
 
   return Method(
@@ -294,6 +311,7 @@ def adapter_method(
       lambda params: adapted_leaves(links, params),
       batch_size / num_samples,
       links,
+      frozen=frozen,
   )
 
 
@@ -371,17 +389,17 @@ def make_transformation(
     )
 
   def make_tx(key):
-    parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    txs = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
     if name == 'full':
-      parts.append(optax.identity() if inner is None else inner)
+      txs.append(optax.identity() if inner is None else inner)
       if weight_decay:
-        parts.append(
+        txs.append(
             optax.add_decayed_weights(
                 weight_decay, lambda p: matrices_lib.mask(p, matrices)
             )
         )
     else:
-      parts.append(
+      txs.append(
           chain.scale_by_bernoulli_chain(
               key,
               rank=rank,
@@ -391,7 +409,7 @@ def make_transformation(
               **chain_args,
           )
       )
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(*txs, optax.scale_by_learning_rate(learning_rate))
 
   return make_tx
 
@@ -415,18 +433,19 @@ def adapted_leaves(chain: adapters.Chain, params: Any) -> Any:
   return treedef.unflatten([i in chosen for i in range(len(leaves))])
 
 
+def none_marked(state: Any) -> Any:
+  """Returns a tree of False."""
+  return jax.tree.map(lambda _: False, state)
+
+
 def all_true(params: Any) -> Any:
   """Returns the `trained` tree of all leaves."""
   return jax.tree.map(lambda _: True, params)
 
 
-def _size(batch: Any) -> int:
-  return jax.tree.leaves(batch)[0].shape[0]
-
-
 def _split(full: Any, count: int) -> tuple[Any, Any]:
   """Returns the largest part that `count` devices can share, and the rest."""
-  size = _size(full)
+  size = parts.batch_size(full)
   cut = size - size % count
   if cut == size:
     return full, None

@@ -28,8 +28,8 @@ class Driver(NamedTuple):
   put: Callable[..., Any]
   # (tree, marks=None): what a step returned -> a tree as without driver.
   get: Callable[..., Any]
-  # (run, args) -> run compiled for args = (state, data, key, start); it returns
-  # (state, metrics) and donates the state.
+  # (run, args) -> run compiled for args = (state, data, key, start, batches); it
+  # returns (state, metrics) and donates the state.
   compile: Callable[[Callable[..., Any], tuple], Callable[..., Any]]
   axis_name: str | None = None  # Inside a step: the axis of devices, of pmap.
 
@@ -146,14 +146,14 @@ def _pmap(devices: list[Any]) -> Driver:
     mapped = jax.pmap(
         run,
         axis_name=_AXIS,
-        in_axes=(0, 0, None, None),
+        in_axes=(0, 0, None, None, None),
         donate_argnums=0,
         devices=devices,
     )
     mapped = mapped.lower(*args).compile()
 
-    def first_metrics(state, data, key, start):
-      state, metrics = mapped(state, data, key, start)
+    def first_metrics(*args):
+      state, metrics = mapped(*args)
       return state, jax.tree.map(lambda x: x[0], metrics)
 
     return first_metrics

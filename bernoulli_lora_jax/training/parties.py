@@ -21,6 +21,7 @@ of the projected update.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -126,7 +127,7 @@ def _local_rounds(
 
   def init():
     key = jax.random.fold_in(loop.method_key(run_key), 1)
-    return rounds.init(key, loop.make_params(task)(run_key))
+    return rounds.init(key, loop.make_params(task)(run_key, task.weights))
 
   begin = jax.jit(rounds.begin)
   finish = jax.jit(rounds.finish)
@@ -226,11 +227,11 @@ def _ef21(config: config_dict.ConfigDict, task: task_lib.Task) -> Parties:
     return payloads, (jax.tree.map(jnp.add, estimate, arrived), states)
 
   def zeros():
-    params = loop.make_params(task)(run_key)
+    params = loop.make_params(task)(run_key, task.weights)
     return jax.tree.map(jnp.zeros_like, moving(params))
 
   def init():
-    params = loop.make_params(task)(run_key)
+    params = loop.make_params(task)(run_key, task.weights)
     return Ef21View(params, tx.init(moving(params)), 0)
 
   def init_client():
@@ -386,7 +387,9 @@ class _UpdateWire:
 
 
 def _evaluator(task: task_lib.Task) -> Callable[[Any], dict[str, float]]:
-  evaluate = jax.jit(task.evaluate, static_argnums=2)
+  evaluate = jax.jit(
+      functools.partial(task_lib.evaluate, task), static_argnums=2
+  )
 
   def run(params):
     return {

@@ -206,13 +206,13 @@ def _traced_fields(config: config_dict.ConfigDict) -> list[str]:
 
 def _is_small(config: config_dict.ConfigDict, task: task_lib.Task) -> bool:
   t = config.training
-  shapes = jax.eval_shape(task.init, jax.random.key(0))
-  size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  size = sum(leaf.size for leaf in jax.tree.leaves(task_lib.shapes(task)))
   settings = experiment.make_settings(config, task)
   return (
       t.group_size != 1
       and size <= _SMALL
       and t.parallel == 'none'
+      and task.sampling != 'stream'
       and not t.recipe
       and t.checkpoint_every == 0
       and settings.num_steps % settings.eval_every == 0
@@ -268,6 +268,9 @@ def _train_together(
     with metrics_log.MetricsLog(run.directory, 0, events=False) as log:
       for line in result.lines:
         log.write(int(line['step']), line)
+    if config.training.keep_weights:
+      program = experiment.make_program(run.config, task)
+      loop.save_end(program, run.directory, result)
     facts = experiment.facts(run.config, task)
     checkpoint.write_json(
         run.directory / 'summary.json',

@@ -41,12 +41,14 @@ class Result(NamedTuple):
 
   lines: list[dict[str, float]]  # As in metrics.jsonl.
   summary: dict[str, Any]  # As in summary.json, without facts of the config.
+  state: Any  # Of the method, after the last step.
+  best: Any  # Params of the lowest validation loss; None without patience.
 
 
 class _Program(NamedTuple):
   """The compiled parts of a group of a size."""
 
-  start: Callable[..., Any]  # (keys, hyper) -> states
+  start: Callable[..., Any]  # (keys, hyper, weights) -> states
   # (states, params, keys, hyper, active, data, step) -> states, params, metrics.
   steps: Callable[..., Any]
   evaluate: Callable[..., Any]  # (params, data) -> metrics of all splits.
@@ -119,8 +121,8 @@ class _Parts(NamedTuple):
   settings: loop.Settings
   one_by_one: bool
 
-  def start(self, key, hyper):
-    return loop.make_start(self.task, self.make_method(hyper))(key)
+  def start(self, key, hyper, weights):
+    return loop.make_start(self.task, self.make_method(hyper))(key, weights)
 
   def steps(self, state, params, key, hyper, active, data, start):
     """Trains to the next evaluation; a run that has ended stays as it is."""
@@ -145,9 +147,9 @@ class _Parts(NamedTuple):
 
     def all_splits(params, data):
       metrics = evaluate(params, data)
-      for name, value in self.task.evaluate(
-          params, data, loop.test_split(self.task)
-      ).items():
+      split = loop.test_split(self.task)
+      found = loop.of_split(self.task, params, data, split)
+      for name, value in found.items():
         metrics[_FINAL + name] = value
       return metrics
 
@@ -173,16 +175,17 @@ def _compile(
   """Compiles for a group of len(keys) runs; returns also the bytes it takes."""
   data, size = parts.task.data, len(keys)
   start = jax.jit(
-      lambda keys, hyper: _shared_count(
-          jax.vmap(parts.start)(keys, hyper), parts.one_by_one
+      lambda keys, hyper, weights: _shared_count(
+          jax.vmap(parts.start, (0, 0, None))(keys, hyper, weights),
+          parts.one_by_one,
       )
   )
-  states = jax.eval_shape(start, keys, hyper)
+  states = jax.eval_shape(start, keys, hyper, parts.task.weights)
   axes = 0 if parts.one_by_one else _axes(states)
   method = parts.make_method({name: value[0] for name, value in hyper.items()})
   params = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype),
-      jax.eval_shape(parts.task.init, keys[0]),
+      task_lib.shapes(parts.task),
   )
   steps = jax.jit(
       parts.mapped(parts.steps, (axes, 0, 0, 0, 0, None, None), (axes, 0, 0)),
@@ -191,7 +194,7 @@ def _compile(
   flags = jax.ShapeDtypeStruct((size,), bool)
   step = jax.ShapeDtypeStruct((), jnp.int32)
   steps = steps.lower(states, params, keys, hyper, flags, data, step).compile()
-  trained = method.trained(jax.eval_shape(parts.task.init, keys[0]))
+  trained = method.trained(task_lib.shapes(parts.task))
   name = (size, tuple(jax.tree.leaves(trained)), parts.settings.eval_gradient)
   if name not in evaluators:
     evaluate = jax.jit(jax.vmap(parts.evaluate(method), (0, None)))
@@ -245,9 +248,9 @@ def _train_group(
   """Trains one group; the runs after `count` only fill it."""
   begun = time.perf_counter()
   size, data = len(keys), task.data
-  states = program.start(keys, hyper)
-  init = jax.vmap(lambda key: loop.make_params(task)(key))
-  params = jax.jit(init)(keys)
+  states = program.start(keys, hyper, task.weights)
+  init = jax.vmap(loop.make_params(task), (0, None), axis_size=size)
+  params = jax.jit(init)(keys, task.weights)
   best = jax.tree.map(jnp.copy, params)  # `params` is donated.
   final = program.evaluate(params, data)
   lines = [[{'step': 0, **line}] for line in _rows(final) if _drop_final(line)]
@@ -308,6 +311,10 @@ def _train_group(
           lines[i],
           _summary(task, settings, final[i], end[i], best_step[i], bad_step[i])
           | {'seconds': seconds / count, 'runs_together': count},
+          _state_of(states, i, end[i]),
+          jax.tree.map(lambda x, i=i: x[i], best)
+          if settings.patience
+          else None,
       )
       for i in range(count)
   ]
@@ -375,6 +382,15 @@ def _shared_count(states: Any, one_by_one: bool) -> Any:
   if count is None or one_by_one:
     return states
   return _with_count(states, count[0])
+
+
+def _state_of(states: Any, i: int, step: int) -> Any:
+  """Returns the state of one run; `step` where all share the number of steps."""
+  count = _count(states)
+  if count is None or jnp.ndim(count):
+    return jax.tree.map(lambda x: x[i], states)
+  one = jax.tree.map(lambda x: x[i], _with_count(states, None))
+  return _with_count(one, jnp.asarray(step, count.dtype))
 
 
 def _axes(states: Any) -> Any:
