@@ -281,9 +281,10 @@ class LoopTest(parameterized.TestCase):
     state, best = {'w': jnp.arange(1.0, 3.0)}, {'w': jnp.arange(3.0, 6.0)}
     progress = loop.Progress(4, 2, 0.5, 1, 1, 3.0)
     like = jax.tree.map(jnp.zeros_like, (state, best))
+    program = types.SimpleNamespace(settings=loop.Settings(8, 4, patience=1))
     with checkpoint.Checkpointer(self.tmp) as saver:
       loop._save(saver, state, best, progress)
-      found = loop._restore(saver, *like)
+      found = loop.restore(saver, program, *like)
     chex.assert_trees_all_equal(found[:2], (state, best))
     self.assertEqual(found[2], progress)
 

@@ -75,6 +75,10 @@ def load(directory: str | pathlib.Path) -> Finished:
   config = base_config.get_config()
   known = checkpoint.flatten(config.to_dict())
   for field, value in checkpoint.flatten(run.config).items():
+    if field.startswith('task.kwargs.'):
+      with config.unlocked():
+        config.task.kwargs[field.removeprefix('task.kwargs.')] = value
+      continue
     if field not in known:
       raise ValueError(
           f'Expected a field of base_config, got {field}={value!r} in'

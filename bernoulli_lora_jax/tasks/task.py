@@ -3,7 +3,7 @@
 A task of one's own is a function that returns a `Task`, most easily from arrays:
 
     def make_task(*, batch_size, width=32):
-      return task.from_arrays(
+      return task_lib.from_arrays(
           'mine', loss, init=init, train={'x': x, 'y': y}, batch_size=batch_size)
 
 with config.task.name = 'my_module:make_task' and config.task.kwargs.width = 64.
@@ -190,8 +190,9 @@ def check(task: Any, where: str) -> Task:
   one = jax.eval_shape(lambda split: take(split, jnp.arange(1)), split)
   with_key = lambda params, batch: task.loss(params, batch, None)
   result = jax.eval_shape(with_key, shapes(task), one)
-  value, metrics = result if isinstance(result, tuple) else (result, None)
-  metrics = metrics_of(metrics)
+  is_pair = isinstance(result, tuple) and len(result) == 2
+  value, aux = result if is_pair else (None, None)
+  metrics = metrics_of(aux)
   if getattr(value, 'shape', None) != () or not isinstance(metrics, dict):
     raise ValueError(
         f'Expected the loss of {where} to return (scalar, {{metric: scalar}}), got'
