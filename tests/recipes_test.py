@@ -133,6 +133,7 @@ class ReplayTest(TemporaryTest):
   # unfinished one.
   @parameterized.parameters(
       ('bernoulli', 'bfloat16', 'stochastic', 'gaussian', 2),
+      ('left', 'bfloat16', 'stochastic', 'rademacher', 4),
       (None, 'float32', 'nearest', 'gaussian', 4),
   )
   def test_side_dtype_rounding_and_sketch(
@@ -143,7 +144,6 @@ class ReplayTest(TemporaryTest):
     )
 
   @parameterized.parameters(
-      ('left', 'bfloat16', 'stochastic', 'rademacher', 4),
       ('right', 'float32', 'compensated', 'gaussian', 2),
       ('bernoulli', 'float32', 'nearest', 'gaussian', 4),
       ('bernoulli', 'bfloat16', 'compensated', 'coordinate', 4),
