@@ -1,5 +1,6 @@
 """Settings of every test, made before jax is imported."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -17,6 +18,8 @@ _FLAGS = ['--xla_backend_optimization_level=0']
 _VERSION = importlib.metadata.version('jaxlib').split('.')
 if [int(part) for part in _VERSION[:2]] < [0, 11]:  # Later ones do not know it.
   _FLAGS.append('--xla_cpu_use_fusion_emitters=false')
+  # One module of code a program: another tenth.
+  _FLAGS.append('--xla_cpu_parallel_codegen_split_count=1')
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['BERNOULLI_LORA_CACHE'] = str(_SHARED / 'cache')
@@ -33,6 +36,9 @@ os.environ['XLA_FLAGS'] = ' '.join(
 import jax  # noqa: E402 (reads the environment above)
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# A trace makes many objects, of which few are garbage: a twentieth of the time.
+gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_sessionfinish():

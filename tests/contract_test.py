@@ -1,6 +1,7 @@
 """One contract for every transformation of the core."""
 
 import functools
+import itertools
 import pathlib
 import tempfile
 
@@ -100,15 +101,17 @@ ESTIMATORS = {
     'ef21_chain': estimator_of(ef21, True),
 }
 ALL = {**CHAINS, **ESTIMATORS}
-# In bfloat16 too: a schedule, an inner state, and states of estimators.
-HALF = (
-    'momentum',
-    'bernoulli_lora',
-    'mvr',
-    'page_chain',
-    'marina_chain',
-    'ef21_chain',
+# Near others of which each is compiled in the quick tests.
+SIBLINGS = (
+    'rademacher',
+    'shared_coin',
+    'traced_prob',
+    'period',
+    'rac_right',
+    'mvr_chain',
 )
+# In bfloat16 too: an inner state, and states of estimators.
+HALF = ('momentum', 'page_chain', 'ef21_chain')
 
 
 def make_params(dtype=jnp.float32, seed=0):
@@ -195,11 +198,11 @@ def raw(tree):
 
 class EveryTransformationTest(parameterized.TestCase):
 
-  @parameterized.parameters('adam', 'page_chain', 'mvr')
+  @parameterized.parameters('coordinate', 'mvr')
   def test_jit_equals_eager(self, name):
     self.check_jit_equals_eager(name)
 
-  @parameterized.parameters('gaussian', 'coordinate', 'qgd')
+  @parameterized.parameters('adam', 'gaussian', 'page_chain', 'qgd')
   @pytest.mark.slow
   def test_jit_equals_eager_otherwise(self, name):
     self.check_jit_equals_eager(name)
@@ -215,7 +218,7 @@ class EveryTransformationTest(parameterized.TestCase):
     chex.assert_trees_all_close(raw(jitted), raw(eager), rtol=1e-5, atol=1e-5)
 
   @parameterized.parameters(
-      *((name, 'float32') for name in ALL),
+      *((name, 'float32') for name in ALL if name not in SIBLINGS),
       *((name, 'bfloat16') for name in HALF),
   )
   def test_shapes_and_dtypes_are_stable_and_nothing_recompiles(
@@ -224,6 +227,7 @@ class EveryTransformationTest(parameterized.TestCase):
     self.check_shapes_and_dtypes_are_stable_and_nothing_recompiles(name, dtype)
 
   @parameterized.parameters(
+      *((name, 'float32') for name in SIBLINGS),
       *((name, 'bfloat16') for name in ALL if name not in HALF),
   )
   @pytest.mark.slow
@@ -303,8 +307,16 @@ class EveryTransformationTest(parameterized.TestCase):
     resumed = run(name, restored['params'], restored['state'], range(4, 7))
     chex.assert_trees_all_equal(raw(resumed), raw(unbroken))
 
-  @parameterized.parameters(*ALL)
+  @parameterized.parameters(*(name for name in ALL if name not in SIBLINGS))
   def test_state_may_be_donated(self, name):
+    self.check_state_may_be_donated(name)
+
+  @parameterized.parameters(*SIBLINGS)
+  @pytest.mark.slow
+  def test_state_may_be_donated_otherwise(self, name):
+    self.check_state_may_be_donated(name)
+
+  def check_state_may_be_donated(self, name):
     tx, _, _ = compiled(name)
     params = make_params()
     results = []
@@ -352,8 +364,16 @@ class DrawsTest(parameterized.TestCase):
   def assert_differ(self, one, other):
     self.assertGreater(np.abs(one - other).max(), 1e-3)
 
-  @parameterized.parameters(*CHAINS)
+  @parameterized.parameters(*(name for name in CHAINS if name not in SIBLINGS))
   def test_chain(self, name):
+    self.check_chain(name)
+
+  @parameterized.parameters(*(name for name in SIBLINGS if name in CHAINS))
+  @pytest.mark.slow
+  def test_chain_otherwise(self, name):
+    self.check_chain(name)
+
+  def check_chain(self, name):
     period = {'period': 3, 'momentum': 3, 'adam': 2}.get(name, 1)
     updates = self.updates(name, period + 1)
     others = self.updates(name, 1, jax.random.key(1))
@@ -397,11 +417,11 @@ class DrawsTest(parameterized.TestCase):
     self.assertNotEqual(zero, one)  # Over keys.
     self.assertEqual(zero, coins(jax.random.key(0)))
 
-  @parameterized.parameters('gaussian', 'page_chain')
+  @parameterized.parameters(['page_chain'])
   def test_runs_of_a_sweep_are_the_runs_alone(self, name):
     self.check_runs_of_a_sweep_are_the_runs_alone(name)
 
-  @parameterized.parameters(['marina_chain'])
+  @parameterized.parameters('gaussian', 'marina_chain')
   @pytest.mark.slow
   def test_runs_of_a_sweep_are_the_runs_alone_otherwise(self, name):
     self.check_runs_of_a_sweep_are_the_runs_alone(name)
@@ -486,8 +506,16 @@ class CompositionTest(parameterized.TestCase):
   def make(self, name, **kwargs):
     return CHAINS[name](jax.random.key(0), **kwargs)
 
-  @parameterized.parameters('gaussian', 'momentum')
+  @parameterized.parameters(['momentum'])
   def test_chain_passes_through_optax_chain(self, name):
+    self.check_chain_passes_through_optax_chain(name)
+
+  @parameterized.parameters(['gaussian'])
+  @pytest.mark.slow
+  def test_chain_passes_through_optax_chain_otherwise(self, name):
+    self.check_chain_passes_through_optax_chain(name)
+
+  def check_chain_passes_through_optax_chain(self, name):
     inside = self.trajectory(
         optax.chain(optax.scale(2.0), self.make(name), optax.scale(-3.0))
     )
@@ -499,8 +527,16 @@ class CompositionTest(parameterized.TestCase):
     # Multiplications by constants, fused or not.
     chex.assert_trees_all_close(inside, outside, rtol=1e-6, atol=1e-6)
 
-  @parameterized.parameters('gaussian', 'momentum')
+  @parameterized.parameters(['momentum'])
   def test_masked(self, name):
+    self.check_masked(name)
+
+  @parameterized.parameters(['gaussian'])
+  @pytest.mark.slow
+  def test_masked_otherwise(self, name):
+    self.check_masked(name)
+
+  def check_masked(self, name):
     mask = {
         'dense': {'kernel': True, 'bias': False},
         'out': {'kernel': False},
@@ -515,8 +551,16 @@ class CompositionTest(parameterized.TestCase):
       # Frames drawn in batches of another size: rounding.
       chex.assert_trees_all_close(some, expected, rtol=1e-6, atol=1e-6)
 
-  @parameterized.parameters('gaussian', 'momentum')
+  @parameterized.parameters(['momentum'])
   def test_partition(self, name):
+    self.check_partition(name)
+
+  @parameterized.parameters(['gaussian'])
+  @pytest.mark.slow
+  def test_partition_otherwise(self, name):
+    self.check_partition(name)
+
+  def check_partition(self, name):
     labels = {
         'dense': {'kernel': 'chain', 'bias': 'full'},
         'out': {'kernel': 'chain'},
@@ -543,8 +587,16 @@ class CompositionTest(parameterized.TestCase):
       }
       chex.assert_trees_all_close(part, expected, rtol=1e-6, atol=1e-6)
 
-  @parameterized.parameters('gaussian', 'momentum')
+  @parameterized.parameters(['momentum'])
   def test_multi_steps(self, name):
+    self.check_multi_steps(name)
+
+  @parameterized.parameters(['gaussian'])
+  @pytest.mark.slow
+  def test_multi_steps_otherwise(self, name):
+    self.check_multi_steps(name)
+
+  def check_multi_steps(self, name):
     multi = optax.MultiSteps(self.make(name), every_k_schedule=2)
     updates = self.trajectory(multi)
     mean = lambda a, b: jax.tree.map(lambda a, b: (a + b) / 2, a, b)
@@ -607,14 +659,39 @@ INJECTED = {
     'ef21': (bl.ef21, dict(compressor=IDENTITY, num_clients=2)),
 }
 
+# Name, whether the key is static, and whether init and update are jitted.
+INJECTED_QUICK = [
+    ('bernoulli_lora', False, True),
+    ('schedule', True, False),
+    ('rac_lora', True, True),
+    ('scale_by_bernoulli_chain', False, False),
+    ('page', False, True),
+    ('mvr', False, False),
+    ('qgd', True, False),
+    ('marina', False, True),
+    ('ef21', False, False),
+]
+
 
 class InputsTest(parameterized.TestCase):
   """What optax's own transformations take, ours do."""
 
-  @parameterized.product(
-      name=list(INJECTED), static_key=(False, True), is_jitted=(False, True)
-  )
+  @parameterized.parameters(*INJECTED_QUICK)
   def test_inject_hyperparams(self, name, static_key, is_jitted):
+    self.check_inject_hyperparams(name, static_key, is_jitted)
+
+  @parameterized.parameters(
+      *(
+          case
+          for case in itertools.product(INJECTED, (False, True), (False, True))
+          if case not in INJECTED_QUICK
+      )
+  )
+  @pytest.mark.slow
+  def test_inject_hyperparams_otherwise(self, name, static_key, is_jitted):
+    self.check_inject_hyperparams(name, static_key, is_jitted)
+
+  def check_inject_hyperparams(self, name, static_key, is_jitted):
     factory, kwargs = INJECTED[name]
     if name != 'mvr':
       kwargs = {'key': jax.random.key(0), **kwargs}

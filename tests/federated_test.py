@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 import math
 import zlib
 
@@ -290,7 +291,7 @@ def make(method, compressor, num_clients=NUM_CLIENTS, key=KEY, **kwargs):
 
 
 MASKED = dict(mask=MASK)
-VARIANTS = [
+EVERYWHERE = [
     (method, 'randk', variant)
     for method in ('qgd', 'marina')
     for variant in (
@@ -305,6 +306,7 @@ VARIANTS = [
     ('ef21', 'scaled', {'weights': WEIGHTS, 'start': 'zero', **MASKED}),
     ('ef21', 'warm', {'weights': WEIGHTS, **MASKED}),
 ]
+QUICK = [EVERYWHERE[i] for i in (0, 2, 4, 5, 7, 10)]
 
 
 class ReferenceTest(parameterized.TestCase):
@@ -352,8 +354,16 @@ class ReferenceTest(parameterized.TestCase):
     self.assertEqual(state[0].count, STEPS)
     return loop, state[0]
 
-  @parameterized.parameters(*VARIANTS)
+  @parameterized.parameters(*QUICK)
   def test_equals_numpy(self, method, name, variant):
+    self.check_equals_numpy(method, name, variant)
+
+  @parameterized.parameters(*(v for v in EVERYWHERE if v not in QUICK))
+  @pytest.mark.slow
+  def test_equals_numpy_otherwise(self, method, name, variant):
+    self.check_equals_numpy(method, name, variant)
+
+  def check_equals_numpy(self, method, name, variant):
     loop, state = self.assert_equal_to_loop(method, name, 0.05, **variant)
     if method == 'marina':
       stack = combine(lambda *leaves: np.stack(leaves), *loop.old)
@@ -380,13 +390,20 @@ class ReferenceTest(parameterized.TestCase):
 
   @parameterized.parameters(
       ('qgd', {}),
-      ('qgd', {'concatenate': True}),
-      ('marina', {}),
-      ('ef21', {}),
       ('marina', {'weights': WEIGHTS}),
       ('ef21', {'weights': WEIGHTS}),
   )
   def test_identity_is_gradient_descent(self, method, kwargs):
+    self.check_identity_is_gradient_descent(method, kwargs)
+
+  @parameterized.parameters(
+      ('qgd', {'concatenate': True}), ('marina', {}), ('ef21', {})
+  )
+  @pytest.mark.slow
+  def test_identity_is_gradient_descent_otherwise(self, method, kwargs):
+    self.check_identity_is_gradient_descent(method, kwargs)
+
+  def check_identity_is_gradient_descent(self, method, kwargs):
     # E1: NumPy's loop with the identity and whole rounds only.
     weights = np.array(kwargs.get('weights', np.ones(NUM_CLIENTS)))
     weights = weights / weights.sum()
@@ -453,8 +470,16 @@ class LawTest(parameterized.TestCase):
     mean = np.einsum('l,l...->...', self.weights, stack)
     self.assert_mean(self.estimates(tx, [stack]), mean)
 
-  @parameterized.parameters([None], [weights])
+  @parameterized.parameters((weights,))
   def test_qgd_variance(self, weights):
+    self.check_qgd_variance(weights)
+
+  @parameterized.parameters([None])
+  @pytest.mark.slow
+  def test_qgd_variance_otherwise(self, weights):
+    self.check_qgd_variance(weights)
+
+  def check_qgd_variance(self, weights):
     stack = gaussian_stack(4)
     tx = make('qgd', self.compressor, 4, weights=weights)
     w = np.array(weights or [0.25] * 4)
@@ -471,8 +496,16 @@ class LawTest(parameterized.TestCase):
     bound = np.sum(norms(stack)) / 16 / 8
     self.assertBetween(samples.mean(), bound / 4, bound)
 
-  @parameterized.parameters((6, 2), (2, 1), (6, 6))
+  @parameterized.parameters((6, 2))
   def test_cohort_omega(self, num_clients, cohort):
+    self.check_cohort_omega(num_clients, cohort)
+
+  @parameterized.parameters((2, 1), (6, 6))
+  @pytest.mark.slow
+  def test_cohort_omega_otherwise(self, num_clients, cohort):
+    self.check_cohort_omega(num_clients, cohort)
+
+  def check_cohort_omega(self, num_clients, cohort):
     # Tight where the mean gradient is zero.
     stack = gaussian_stack(num_clients)
     stack = stack - jnp.mean(stack, 0, keepdims=True)
@@ -488,8 +521,16 @@ class LawTest(parameterized.TestCase):
     # (M/c) (omega + (M - c)/(M - 1)) = 2.5 (3 + 3/4).
     self.assertAlmostEqual(federated.cohort_omega(3.0, 5, 2), 9.375, places=12)
 
-  @parameterized.parameters({}, {'cohort': 3})
+  @parameterized.parameters({})
   def test_marina_differences_are_unbiased(self, **kwargs):
+    self.check_marina_differences_are_unbiased(**kwargs)
+
+  @parameterized.parameters({'cohort': 3})
+  @pytest.mark.slow
+  def test_marina_differences_are_unbiased_otherwise(self, **kwargs):
+    self.check_marina_differences_are_unbiased(**kwargs)
+
+  def check_marina_differences_are_unbiased(self, **kwargs):
     before, after = gaussian_stack(4), gaussian_stack(4, seed=2)
     w = np.array(self.weights)
     tx = make('marina', self.compressor, 4, weights=w, prob=1e-7, **kwargs)
@@ -1045,11 +1086,11 @@ class DevicesTest(parameterized.TestCase):
     travel = np.abs(one[0]['w'] - self.problem.params['w']).max()
     self.assertGreater(travel, 0.1)
 
-  @parameterized.parameters('marina', 'ef21')
+  @parameterized.parameters(['ef21'])
   def test_same_run(self, name):
     self.check_same_run(name)
 
-  @parameterized.parameters(['qgd'])
+  @parameterized.parameters('qgd', 'marina')
   @pytest.mark.slow
   def test_same_run_otherwise(self, name):
     self.check_same_run(name)
@@ -1524,7 +1565,7 @@ class LargeTest(parameterized.TestCase):
     params = {'w': jnp.zeros(2)}
     state = tx.init(params)._replace(sent=jnp.array([2**31 - 2, 5], jnp.int32))
     grads = {'w': jnp.ones((3, 2))}
-    _, state = tx.update(grads, state, params)
+    _, state = jax.jit(tx.update)(grads, state, params)
     np.testing.assert_array_equal(state.sent, (2**31 - 1, 5))
 
   @parameterized.named_parameters(
@@ -1573,8 +1614,16 @@ class LeavesTest(parameterized.TestCase):
     chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
     return first, second
 
-  @parameterized.product(method=METHODS, concatenate=[False, True])
+  @parameterized.parameters(('qgd', False), ('marina', True), ('ef21', False))
   def test_leaves_that_are_no_floats(self, method, concatenate):
+    self.check_leaves_that_are_no_floats(method, concatenate)
+
+  @parameterized.parameters(('qgd', True), ('marina', False), ('ef21', True))
+  @pytest.mark.slow
+  def test_leaves_that_are_no_floats_otherwise(self, method, concatenate):
+    self.check_leaves_that_are_no_floats(method, concatenate)
+
+  def check_leaves_that_are_no_floats(self, method, concatenate):
     tx = self.make(method, concatenate=concatenate)
     others = {
         'steps': jnp.asarray(2**24 + 1, jnp.int32),
@@ -1590,23 +1639,47 @@ class LeavesTest(parameterized.TestCase):
       moved = optax.apply_updates(params, one)
       chex.assert_trees_all_equal({k: moved[k] for k in others}, others)
 
-  @parameterized.parameters(*METHODS)
+  @parameterized.parameters(['ef21'])
   def test_python_numbers_and_empty_leaves(self, method):
+    self.check_python_numbers_and_empty_leaves(method)
+
+  @parameterized.parameters('qgd', 'marina')
+  @pytest.mark.slow
+  def test_python_numbers_and_empty_leaves_otherwise(self, method):
+    self.check_python_numbers_and_empty_leaves(method)
+
+  def check_python_numbers_and_empty_leaves(self, method):
     tx = self.make(method)
     params = {**self.params, 'temperature': 1.0, 'empty': jnp.zeros((0, 3))}
     updates = self.two_steps(tx, self.grads(params), params)[1]
     self.assertEqual(updates['temperature'].shape, ())
     self.assertNotEqual(updates['temperature'], 0)
 
-  @parameterized.parameters(*METHODS)
+  @parameterized.parameters(['marina'])
   def test_half_params_and_single_gradients(self, method):
+    self.check_half_params_and_single_gradients(method)
+
+  @parameterized.parameters('qgd', 'ef21')
+  @pytest.mark.slow
+  def test_half_params_and_single_gradients_otherwise(self, method):
+    self.check_half_params_and_single_gradients(method)
+
+  def check_half_params_and_single_gradients(self, method):
     tx = self.make(method)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), self.params)
     updates = self.two_steps(tx, self.grads(self.params), params)[1]
     self.assertEqual(updates['w'].dtype, jnp.float32)
 
-  @parameterized.parameters(*METHODS)
+  @parameterized.parameters(['marina'])
   def test_gradients_in_another_container(self, method):
+    self.check_gradients_in_another_container(method)
+
+  @parameterized.parameters('qgd', 'ef21')
+  @pytest.mark.slow
+  def test_gradients_in_another_container_otherwise(self, method):
+    self.check_gradients_in_another_container(method)
+
+  def check_gradients_in_another_container(self, method):
     tx, grads = self.make(method), self.grads(self.params)
     other = collections.OrderedDict((k, grads[k]) for k in ('w', 'b'))
     for one, two in zip(
@@ -1674,13 +1747,29 @@ class WireTest(parameterized.TestCase):
       )
 
 
+# Method, whether its key is static, and its cohort.
+INJECTED = [('qgd', True, None), ('marina', False, 2), ('ef21', False, None)]
+
+
 class HyperparamsTest(parameterized.TestCase):
   """optax.inject_hyperparams keeps numbers in the optimiser's state."""
 
-  @parameterized.product(
-      method=METHODS, key_is_static=[False, True], cohort=[None, 2]
-  )
+  @parameterized.parameters(*INJECTED)
   def test_injected(self, method, key_is_static, cohort):
+    self.check_injected(method, key_is_static, cohort)
+
+  @parameterized.parameters(
+      *(
+          c
+          for c in itertools.product(METHODS, [False, True], [None, 2])
+          if c not in INJECTED
+      )
+  )
+  @pytest.mark.slow
+  def test_injected_otherwise(self, method, key_is_static, cohort):
+    self.check_injected(method, key_is_static, cohort)
+
+  def check_injected(self, method, key_is_static, cohort):
     kwargs = {
         'compressor': compressors.natural(),
         'num_clients': 3,
@@ -1715,9 +1804,9 @@ class HyperparamsTest(parameterized.TestCase):
         num_clients=3,
     )
     params = {'w': jnp.ones(5)}
-    state, full = tx.init(params), []
+    state, full, update = tx.init(params), [], jax.jit(tx.update)
     for _ in range(4):
-      _, state = tx.update({'w': jnp.ones((3, 5))}, state, params)
+      _, state = update({'w': jnp.ones((3, 5))}, state, params)
       full.append(bool(optax.tree.get(state, 'is_full')))
     self.assertEqual(full, [True, True, False, False])
 

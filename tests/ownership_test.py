@@ -134,7 +134,13 @@ class MergeTest(parameterized.TestCase):
 
   @parameterized.product(zero=('left', 'right'), period=(None, 5))
   def test_a_merge_in_mid_link_starts_as_a_link(self, zero, period):
-    policy = bl.ChainPolicy(rank=2, period=period, side=None, zero=zero)
+    policy = bl.ChainPolicy(
+        rank=2,
+        period=period,
+        side=None,
+        zero=zero,
+        sketch=bl.sketches.coordinate(),
+    )
     chain = bl.adapters.make_chain(policy, optax.adam(0.1))
     adapted = bl.inject.by_addition(loss)
     step = jax.jit(chain.step, static_argnums=1)
@@ -156,7 +162,13 @@ class MergeTest(parameterized.TestCase):
       side=('bernoulli', None),
   )
   def test_float8(self, dtype, rounding, side):
-    policy = bl.ChainPolicy(rank=2, period=2, side=side, rounding=rounding)
+    policy = bl.ChainPolicy(
+        rank=2,
+        period=2,
+        side=side,
+        rounding=rounding,
+        sketch=bl.sketches.coordinate(),
+    )
     chain = bl.adapters.make_chain(policy, optax.sgd(0.1))
     base = {'w': params()['w'].astype(dtype)}
     shapes = jax.eval_shape(lambda: chain.params(chain.init(KEY, base)))

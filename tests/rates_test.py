@@ -58,6 +58,14 @@ def make_method(task, estimator, name, factor, rank=2):
   )
 
 
+NAMES_QUICK = [
+    ('gd', 'rac_left'),
+    ('sgd', 'rac_right'),
+    ('page', 'bernoulli'),
+    ('mvr', 'bernoulli'),
+]
+
+
 class ChainTest(X64TestCase):
   """The library in float64 equals the plain loop fed with its draws."""
 
@@ -96,10 +104,22 @@ class ChainTest(X64TestCase):
       key = jax.random.fold_in(start.opt_state[0].key, t)
       yield bool(jax.random.bernoulli(key, prob))
 
-  @parameterized.product(
-      estimator=list(regression.ESTIMATORS), name=list(regression.NAMES)
-  )
+  @parameterized.parameters(*NAMES_QUICK)
   def test_equals_numpy(self, estimator, name):
+    self.check_equals_numpy(estimator, name)
+
+  @parameterized.parameters(
+      *(
+          case
+          for case in itertools.product(regression.ESTIMATORS, regression.NAMES)
+          if case not in NAMES_QUICK
+      )
+  )
+  @pytest.mark.slow
+  def test_equals_numpy_otherwise(self, estimator, name):
+    self.check_equals_numpy(estimator, name)
+
+  def check_equals_numpy(self, estimator, name):
     problem, task = self.make()
     method = make_method(task, estimator, name, 0.25)
     key = jax.random.key(7)
@@ -199,8 +219,16 @@ class TrainTest(X64TestCase):
 
   ARGUMENTS = dict(num_seeds=2, num_steps=12, num_evals=4, rank=2)
 
-  @parameterized.parameters('page', 'mvr')
+  @parameterized.parameters(['page'])
   def test_equals_single_runs(self, estimator):
+    self.check_equals_single_runs(estimator)
+
+  @parameterized.parameters(['mvr'])
+  @pytest.mark.slow
+  def test_equals_single_runs_otherwise(self, estimator):
+    self.check_equals_single_runs(estimator)
+
+  def check_equals_single_runs(self, estimator):
     _, task = self.make()
     factors = (0.125, 0.5)
     found = regression.train(
@@ -248,8 +276,16 @@ class TrainTest(X64TestCase):
           found.norms[:, j], alone.norms[:, 0], rtol=1e-9
       )
 
-  @parameterized.parameters(1, 3)
+  @parameterized.parameters([3])
   def test_page_takes_full_gradients_when_asked(self, num_factors):
+    self.check_page_takes_full_gradients_when_asked(num_factors)
+
+  @parameterized.parameters([1])
+  @pytest.mark.slow
+  def test_page_takes_full_gradients_when_asked_otherwise(self, num_factors):
+    self.check_page_takes_full_gradients_when_asked(num_factors)
+
+  def check_page_takes_full_gradients_when_asked(self, num_factors):
     """The coin stays a branch: full gradients are those that passes count."""
     _, task = self.make()
     size, count = task.num_samples, [0, 0]

@@ -359,7 +359,9 @@ class RestartTest(parameterized.TestCase):
     tx = optax.contrib.momo(rate)
     params = {'kernel': jnp.ones((4, 4))}
     loss = lambda p, f, b: (jnp.sum(f['kernel']['left'] ** 2), None)
-    policy = bl.ChainPolicy(rank=2, period=2, side=None)
+    policy = bl.ChainPolicy(
+        rank=2, period=2, side=None, sketch=bl.sketches.coordinate()
+    )
     with self.assertRaisesRegex(ValueError, 'momo in a chain whose links'):
       bl.adapters.make_chain(policy, tx).init(KEY, params)
     keep = lambda fresh, old: fresh._replace(count=old.count)

@@ -33,6 +33,7 @@ _ROOT = pathlib.Path(__file__).parent.parent
 _DOCUMENTS = ('README.md', 'docs/guide.md')
 _SLOW = (  # More than two seconds.
     'A few lines',
+    'NNX models',
     'Federated: which method when',
     'Recipes',
     'Variance reduction',
