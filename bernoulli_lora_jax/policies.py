@@ -181,8 +181,8 @@ class ChainPolicy:
       value = getattr(self, name)
       if isinstance(value, jax.Array) or value != default:
         raise ValueError(
-            f'Expected {name} with side in {_SIDES_OF[name]}, got {name}={value!r}'
-            f' with side={self.side!r}, which has none.'
+            f'Expected {name} with side in {_SIDES_OF[name]} alone, got {name}='
+            f'{getattr(value, "name", value)!r} with side={self.side!r}.'
         )
     longest = math.inf if self.period is None else self.period
     if not 0 <= self.warmup < longest:

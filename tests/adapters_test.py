@@ -197,7 +197,7 @@ class GradientModeTest(parameterized.TestCase):
           rank=rank,
           period=1,
           side=side,
-          prob=0.4,
+          prob=0.4 if side == 'bernoulli' else 0.5,
           alpha=alpha,
           scaling=scaling,
           **kwargs,
@@ -380,13 +380,15 @@ class CounterexampleTest(parameterized.TestCase):
     return np.sum(quadratic.CURVATURE * (x - quadratic.MINIMISER) ** 2, axis=-1)
 
   @parameterized.named_parameters(
-      ('lora', adapters.lora(1)), ('cola_10', adapters.cola(1, 10))
+      ('lora', adapters.ChainPolicy.lora(1)),
+      ('cola_10', adapters.ChainPolicy.cola(1, 10)),
   )
   def test_training_both_factors_overflows(self, policy):
     self.check_training_both_factors_overflows(policy)
 
   @parameterized.named_parameters(
-      ('cola_5', adapters.cola(1, 5)), ('cola_50', adapters.cola(1, 50))
+      ('cola_5', adapters.ChainPolicy.cola(1, 5)),
+      ('cola_50', adapters.ChainPolicy.cola(1, 50)),
   )
   @pytest.mark.slow
   def test_training_both_factors_overflows_otherwise(self, policy):
@@ -406,7 +408,7 @@ class CounterexampleTest(parameterized.TestCase):
     self.check_a_kept_factor_stalls_at_a_wrong_point(side)
 
   def check_a_kept_factor_stalls_at_a_wrong_point(self, side):
-    runs = self.runs(adapters.asymmetric_lora(1, side))
+    runs = self.runs(adapters.ChainPolicy.asymmetric(1, side))
     gaps = self.gaps(runs)
     # A subspace of 3 dimensions of 9 holds x* with probability zero, and at
     # step 1/L its own minimiser is reached to rounding in 3000 steps.
@@ -414,13 +416,15 @@ class CounterexampleTest(parameterized.TestCase):
     np.testing.assert_allclose(runs[:, 0], runs[:, 1], rtol=1e-12, atol=1e-12)
 
   @parameterized.named_parameters(
-      ('rac_right', adapters.rac_lora(1, 1, 'right')),
-      ('bernoulli', adapters.bernoulli_lora(1, 1)),
+      ('rac_right', adapters.ChainPolicy.rac(1, 1, 'right')),
+      ('bernoulli', adapters.ChainPolicy.bernoulli(1, 1)),
   )
   def test_a_resampled_factor_converges(self, policy):
     self.check_a_resampled_factor_converges(policy)
 
-  @parameterized.named_parameters(('rac_left', adapters.rac_lora(1, 1, 'left')))
+  @parameterized.named_parameters(
+      ('rac_left', adapters.ChainPolicy.rac(1, 1, 'left'))
+  )
   @pytest.mark.slow
   def test_a_resampled_factor_converges_otherwise(self, policy):
     self.check_a_resampled_factor_converges(policy)
@@ -478,7 +482,9 @@ class FrozenTest(parameterized.TestCase):
     self.check_traced_coin(reset)
 
   def check_traced_coin(self, reset):
-    policy = adapters.bernoulli_lora(2, self.period, reset_optimizer=reset)
+    policy = adapters.ChainPolicy.bernoulli(
+        2, self.period, reset_optimizer=reset
+    )
     tx = optax.adamw(0.1, weight_decay=0.3)
     first, states, factors, coins = self.states(policy, tx)
     adam = lambda state: state.opt_state[0]
@@ -524,7 +530,9 @@ class FrozenTest(parameterized.TestCase):
     self.check_known_side(side, reset)
 
   def check_known_side(self, side, reset):
-    policy = adapters.rac_lora(2, self.period, side, reset_optimizer=reset)
+    policy = adapters.ChainPolicy.rac(
+        2, self.period, side, reset_optimizer=reset
+    )
     tx = optax.adamw(0.1, weight_decay=0.3)
     first, states, factors, coins = self.states(policy, tx)
     other = {'left': 'right', 'right': 'left'}[side]
@@ -548,7 +556,9 @@ class FrozenTest(parameterized.TestCase):
     }
     rates = {'left': optax.adam(0.1), 'right': optax.adam(0.01)}
     tx = optax.partition(rates, labels)
-    policy = adapters.bernoulli_lora(2, self.period, reset_optimizer=False)
+    policy = adapters.ChainPolicy.bernoulli(
+        2, self.period, reset_optimizer=False
+    )
     first, states, _, coins = self.states(policy, tx)
 
     def mu(state, side):
@@ -563,7 +573,7 @@ class FrozenTest(parameterized.TestCase):
 
   def test_state_of_other_shapes_keeps_them(self):
     # Adafactor holds vectors, or one number, where Adam holds a factor.
-    policy = adapters.bernoulli_lora(2, self.period)
+    policy = adapters.ChainPolicy.bernoulli(2, self.period)
     chain = adapters.make_chain(policy, optax.adafactor(0.1), STACK)
     params, batch = self.problem.params, steps_of(self.problem.batches, 0)
     state = jax.eval_shape(chain.init, self.key, params)
@@ -599,13 +609,8 @@ class MergeTest(parameterized.TestCase):
   def check_base_changes_at_links_only(self, dtype, side):
     period, num_steps = 3, 8
     problem, params = self.problem(num_steps, dtype)
-    policy = bl.ChainPolicy(
-        rank=2,
-        period=period,
-        side=side,
-        alpha=3.0,
-        sketch=SKETCHES['coordinate'],
-    )
+    law = {} if side is None else {'sketch': SKETCHES['coordinate']}
+    policy = bl.ChainPolicy(rank=2, period=period, side=side, alpha=3.0, **law)
     chain = adapters.make_chain(policy, optax.adam(0.1), STACK)
     first, states = run(
         chain, problem.adapted(), jax.random.key(0), params, problem.batches
@@ -624,8 +629,8 @@ class MergeTest(parameterized.TestCase):
         chex.assert_trees_all_equal(new, old)
 
   @parameterized.parameters(
-      adapters.lora(2, warmup=4),
-      adapters.asymmetric_lora(2, 'left', warmup=4),
+      adapters.ChainPolicy.lora(2, warmup=4),
+      adapters.ChainPolicy.asymmetric(2, 'left', warmup=4),
   )
   def test_without_a_period_the_base_stays(self, policy):
     problem, params = self.problem(5, 'float32')
@@ -693,7 +698,9 @@ class MergeTest(parameterized.TestCase):
     draw = lambda shape, dtype: jnp.asarray(rng.normal(size=shape), dtype)
     params = {'w': draw((64, 48), dtype), 'v': draw((48, 64), dtype)}
     sketch = SKETCHES['coordinate']  # Without QR, which takes long to compile.
-    policy = bl.ChainPolicy(rank=2, period=3, sketch=sketch, **kwargs)
+    if kwargs.get('side', 'left') is not None:
+      kwargs['sketch'] = sketch
+    policy = bl.ChainPolicy(rank=2, period=3, **kwargs)
     chain = adapters.make_chain(policy, optax.sgd(0.1))
     state = jax.jit(chain.init)(jax.random.key(6), params)
     fill = lambda x: draw(x.shape, x.dtype)
@@ -733,7 +740,7 @@ class MergeTest(parameterized.TestCase):
     ulp, num_merges = 2.0**-7, 50
     params = {'w': jnp.full((4, 6), 1.5, jnp.bfloat16)}
     chain = adapters.make_chain(
-        adapters.lora(1, rounding=rounding), optax.sgd(0.1)
+        adapters.ChainPolicy.lora(1, rounding=rounding), optax.sgd(0.1)
     )
     state = jax.jit(chain.init)(jax.random.key(0), params)
     update = {'left': jnp.ones((4, 1)), 'right': jnp.full((1, 6), ulp / 20)}
@@ -759,7 +766,7 @@ class MergeTest(parameterized.TestCase):
   def test_stochastic_rounding_draws_for_each_link_and_entry(self):
     # Equal layers and updates: nothing but the draws differs.
     params = {'stack': jnp.ones((2, 30, 20), jnp.bfloat16)}
-    policy = adapters.lora(1, rounding='stochastic')
+    policy = adapters.ChainPolicy.lora(1, rounding='stochastic')
     chain = adapters.make_chain(policy, optax.sgd(0.1), STACK)
     state = jax.jit(chain.init)(jax.random.key(0), params)
     factors = {
@@ -802,7 +809,9 @@ class MergeTest(parameterized.TestCase):
         lambda params, batch: (jnp.mean((output(params, 0) - target) ** 2), {})
     )
     chain = adapters.make_chain(
-        adapters.bernoulli_lora(2, 4, alpha=4.0, sketch=SKETCHES['coordinate']),
+        adapters.ChainPolicy.bernoulli(
+            2, 4, alpha=4.0, sketch=SKETCHES['coordinate']
+        ),
         optax.adam(0.1),
     )
     _, states = run(chain, loss, jax.random.key(3), params, jnp.arange(4))
@@ -828,7 +837,7 @@ class RestartTest(parameterized.TestCase):
   def final(self, tx, reset=True):
     """Returns the optimiser's state after 2 steps of the third link."""
     problem = Regression(self.num_steps, ('a',), np.float32)
-    policy = adapters.bernoulli_lora(
+    policy = adapters.ChainPolicy.bernoulli(
         2, self.period, reset_optimizer=reset, sketch=SKETCHES['coordinate']
     )
     chain = adapters.make_chain(policy, tx)
@@ -908,7 +917,7 @@ class CoinTest(parameterized.TestCase):
 
   def test_coins_follow_prob_and_are_independent(self):
     # Rank 6 is the whole space: nothing but coins is drawn.
-    coins = self.coins(20_000, adapters.bernoulli_lora(6, 1, prob=0.3))
+    coins = self.coins(20_000, adapters.ChainPolicy.bernoulli(6, 1, prob=0.3))
     chex.assert_shape(coins, (20_000, 4))
     assert_mean(coins, np.full(4, 0.3))
     centred = coins - 0.3
@@ -917,7 +926,7 @@ class CoinTest(parameterized.TestCase):
     assert_mean(centred[1:] * centred[:-1], np.zeros(4))  # Over links.
 
   def test_shared_coin_is_one_coin(self):
-    policy = adapters.bernoulli_lora(6, 1, prob=0.3, shared_coin=True)
+    policy = adapters.ChainPolicy.bernoulli(6, 1, prob=0.3, shared_coin=True)
     coins = self.coins(20_000, policy)
     np.testing.assert_array_equal(coins, coins[:, :1] * np.ones(4))
     assert_mean(coins[:, 0], 0.3)
@@ -925,7 +934,9 @@ class CoinTest(parameterized.TestCase):
   def test_a_flip_does_not_recompile(self):
     problem = Regression(12, ('a',), np.float32)
     loss = problem.adapted()
-    chain = adapters.make_chain(adapters.bernoulli_lora(2, 2), optax.adamw(0.1))
+    chain = adapters.make_chain(
+        adapters.ChainPolicy.bernoulli(2, 2), optax.adamw(0.1)
+    )
     step = jax.jit(
         chex.assert_max_traces(
             lambda state, batch: chain.step(state, loss, batch)[0], n=1
@@ -944,7 +955,7 @@ class CoinTest(parameterized.TestCase):
     loss = problem.adapted()
 
     def final(prob, params, batches):
-      policy = adapters.bernoulli_lora(
+      policy = adapters.ChainPolicy.bernoulli(
           2, 2, prob=prob, alpha=3.0, sketch=SKETCHES['coordinate']
       )
       chain = adapters.make_chain(policy, optax.sgd(0.1))
@@ -1021,7 +1032,7 @@ class TargetTest(parameterized.TestCase):
     }
 
   def test_rank_alpha_and_prob_of_a_target(self):
-    policy = adapters.bernoulli_lora(
+    policy = adapters.ChainPolicy.bernoulli(
         2,
         4,
         prob=0.25,
@@ -1074,7 +1085,7 @@ class TargetTest(parameterized.TestCase):
     key, params = jax.random.key(0), self.params()
     factors = []
     for targets in (('attn',), ('attn', 'head', 'mlp')):
-      policy = adapters.bernoulli_lora(
+      policy = adapters.ChainPolicy.bernoulli(
           2,
           4,
           sketch=SKETCHES['coordinate'],
@@ -1086,7 +1097,7 @@ class TargetTest(parameterized.TestCase):
 
   def test_pattern_with_a_flag(self):
     targets = (bl.Target('(?i)ATTN'), bl.Target('(?i)HEAD'))
-    policy = adapters.bernoulli_lora(2, 4, targets=targets)
+    policy = adapters.ChainPolicy.bernoulli(2, 4, targets=targets)
     chain = adapters.make_chain(policy, optax.sgd(0.1), STACK)
     found = chain.adapted(self.params())
     self.assertEqual(
@@ -1167,7 +1178,9 @@ class OptimizerTest(parameterized.TestCase):
       @functools.partial(jax.jit, static_argnums=0)
       def final(num):
         chain = adapters.make_chain(
-            adapters.rac_lora(2, 2, 'left', sketch=SKETCHES['coordinate']),
+            adapters.ChainPolicy.rac(
+                2, 2, 'left', sketch=SKETCHES['coordinate']
+            ),
             optax.sgd(0.5),
             num_micro_batches=num,
         )
@@ -1195,7 +1208,7 @@ class OptimizerTest(parameterized.TestCase):
       return value + linear - jax.lax.stop_gradient(linear), {'aux': value}
 
     chain = adapters.make_chain(
-        adapters.rac_lora(1, 2, 'left'),
+        adapters.ChainPolicy.rac(1, 2, 'left'),
         optax.sgd(1.0),
         num_micro_batches=num,
     )
@@ -1218,7 +1231,7 @@ class OptimizerTest(parameterized.TestCase):
     loss = inject.by_addition(
         lambda params, x: (jnp.mean(jnp.sum((x @ params['w']) ** 2, -1)), {})
     )
-    policy = adapters.bernoulli_lora(2, 2)
+    policy = adapters.ChainPolicy.bernoulli(2, 2)
 
     def step(average, batch):
       chain = adapters.make_chain(policy, optax.sgd(0.1), average=average)
@@ -1294,7 +1307,7 @@ class TableTest(parameterized.TestCase):
   @parameterized.named_parameters(
       (
           'bernoulli',
-          adapters.bernoulli_lora(5, 1, prob=0.25, alpha=10.0),
+          adapters.ChainPolicy.bernoulli(5, 1, prob=0.25, alpha=10.0),
           [
               (5, 0.25, 5 * 15, 0.25 * 5 * 9 + 0.75 * 6 * 5),
               (
@@ -1313,7 +1326,7 @@ class TableTest(parameterized.TestCase):
       ),
       (
           'left',
-          adapters.rac_lora(5, 1, 'left', alpha=10.0),
+          adapters.ChainPolicy.rac(5, 1, 'left', alpha=10.0),
           [
               (5, 1.0, 5 * 15, 5 * 9),
               ('3 (clipped)', 1.0, 3 * 12, 3 * 9),
@@ -1322,7 +1335,7 @@ class TableTest(parameterized.TestCase):
       ),
       (
           'right',
-          adapters.rac_lora(5, 1, 'right', alpha=10.0),
+          adapters.ChainPolicy.rac(5, 1, 'right', alpha=10.0),
           [
               (5, 0.0, 5 * 15, 6 * 5),
               (5, 0.0, 5 * 12, 3 * 5),
@@ -1331,7 +1344,7 @@ class TableTest(parameterized.TestCase):
       ),
       (
           'both',
-          adapters.lora(5, alpha=10.0),
+          adapters.ChainPolicy.lora(5, alpha=10.0),
           [
               (5, '-', 5 * 15, 5 * 15),
               ('3 (clipped)', '-', 3 * 12, 3 * 12),
@@ -1371,7 +1384,7 @@ class TableTest(parameterized.TestCase):
 
   def test_scaling_and_no_alpha(self):
     scale = lambda **kwargs: adapters.describe(
-        self.params, adapters.lora(4, **kwargs), STACK
+        self.params, adapters.ChainPolicy.lora(4, **kwargs), STACK
     )[0]['scale']
     self.assertEqual(scale(), 1.0)
     self.assertEqual(scale(alpha=6.0), 1.5)
@@ -1419,7 +1432,7 @@ class FactorsTest(parameterized.TestCase):
       self.assertGreater(np.abs(wide(tuned) - wide(base)).max(), 0.5)
 
   def test_unmerge_inverts_the_merge_of_a_chain(self):
-    policy = adapters.bernoulli_lora(2, 3, alpha=3.0)
+    policy = adapters.ChainPolicy.bernoulli(2, 3, alpha=3.0)
     chain = adapters.make_chain(policy, optax.sgd(0.1), STACK)
     base = self.base('float32')
     state = jax.jit(chain.init)(jax.random.key(0), base)
@@ -1434,7 +1447,7 @@ class FactorsTest(parameterized.TestCase):
     # Three links of rank 1 through the chain itself, in float64.
     num_links = 3
     problem = Regression(num_links, ('a', 'stack'))
-    policy = adapters.bernoulli_lora(1, 1)
+    policy = adapters.ChainPolicy.bernoulli(1, 1)
     with jax.enable_x64(True):
       params, batches = problem.inputs()
       chain = adapters.make_chain(policy, optax.sgd(0.1), STACK)
@@ -1627,10 +1640,15 @@ class RejectsTest(parameterized.TestCase):
   def test_rank_above_both_sides(self):
     params = {'a': jnp.ones((3, 9)), 'b': jnp.ones((3, 4))}
     message = r'rank <= 4, the longer side of b \(3 x 4\), got rank=5'
-    for policy in (adapters.bernoulli_lora(5, 1), adapters.lora(5)):
+    for policy in (
+        adapters.ChainPolicy.bernoulli(5, 1),
+        adapters.ChainPolicy.lora(5),
+    ):
       self.check_init(message, params, policy)
     target = bl.Target('b', rank=5)
-    policy = adapters.bernoulli_lora(1, 1, targets=(bl.Target('a'), target))
+    policy = adapters.ChainPolicy.bernoulli(
+        1, 1, targets=(bl.Target('a'), target)
+    )
     self.check_init(message, params, policy)
     with self.assertRaisesRegex(ValueError, message):
       adapters.describe(params, policy)
@@ -1638,20 +1656,20 @@ class RejectsTest(parameterized.TestCase):
   def test_targets_that_match_nothing(self):
     params = {'a': jnp.ones((3, 9)), 'b': jnp.ones((3, 4))}
     targets = bl.Target('a'), bl.Target('nowhere')
-    policy = adapters.bernoulli_lora(1, 1, targets=targets)
+    policy = adapters.ChainPolicy.bernoulli(1, 1, targets=targets)
     self.check_init(
         r"target 'nowhere' to match a matrix; the \w+ are \['a', 'b'\]",
         params,
         policy,
     )
-    policy = adapters.bernoulli_lora(1, 1, targets=targets[1:])
+    policy = adapters.ChainPolicy.bernoulli(1, 1, targets=targets[1:])
     self.check_init(r'nowhere(.|\n)* are\W+a\b(.|\n)*\bb\b', params, policy)
 
   def test_a_target_that_matches_nothing_beside_a_stack(self):
     params = {'a': {'kernel': jnp.ones((3, 9))}}
     params['stack'] = {'kernel': jnp.ones((2, 3, 9))}
     targets = bl.Target('a'), bl.Target('nowhere')
-    policy = adapters.bernoulli_lora(1, 1, targets=targets)
+    policy = adapters.ChainPolicy.bernoulli(1, 1, targets=targets)
     self.check_init("target 'nowhere' to match a matrix", params, policy, STACK)
 
   @parameterized.parameters(
@@ -1662,7 +1680,7 @@ class RejectsTest(parameterized.TestCase):
   def test_targets_that_disagree(self, first, second, message):
     params = {'attn': jnp.ones((3, 9)), 'mlp': jnp.ones((9, 3))}
     targets = bl.Target('attn', **first), bl.Target('a.t|mlp', **second)
-    policy = adapters.bernoulli_lora(1, 1, targets=targets)
+    policy = adapters.ChainPolicy.bernoulli(1, 1, targets=targets)
     message = (
         r"targets that agree about attn, got \['attn', 'a.t\|mlp'\] with "
         + message
@@ -1670,7 +1688,7 @@ class RejectsTest(parameterized.TestCase):
     self.check_init(message, params, policy)
 
   def test_targets_beside_a_selection(self):
-    policy = adapters.bernoulli_lora(1, 1, targets=(bl.Target('a'),))
+    policy = adapters.ChainPolicy.bernoulli(1, 1, targets=(bl.Target('a'),))
     message = "select to be None where the policy has targets, got select='b'"
     params = {'a': jnp.ones((3, 9)), 'b': jnp.ones((3, 9))}
     self.check_init(message, params, policy, bl.Matrices(select='b'))
@@ -1679,7 +1697,7 @@ class RejectsTest(parameterized.TestCase):
   def test_tied_arrays(self, *targets):
     w = jnp.ones((3, 4))
     params = {'a': w, 'b': w, 'c': jnp.ones((3, 4))}
-    policy = adapters.bernoulli_lora(
+    policy = adapters.ChainPolicy.bernoulli(
         1, 1, targets=tuple(map(bl.Target, targets))
     )
     chain = adapters.make_chain(policy, optax.sgd(0.1))
@@ -1689,12 +1707,12 @@ class RejectsTest(parameterized.TestCase):
     }[len(targets)]
     with self.assertRaisesRegex(ValueError, message):
       chain.init(jax.random.key(0), params)
-    policy = adapters.bernoulli_lora(1, 1, targets=(bl.Target('c'),))
+    policy = adapters.ChainPolicy.bernoulli(1, 1, targets=(bl.Target('c'),))
     chain = adapters.make_chain(policy, optax.sgd(0.1))
     jax.eval_shape(lambda: chain.init(jax.random.key(0), params))
 
   def test_number_of_micro_batches(self):
-    policy, tx = adapters.bernoulli_lora(1, 1), optax.sgd(0.1)
+    policy, tx = adapters.ChainPolicy.bernoulli(1, 1), optax.sgd(0.1)
     problem = Regression(1, ('a',), np.float32)
 
     def step(num):
@@ -1720,6 +1738,8 @@ class StateTest(parameterized.TestCase):
 
   def chain(self, **kwargs):
     kwargs = {'rank': 2, 'sketch': SKETCHES['coordinate'], **kwargs}
+    if kwargs.get('side', 'left') is None:
+      del kwargs['sketch']
     policy = bl.ChainPolicy(period=self.period, **kwargs)
     return adapters.make_chain(policy, optax.adamw(0.1), STACK)
 
@@ -1729,7 +1749,7 @@ class StateTest(parameterized.TestCase):
   def test_jit_equals_eager(self):
     # Eager steps compile op by op, QR most slowly: one small case.
     problem = Regression(2, ('a',), np.float32)
-    policy = adapters.bernoulli_lora(2, 1, sketch=SKETCHES['coordinate'])
+    policy = adapters.ChainPolicy.bernoulli(2, 1, sketch=SKETCHES['coordinate'])
     chain = adapters.make_chain(policy, optax.trace(0.9))
     eager = chain.init(jax.random.key(0), problem.params)
     jitted = jax.jit(chain.init)(jax.random.key(0), problem.params)
@@ -1833,7 +1853,7 @@ class StateTest(parameterized.TestCase):
 
   def test_scale_and_value_of_a_step(self):
     chain = adapters.make_chain(
-        adapters.rac_lora(2, 3, 'left'), optax.sgd(0.1), STACK
+        adapters.ChainPolicy.rac(2, 3, 'left'), optax.sgd(0.1), STACK
     )
     state = jax.jit(chain.init)(jax.random.key(0), self.problem.params)
     batch = steps_of(self.problem.batches, 0)
@@ -1863,7 +1883,7 @@ class InitTest(parameterized.TestCase):
   }
 
   def factors(self, **kwargs):
-    policy = adapters.cola(3, 1, **kwargs)
+    policy = adapters.ChainPolicy.cola(3, 1, **kwargs)
     chain = adapters.make_chain(policy, optax.sgd(0.1), STACK)
     params = jax.tree.map(lambda s: jnp.zeros(s.shape), self.params)
     return jax.jit(chain.init)(jax.random.key(0), params).factors['stack']
@@ -1897,7 +1917,7 @@ class InitTest(parameterized.TestCase):
     self.check_raw_factors_are_as_sampled(side)
 
   def check_raw_factors_are_as_sampled(self, side):
-    policy = adapters.rac_lora(12, 1, side, frame='raw')
+    policy = adapters.ChainPolicy.rac(12, 1, side, frame='raw')
     chain = adapters.make_chain(policy, optax.sgd(0.1), STACK)
     params = jax.tree.map(lambda s: jnp.zeros(s.shape), self.params)
     state = jax.jit(chain.init)(jax.random.key(0), params)
@@ -1913,7 +1933,7 @@ class InitTest(parameterized.TestCase):
 
   @parameterized.parameters(2, 12)
   def test_bernoulli_freezes_a_frame_and_trains_from_zero(self, rank):
-    policy = adapters.bernoulli_lora(rank, 1)
+    policy = adapters.ChainPolicy.bernoulli(rank, 1)
     chain = adapters.make_chain(policy, optax.sgd(0.1), STACK)
     params = jax.tree.map(lambda s: jnp.zeros(s.shape), self.params)
     state = jax.jit(chain.init)(jax.random.key(0), params)
@@ -1939,7 +1959,7 @@ class OtherOptimizersTest(parameterized.TestCase):
 
   def chain(self, tx, **kwargs):
     kwargs = {'sketch': SKETCHES['coordinate'], **kwargs}
-    policy = bl.adapters.bernoulli_lora(2, period=2, **kwargs)
+    policy = bl.ChainPolicy.bernoulli(2, period=2, **kwargs)
     return bl.adapters.make_chain(policy, tx)
 
   def params(self):
@@ -1978,7 +1998,7 @@ class OtherOptimizersTest(parameterized.TestCase):
     tx = optax.MultiSteps(optax.sgd(1.0), 3).gradient_transformation()
     with self.assertRaisesRegex(ValueError, 'num_micro_batches'):
       self.chain(tx).init(jax.random.key(1), self.params())
-    bl.adapters.make_chain(bl.adapters.lora(2), tx).init(
+    bl.adapters.make_chain(bl.ChainPolicy.lora(2), tx).init(
         jax.random.key(1), self.params()
     )
 
@@ -1992,6 +2012,35 @@ class OtherOptimizersTest(parameterized.TestCase):
     scalar = bl.inject.by_addition(lambda params, batch: params['w'].sum())
     with self.assertRaisesRegex(TypeError, 'returns .scalar, aux.'):
       chain.step(state, scalar, None)
+
+  @parameterized.parameters(
+      ('left', {'prob': 0.3}),
+      ('right', {'prob': jnp.asarray(0.5)}),
+      (None, {'prob': 0.3}),
+      ('left', {'shared_coin': True}),
+      (None, {'sketch': bl.sketches.srht()}),
+      (None, {'frame': 'raw'}),
+      ('bernoulli', {'init': 'normal'}),
+      ('left', {'zero': 'left'}),
+  )
+  def test_no_field_is_ignored(self, side, field):
+    (name,) = field
+    with self.assertRaisesRegex(
+        ValueError, f'Expected {name} with side.*{name}=.*side={side!r}'
+    ):
+      bl.ChainPolicy(rank=1, period=1, side=side, **field)
+
+  @parameterized.parameters(
+      ('lora', 'lora', {}),
+      ('cola', 'cola', {'period': 3}),
+      ('asymmetric_lora', 'asymmetric', {'side': 'left'}),
+      ('rac_lora', 'rac', {'period': 3, 'side': 'right'}),
+      ('bernoulli_lora', 'bernoulli', {'period': 3, 'prob': 0.2}),
+  )
+  def test_old_names_warn(self, old, new, fields):
+    with self.assertWarnsRegex(DeprecationWarning, f'ChainPolicy.{new}'):
+      policy = getattr(adapters, old)(2, **fields)
+    self.assertEqual(policy, getattr(bl.ChainPolicy, new)(2, **fields))
 
   def test_targets_are_checked(self):
     with self.assertRaisesRegex(ValueError, "prob of target 'w'.*side='left'"):

@@ -91,9 +91,9 @@ POLICIES = {
         sketch=bl.sketches.coordinate(),
         targets=TARGETS,
     ),
-    'asymmetric': adapters.asymmetric_lora(2, 'right', targets=TARGETS),
-    'lora': adapters.lora(2, targets=TARGETS),
-    'cola': adapters.cola(2, NUM_STEPS, targets=TARGETS),
+    'asymmetric': adapters.ChainPolicy.asymmetric(2, 'right', targets=TARGETS),
+    'lora': adapters.ChainPolicy.lora(2, targets=TARGETS),
+    'cola': adapters.ChainPolicy.cola(2, NUM_STEPS, targets=TARGETS),
 }
 
 
@@ -634,7 +634,7 @@ class LateTest(X64Test):
 
   def test_join_with_compensated_rounding(self):
     params = {'w': jnp.ones((1, 4), jnp.bfloat16)}
-    policy = adapters.rac_lora(1, 1, 'left', rounding='compensated')
+    policy = adapters.ChainPolicy.rac(1, 1, 'left', rounding='compensated')
     rounds = averaging.federated_adapters(policy, optax.sgd(1.0), num_clients=1)
     state = rounds.init(INIT_KEY, params)
     # Below half an ulp, which is 2^-8; two of them are not.
@@ -834,7 +834,9 @@ class CompiledTest(parameterized.TestCase):
       traces.append(key)
       return jnp.sum((client @ params['w']) ** 2), None
 
-    policy = adapters.bernoulli_lora(1, 1, sketch=bl.sketches.coordinate())
+    policy = adapters.ChainPolicy.bernoulli(
+        1, 1, sketch=bl.sketches.coordinate()
+    )
     kwargs = dict(num_clients=2, num_local_steps=1)
     for rounds, one in (
         (averaging.federated_weights(optax.adam(rate), **kwargs), loss),
@@ -874,7 +876,7 @@ class CompiledTest(parameterized.TestCase):
       return jnp.mean(model.apply({'params': params}, client) ** 2), None
 
     rounds = averaging.federated_adapters(
-        adapters.bernoulli_lora(2, 2, sketch=bl.sketches.coordinate()),
+        adapters.ChainPolicy.bernoulli(2, 2, sketch=bl.sketches.coordinate()),
         optax.adam(1e-3),
         num_clients=num_clients,
     )
@@ -925,7 +927,7 @@ class DevicesTest(X64Test):
       loss = PROBLEM.loss
     else:
       rounds = averaging.federated_adapters(
-          adapters.bernoulli_lora(
+          adapters.ChainPolicy.bernoulli(
               2, NUM_STEPS, sketch=bl.sketches.coordinate()
           ),
           tx,
@@ -1030,7 +1032,9 @@ class RejectsTest(parameterized.TestCase):
   def test_argument(self, kwargs, message):
     kwargs = dict(num_clients=4, num_local_steps=2) | kwargs
     with self.assertRaisesRegex(ValueError, message):
-      averaging.federated_adapters(adapters.lora(2), optax.sgd(1.0), **kwargs)
+      averaging.federated_adapters(
+          adapters.ChainPolicy.lora(2), optax.sgd(1.0), **kwargs
+      )
     with self.assertRaisesRegex(ValueError, message):
       averaging.federated_weights(optax.sgd(1.0), **kwargs)
 
@@ -1040,15 +1044,17 @@ class RejectsTest(parameterized.TestCase):
         ValueError, 'policy.period=2, the local steps of a round, got period=3'
     ):
       averaging.federated_adapters(
-          adapters.cola(2, 3), tx, num_local_steps=2, **kwargs
+          adapters.ChainPolicy.cola(2, 3), tx, num_local_steps=2, **kwargs
       )
     with self.assertRaisesRegex(ValueError, 'got num_local_steps=None'):
-      averaging.federated_adapters(adapters.lora(2), tx, **kwargs)
+      averaging.federated_adapters(adapters.ChainPolicy.lora(2), tx, **kwargs)
     with self.assertRaisesRegex(ValueError, 'reset_optimizer=True, got False'):
       averaging.federated_adapters(
-          adapters.cola(2, 3, reset_optimizer=False), tx, **kwargs
+          adapters.ChainPolicy.cola(2, 3, reset_optimizer=False), tx, **kwargs
       )
-    rounds = averaging.federated_adapters(adapters.cola(2, 3), tx, **kwargs)
+    rounds = averaging.federated_adapters(
+        adapters.ChainPolicy.cola(2, 3), tx, **kwargs
+    )
     self.assertEqual(rounds.num_local_steps, 3)
 
   def test_reduce_on_plateau(self):
@@ -1059,7 +1065,7 @@ class RejectsTest(parameterized.TestCase):
     for tx in (plateau, chained):
       for rounds in (
           averaging.federated_adapters(
-              adapters.lora(1), tx, num_clients=2, num_local_steps=2
+              adapters.ChainPolicy.lora(1), tx, num_clients=2, num_local_steps=2
           ),
           averaging.federated_weights(tx, num_clients=2, num_local_steps=2),
       ):

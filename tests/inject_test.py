@@ -402,7 +402,7 @@ class ByProductTest(parameterized.TestCase):
       x = normal(3, 4, dtype=jnp.float64)
       params = params_of(model, x, dtype=jnp.float64)
       loss = apply_of(model)
-      policy = adapters.lora(RANK, alpha=3.0)
+      policy = adapters.ChainPolicy.lora(RANK, alpha=3.0)
       selection = inject.all_linear(loss, params, x)
       chain = adapters.make_chain(policy, optax.sgd(1.0), selection)
       state = jax.jit(chain.init)(jax.random.key(3), params)
@@ -498,7 +498,7 @@ class ByProductTest(parameterized.TestCase):
       self.check(loss, params, factors, axes, x)
       selection = inject.all_linear(loss, params, x)
       chain = adapters.make_chain(
-          adapters.lora(RANK), optax.sgd(1.0), selection
+          adapters.ChainPolicy.lora(RANK), optax.sgd(1.0), selection
       )
       state = jax.jit(chain.init)(jax.random.key(0), params)
       tuned = jax.jit(chain.params)(state._replace(factors=factors))
@@ -1094,7 +1094,7 @@ class QuantizedTest(parameterized.TestCase):
     loss, params = quantized(model, x, 'int4')
     adapted = inject.by_product(lambda p, x: (jnp.sum(loss(p, x) ** 2), None))
     selection = inject.all_linear(loss, params, x)
-    policy = adapters.lora(RANK)
+    policy = adapters.ChainPolicy.lora(RANK)
     chain = adapters.make_chain(policy, optax.sgd(0.05), selection)
     state = jax.jit(chain.init)(jax.random.key(1), params)
     self.assertEqual(set(state.factors), set(TWO_DENSE_AXES))
@@ -1112,7 +1112,7 @@ class QuantizedTest(parameterized.TestCase):
     loss, params = quantized(model, normal(2, 4), 'int8')
     selection = inject.all_linear(loss, params, normal(2, 4))
     chain = adapters.make_chain(
-        adapters.bernoulli_lora(RANK, period), optax.sgd(1.0), selection
+        adapters.ChainPolicy.bernoulli(RANK, period), optax.sgd(1.0), selection
     )
     message = (
         'Expected period=None over the quantised layers_0/kernel, got'
@@ -1124,7 +1124,7 @@ class QuantizedTest(parameterized.TestCase):
   def test_merged_params_are_refused(self):
     model = nn.Dense(5, use_bias=False)
     _, params = quantized(model, normal(2, 4), 'int8')
-    chain = adapters.make_chain(adapters.lora(RANK), optax.sgd(1.0))
+    chain = adapters.make_chain(adapters.ChainPolicy.lora(RANK), optax.sgd(1.0))
     state = chain.init(jax.random.key(0), params)
     with self.assertRaisesRegex(ValueError, 'quantised kernel'):
       chain.params(state)
@@ -1134,7 +1134,7 @@ class QuantizedTest(parameterized.TestCase):
     _, params = quantized(model, normal(2, 4), 'int8', path='layers_[01]')
     selection = matrices.Matrices('layers_2/kernel')
     chain = adapters.make_chain(
-        adapters.cola(RANK, period=1), optax.sgd(1.0), selection
+        adapters.ChainPolicy.cola(RANK, period=1), optax.sgd(1.0), selection
     )
     state = chain.init(jax.random.key(0), params)
     factors = fill(state.factors, 1)
@@ -1207,7 +1207,7 @@ class NnxTest(parameterized.TestCase):
       return jnp.sum((out - targets) ** 2), None
 
     def run(loss):
-      policy = adapters.bernoulli_lora(RANK, period=3)
+      policy = adapters.ChainPolicy.bernoulli(RANK, period=3)
       chain = adapters.make_chain(policy, optax.sgd(0.02))
 
       @jax.jit
@@ -1298,7 +1298,7 @@ class RejectsTest(parameterized.TestCase):
     path = 'layers/attention/query/kernel'
     rules = (matrices.Rule(re.escape(path), (1, 2), (3,), batch=(0,)),)
     chain = adapters.make_chain(
-        adapters.lora(RANK),
+        adapters.ChainPolicy.lora(RANK),
         optax.sgd(1.0),
         matrices.Matrices(path, rules=rules),
     )

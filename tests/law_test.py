@@ -587,7 +587,7 @@ class RejectsTest(parameterized.TestCase):
     turned = bl.Matrices(rules=(bl.Rule('stack', (2,), (1,), (0,)),))
     straight = bl.Matrices(rules=(bl.matrices.stacked('stack'),))
     chain = bl.adapters.make_chain(
-        bl.adapters.lora(RANK), optax.sgd(0.1), turned
+        bl.ChainPolicy.lora(RANK), optax.sgd(0.1), turned
     )
     found = chain.adapted(params)
     state = chain.init(KEY, params)
@@ -610,7 +610,7 @@ class RejectsTest(parameterized.TestCase):
     params = {'a': normal(4, 4)}
     turned = bl.Matrices(rules=(bl.Rule('a', (1,), (0,)),))
     chain = bl.adapters.make_chain(
-        bl.adapters.lora(RANK), optax.sgd(0.1), turned
+        bl.ChainPolicy.lora(RANK), optax.sgd(0.1), turned
     )
     found = chain.adapted(params)
     factors = {'a': {'left': normal(4, RANK), 'right': normal(RANK, 4, seed=1)}}

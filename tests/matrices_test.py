@@ -810,7 +810,7 @@ class EightBitsTest(parameterized.TestCase):
     self.check_adapters(rounding)
 
   def check_adapters(self, rounding):
-    policy = bl.adapters.bernoulli_lora(
+    policy = bl.ChainPolicy.bernoulli(
         2, 1, rounding=rounding, sketch=bl.sketches.coordinate()
     )
     chain = bl.adapters.make_chain(policy, optax.sgd(1.0))

@@ -15,9 +15,9 @@ from bernoulli_lora_jax import averaging
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
 POLICIES = {
-    'lora': bl.adapters.lora(2),
-    'cola': bl.adapters.cola(2, 2),
-    'asymmetric': bl.adapters.asymmetric_lora(2, 'left'),
+    'lora': bl.ChainPolicy.lora(2),
+    'cola': bl.ChainPolicy.cola(2, 2),
+    'asymmetric': bl.ChainPolicy.asymmetric(2, 'left'),
 }
 
 
@@ -100,7 +100,7 @@ class OwnershipTest(parameterized.TestCase):
       self.assertFalse(leaf.is_deleted(), jax.tree_util.keystr(path))
 
   def test_init_copies_or_takes_over(self):
-    chain = bl.adapters.make_chain(bl.adapters.lora(2), optax.sgd(0.1))
+    chain = bl.adapters.make_chain(bl.ChainPolicy.lora(2), optax.sgd(0.1))
     rounds = bl.federated_weights(
         optax.sgd(0.1), num_clients=1, num_local_steps=1
     )
@@ -119,7 +119,7 @@ class OwnershipTest(parameterized.TestCase):
         'numpy': {'a': np.asarray(w), 'b': np.asarray(w)},
         'view': {'a': np.asarray(w), 'b': np.asarray(w).T},
     }[kind]
-    chain = bl.adapters.make_chain(bl.adapters.lora(2), optax.sgd(0.1))
+    chain = bl.adapters.make_chain(bl.ChainPolicy.lora(2), optax.sgd(0.1))
     for init in (
         chain.init,
         jax.jit(chain.init),
@@ -181,7 +181,7 @@ class OthersTest(parameterized.TestCase):
   def test_equals_plain_training_of_the_leaves(self, num):
     # Frozen factors: what remains is plain training of the rest.
     chain = bl.adapters.make_chain(
-        bl.adapters.cola(2, 2),
+        bl.ChainPolicy.cola(2, 2),
         optax.set_to_zero(),
         num_micro_batches=num,
         others={
@@ -223,7 +223,7 @@ class OthersTest(parameterized.TestCase):
 
   def test_describe(self):
     rows = bl.adapters.describe(
-        params(), bl.adapters.lora(2), others=['bias', 'list/0']
+        params(), bl.ChainPolicy.lora(2), others=['bias', 'list/0']
     )
     self.assertEqual(
         [r['matrix'] for r in rows], ['w', 'rest/bias', 'rest/list/0']
@@ -241,13 +241,15 @@ class OthersTest(parameterized.TestCase):
     others = {pattern: optax.sgd(0.1) for pattern in patterns}
     with self.assertRaisesRegex(ValueError, message):
       chain = bl.adapters.make_chain(
-          bl.adapters.lora(2), optax.sgd(0.1), others=others
+          bl.ChainPolicy.lora(2), optax.sgd(0.1), others=others
       )
       chain.init(KEY, params())
 
   def test_recipes_refuse_others(self):
     chain = bl.adapters.make_chain(
-        bl.adapters.cola(2, 2), optax.sgd(0.1), others={'bias': optax.sgd(0.1)}
+        bl.ChainPolicy.cola(2, 2),
+        optax.sgd(0.1),
+        others={'bias': optax.sgd(0.1)},
     )
     state = chain.init(KEY, params())
     with self.assertRaisesRegex(ValueError, r"others=\['bias'\]"):

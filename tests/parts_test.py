@@ -201,7 +201,7 @@ class PartsTest(parameterized.TestCase):
     found = []
     for num in (1, 3):
       chain = bl.adapters.make_chain(
-          bl.adapters.lora(2),
+          bl.ChainPolicy.lora(2),
           optax.sgd(0.01),
           num_micro_batches=num,
           reductions=REDUCTIONS,

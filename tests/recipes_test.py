@@ -21,6 +21,7 @@ import pytest
 import bernoulli_lora_jax as bl
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import inject
+from bernoulli_lora_jax import policies
 from bernoulli_lora_jax import recipes
 
 SKETCHES = {
@@ -100,6 +101,13 @@ def make_recipe(policy, base, num_links, matrices=None):
   )
 
 
+def policy_of(side, **fields):
+  """Returns the policy of a side, without the fields that it does not have."""
+  unused = policies.ignored(side)
+  used = {name: x for name, x in fields.items() if name not in unused}
+  return bl.ChainPolicy(side=side, **used)
+
+
 class TemporaryTest(parameterized.TestCase):
 
   def setUp(self):
@@ -161,10 +169,10 @@ class ReplayTest(TemporaryTest):
   def check_side_dtype_rounding_and_sketch(
       self, side, dtype, rounding, sketch, period
   ):
-    policy = bl.ChainPolicy(
+    policy = policy_of(
+        side,
         rank=2,
         period=period,
-        side=side,
         alpha=3.0,
         rounding=rounding,
         sketch=SKETCHES[sketch],
@@ -175,7 +183,7 @@ class ReplayTest(TemporaryTest):
     self.assertEqual(recipe.num_steps, 6)
 
   def test_targets_and_rules(self):
-    policy = adapters.bernoulli_lora(
+    policy = adapters.ChainPolicy.bernoulli(
         2,
         4,
         prob=0.4,
@@ -208,9 +216,7 @@ class ReplayTest(TemporaryTest):
     self.check_without_a_period(side)
 
   def check_without_a_period(self, side):
-    policy = bl.ChainPolicy(
-        rank=2, period=None, side=side, sketch=SKETCHES['coordinate']
-    )
+    policy = policy_of(side, rank=2, period=None, sketch=SKETCHES['coordinate'])
     recipe, _ = self.check(policy, make_base(SMALL), num_steps=4)
     self.assertLen(recipe.links, 1)
 
@@ -224,10 +230,10 @@ class ReplayTest(TemporaryTest):
     self.check_without_resampling(side)
 
   def check_without_resampling(self, side):
-    policy = bl.ChainPolicy(
+    policy = policy_of(
+        side,
         rank=2,
         period=2,
-        side=side,
         resample=False,
         sketch=SKETCHES['coordinate'],
     )
@@ -236,30 +242,30 @@ class ReplayTest(TemporaryTest):
 
   def test_keys_of_another_kind(self):
     key = jax.random.key(5, impl='rbg')
-    policy = adapters.bernoulli_lora(2, 2, sketch=SKETCHES['coordinate'])
+    policy = adapters.ChainPolicy.bernoulli(2, 2, sketch=SKETCHES['coordinate'])
     self.check(policy, make_base(SMALL), num_steps=4, key=key)
 
   def test_a_chain_that_began_eagerly(self):
-    policy = adapters.bernoulli_lora(4, 2)
+    policy = adapters.ChainPolicy.bernoulli(4, 2)
     base = make_base({'a': (40, 40), 'b': (40, 40)})
     self.check(policy, base, num_steps=2, init=lambda init: init)
 
   def test_prob_given_as_an_array(self):
-    policy = adapters.bernoulli_lora(
+    policy = adapters.ChainPolicy.bernoulli(
         2, 2, prob=jnp.float32(0.3), sketch=SKETCHES['coordinate']
     )
     self.check(policy, make_base(SMALL), num_steps=4)
 
   def test_prob_given_as_an_array_that_is_one(self):
     # With a coin both factors have the rank of the longer side.
-    policy = adapters.bernoulli_lora(
+    policy = adapters.ChainPolicy.bernoulli(
         8, 2, prob=jnp.float32(1.0), sketch=SKETCHES['coordinate']
     )
     self.check(policy, make_base(SMALL), num_steps=2)
 
   def test_each_part_of_a_recipe_counts(self):
     base = make_base(SMALL, 'bfloat16')
-    policy = adapters.bernoulli_lora(
+    policy = adapters.ChainPolicy.bernoulli(
         2, 2, rounding='stochastic', sketch=SKETCHES['coordinate']
     )
     recipe, final = record(policy, base, 4)
@@ -280,7 +286,7 @@ class ReplayTest(TemporaryTest):
   def test_merges_are_those_of_the_links(self):
     # In NumPy: W + sum of s L R, the frozen factor as drawn.
     base = make_base(STACKED)
-    policy = adapters.rac_lora(2, 3, 'left', alpha=3.0)
+    policy = adapters.ChainPolicy.rac(2, 3, 'left', alpha=3.0)
     recipe = make_recipe(policy, base, 3, STACK)
     chain = adapters.make_chain(policy, optax.identity(), STACK)
     found = chain.adapted(base)
@@ -302,9 +308,7 @@ class ReplayTest(TemporaryTest):
 class TrainedFactorsTest(parameterized.TestCase):
 
   def state(self, side):
-    policy = bl.ChainPolicy(
-        rank=2, period=2, side=side, sketch=SKETCHES['coordinate']
-    )
+    policy = policy_of(side, rank=2, period=2, sketch=SKETCHES['coordinate'])
     chain = adapters.make_chain(policy, optax.sgd(0.1), STACK)
     state = jax.jit(chain.init)(jax.random.key(4), make_base(STACKED))
     ones = jax.tree.map(jnp.ones_like, state.factors)
@@ -425,8 +429,6 @@ class DiskTest(TemporaryTest):
         resample=False,
         sketch=SKETCHES['rademacher'],
         frame='raw',
-        init='normal',
-        zero='left',
         warmup=2,
         reset_optimizer=False,
         rounding='compensated',
@@ -446,7 +448,7 @@ class DiskTest(TemporaryTest):
     # No field is left at its default: a lost one would show.
     plain = bl.ChainPolicy(rank=1, period=None)
     for field in dataclasses.fields(policy):
-      if field.name != 'side':
+      if field.name not in ('side', *policies.ignored('bernoulli')):
         new, old = (getattr(p, field.name) for p in (policy, plain))
         self.assertNotEqual(new, old, field.name)
     recipe = make_recipe(policy, base, 2, matrices)._replace(
@@ -464,14 +466,14 @@ class DiskTest(TemporaryTest):
 
   def test_a_sketch_of_the_users_own(self):
     mine = dataclasses.replace(bl.sketches.gaussian(), name='mine')
-    policy = adapters.bernoulli_lora(1, 2, sketch=mine)
+    policy = adapters.ChainPolicy.bernoulli(1, 2, sketch=mine)
     recipe = make_recipe(policy, make_base(SHAPES), 1)
     self.assert_same(self.through_disk(recipe, mine), recipe)
     with self.assertRaisesRegex(ValueError, r"sketch in \(.*\) .*, got 'mine'"):
       recipes.load_recipe(self.directory)
 
   def test_links_of_a_longer_recipe_are_removed(self):
-    policy = adapters.rac_lora(1, 2, 'left')
+    policy = adapters.ChainPolicy.rac(1, 2, 'left')
     long = make_recipe(policy, make_base(SHAPES), 4)
     short = long._replace(links=long.links[2:], num_steps=4)
     recipes.save_recipe(self.directory, long)
@@ -482,7 +484,7 @@ class DiskTest(TemporaryTest):
     )
 
   def test_links_are_saved_one_by_one(self):
-    policy = adapters.rac_lora(1, 2, 'left')
+    policy = adapters.ChainPolicy.rac(1, 2, 'left')
     recipe = make_recipe(policy, make_base(SHAPES), 2)
     directory = self.directory / 'not' / 'yet'
     for number, link in enumerate(recipe.links):
@@ -506,7 +508,7 @@ class DiskTest(TemporaryTest):
         recipes.save_recipe(self.directory, recipe)
 
   def test_files_appear_whole(self):
-    policy = adapters.rac_lora(1, 2, 'left')
+    policy = adapters.ChainPolicy.rac(1, 2, 'left')
     recipe = make_recipe(policy, make_base(SHAPES), 2)
     self.interrupted(recipe)
     chex.assert_trees_all_equal(
@@ -524,7 +526,7 @@ class DiskTest(TemporaryTest):
       self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o644)
 
   def test_a_failed_write_leaves_nothing(self):
-    policy = adapters.rac_lora(1, 2, 'left')
+    policy = adapters.ChainPolicy.rac(1, 2, 'left')
     self.interrupted(make_recipe(policy, make_base(SHAPES), 2))
     names = [path.name for path in self.directory.iterdir()]
     self.assertEqual(names, ['link_000000.npz'])
@@ -533,9 +535,7 @@ class DiskTest(TemporaryTest):
   def test_size_is_that_of_the_factors(self, side):
     m, n, rank, num_links = 300, 200, 2, 3
     base = {'w': jnp.zeros((m, n))}
-    policy = bl.ChainPolicy(
-        rank=rank, period=1, side=side, sketch=SKETCHES['coordinate']
-    )
+    policy = policy_of(side, rank=rank, period=1, sketch=SKETCHES['coordinate'])
     recipe = make_recipe(policy, base, num_links)
     numbers = {'left': n, 'right': m, None: m + n}.get(side, 0)
     numbers *= rank * num_links
@@ -564,7 +564,9 @@ class RejectsTest(TemporaryTest):
     super().setUp()
     self.base = make_base(SHAPES)
     # Coordinates: no QR to compile.
-    self.policy = adapters.rac_lora(2, 2, 'left', sketch=SKETCHES['coordinate'])
+    self.policy = adapters.ChainPolicy.rac(
+        2, 2, 'left', sketch=SKETCHES['coordinate']
+    )
     self.recipe = make_recipe(self.policy, self.base, 2)
 
   def check_replay(self, message, base=None, recipe=None):

@@ -372,7 +372,7 @@ class ManyMergesTest(parameterized.TestCase):
       terms = jax.tree.map(lambda w, c: jnp.sum(w * c), params, slopes)
       return sum(jax.tree.leaves(terms)).astype(jnp.float32), None
 
-    policy = adapters.rac_lora(4, period=1, side='left', rounding=mode)
+    policy = adapters.ChainPolicy.rac(4, period=1, side='left', rounding=mode)
     chain = adapters.make_chain(policy, optax.sgd(UPDATE), selection)
     loss = inject.by_addition(linear, selection)
 
@@ -411,7 +411,7 @@ class ChainTest(parameterized.TestCase):
 
   def merged(self, params, selection, mode='stochastic', count=1, seed=16):
     """Returns the weights after a merge of half an ulp into ones."""
-    policy = adapters.rac_lora(8, period=4, side='left', rounding=mode)
+    policy = adapters.ChainPolicy.rac(8, period=4, side='left', rounding=mode)
     chain = adapters.make_chain(policy, optax.sgd(1.0), selection)
     state = chain.init(jax.random.key(seed), params)
     halves = {
@@ -460,7 +460,7 @@ class ChainTest(parameterized.TestCase):
     loss = inject.by_addition(lambda p, x: (jnp.sum(jnp.sin(p['w'] * x)), None))
 
     def run(mode):
-      policy = adapters.bernoulli_lora(2, period=2, rounding=mode)
+      policy = adapters.ChainPolicy.bernoulli(2, period=2, rounding=mode)
       chain = adapters.make_chain(policy, optax.sgd(0.1))
 
       @jax.jit
@@ -478,7 +478,7 @@ class ChainTest(parameterized.TestCase):
   def test_remainders_are_kept_under_compensated_alone(self):
     params = {'w': jnp.ones((4, 6), jnp.bfloat16)}
     for mode in rounding.MODES:
-      policy = adapters.rac_lora(2, period=1, side='left', rounding=mode)
+      policy = adapters.ChainPolicy.rac(2, period=1, side='left', rounding=mode)
       chain = adapters.make_chain(policy, optax.sgd(1.0))
       remainders = chain.init(jax.random.key(20), params).remainders
       if mode == 'compensated':

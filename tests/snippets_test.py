@@ -159,7 +159,7 @@ def common(model):
       'schedule': optax.constant_schedule(1e-3),
       'optimiser': optax.sgd(0.1),
       'gamma': 0.1,
-      'policy': bl.adapters.bernoulli_lora(8, 2),
+      'policy': bl.ChainPolicy.bernoulli(8, 2),
       'path': pathlib.Path('run'),
       'rngs': nnx.Rngs(0),
   }

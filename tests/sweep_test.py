@@ -192,7 +192,7 @@ class TogetherTest(parameterized.TestCase):
     )
     # The first climbs from its first step on, the other one descends.
     for i, (best, end) in enumerate([(1, 3), (6, 6)]):
-      lines, summary = results[i]
+      lines, summary = results[i][:2]
       self.assertEqual((summary['best_step'], summary['step']), (best, end))
       np.testing.assert_allclose(
           summary['train_loss'], lines[best]['train_loss'], rtol=1e-5
