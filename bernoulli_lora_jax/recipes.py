@@ -17,7 +17,6 @@ import json
 import os
 import pathlib
 import re
-import tempfile
 from typing import Any, NamedTuple
 import warnings
 
@@ -27,6 +26,7 @@ import numpy as np
 import optax
 
 from bernoulli_lora_jax import adapters
+from bernoulli_lora_jax import files
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import policies
 from bernoulli_lora_jax import sharded
@@ -218,8 +218,7 @@ def save_recipe(directory: str | os.PathLike[str], recipe: Recipe) -> None:
       'jax': jax.__version__,
       'device': jax.devices()[0].device_kind,
   }
-  text = json.dumps(record, indent=2) + '\n'
-  _write(directory / 'recipe.json', lambda f: f.write(text.encode()))
+  files.write_json(directory / 'recipe.json', record)
 
 
 def save_link(
@@ -228,10 +227,8 @@ def save_link(
   """Writes the trained factors of one link, whole or not at all."""
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  _write(
-      directory / f'link_{number:06d}.npz',
-      lambda f: np.savez_compressed(f, **link),  # pyrefly: ignore
-  )
+  path = directory / f'link_{number:06d}.npz'
+  files.write_arrays(path, link, compressed=True)
 
 
 def load_link(directory: str | os.PathLike[str], number: int) -> _Factors:
@@ -244,11 +241,7 @@ def load_link(directory: str | os.PathLike[str], number: int) -> _Factors:
   path = pathlib.Path(directory) / f'link_{number:06d}.npz'
   if not path.exists():
     raise FileNotFoundError(f'Expected link {number} of the recipe in {path}.')
-  try:
-    with np.load(path) as stored:
-      return dict(stored)
-  except Exception as e:  # zipfile, zlib and NumPy each have their own.
-    raise ValueError(f'Expected {path} to be a whole npz file: {e}.') from e
+  return files.read_arrays(path)
 
 
 def load_recipe(
@@ -391,15 +384,3 @@ def _check_link(
         raise ValueError(
             f'Expected finite factors, got others in {name} of link {number}.'
         )
-
-
-def _write(path: pathlib.Path, write: Any) -> None:
-  """Writes a file that appears whole or not at all."""
-  with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
-    try:
-      write(f)
-    except BaseException:
-      os.unlink(f.name)
-      raise
-  os.chmod(f.name, 0o644)
-  os.replace(f.name, path)

@@ -6,6 +6,7 @@ import math
 from absl.testing import parameterized
 import pytest
 
+from bernoulli_lora_jax import files
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import figures
@@ -154,9 +155,9 @@ class TableTest(parameterized.TestCase):
   def write(self, name, fields=None, **summary):
     path = self.tmp / name
     path.mkdir()
-    checkpoint.write_json(path / 'config.json', make_config(fields))
+    files.write_json(path / 'config.json', make_config(fields))
     summary = {'step': 1, 'seconds': 0.5, 'trained_parameters': 9.0, **summary}
-    checkpoint.write_json(path / 'summary.json', summary)
+    files.write_json(path / 'summary.json', summary)
     lines = [{'step': s, 'data_passes': s, **summary} for s in (0, 1)]
     text = '\n'.join(
         json.dumps(line | {'step': s}) for s, line in enumerate(lines)

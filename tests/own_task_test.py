@@ -92,6 +92,7 @@ def make_config(mode='adapter', name='lora', kind='arrays', **overrides):
   config.method.mode, config.method.name = mode, name
   config.method.rank = 2
   config.method.period = 4
+  config.method.sketch = 'coordinate'
   config.training.num_steps, config.training.num_evals = 12, 3
   config.training.progress = False
   flat = {k.replace('__', '.'): v for k, v in overrides.items()}
@@ -145,8 +146,15 @@ class TaskTest(parameterized.TestCase):
       self.assertEqual(run.summary['step'], 20)
     sys.modules.pop('spirals', None)
 
-  @parameterized.parameters(3, 5, 21)
-  def test_chunks(self, chunk):
+  def test_chunks(self):
+    self.check_chunks(5)
+
+  @parameterized.parameters(3, 21)
+  @pytest.mark.slow
+  def test_chunks_otherwise(self, chunk):
+    self.check_chunks(chunk)
+
+  def check_chunks(self, chunk):
     """The mean of a split and its gradient, whatever the size of the chunks."""
     whole = make_task(batch_size=6)
     params = init(jax.random.key(0))
@@ -164,12 +172,17 @@ class TaskTest(parameterized.TestCase):
     )(params, task.data)['grad_norm_sq']
     np.testing.assert_allclose(gradient(task), gradient(whole), rtol=1e-5)
 
+  def test_micro_batches_weigh_what_the_loss_says(self):
+    self.check_micro_batches('gradient', 'full', 'gd')
+
   @parameterized.parameters(
-      ('gradient', 'bernoulli', 'sgd'),
-      ('gradient', 'full', 'gd'),
-      ('adapter', 'bernoulli', 'sgd'),
+      ('gradient', 'bernoulli', 'sgd'), ('adapter', 'bernoulli', 'sgd')
   )
-  def test_micro_batches_weigh_what_the_loss_says(self, mode, name, estimator):
+  @pytest.mark.slow
+  def test_micro_batches_weigh_so_elsewhere(self, mode, name, estimator):
+    self.check_micro_batches(mode, name, estimator)
+
+  def check_micro_batches(self, mode, name, estimator):
     steps = {'method__estimator': estimator, 'training__num_steps': 3}
     ends = []
     for parts in (1, 3):
@@ -187,8 +200,14 @@ class TaskTest(parameterized.TestCase):
     moved = ends[0]['one']['kernel'] - start['one']['kernel']
     self.assertGreater(float(jnp.max(jnp.abs(moved))), 1e-3)
 
-  @parameterized.parameters('stream', 'bytes')
-  def test_a_stream_goes_on(self, kind):
+  def test_a_stream_goes_on(self):
+    self.check_a_stream_goes_on('stream')
+
+  @pytest.mark.slow
+  def test_a_place_is_bytes(self):
+    self.check_a_stream_goes_on('bytes')
+
+  def check_a_stream_goes_on(self, kind):
     """A run that is cut trains on the batches of the unbroken one, once each."""
     config = make_config('gradient', 'full', kind, training__checkpoint_every=4)
     self.train('whole', config)
@@ -231,13 +250,19 @@ class TaskTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, f'train.*stream.*{field}'):
       experiment.make_program(config)
 
+  def test_checkpoints_hold_what_changes(self):
+    self.check_checkpoints('adapter', 'bernoulli', {'two/bias'})
+
   @parameterized.parameters(
       ('gradient', 'bernoulli', {'two/bias'}),
       ('gradient', 'full', {'two/bias'}),
-      ('adapter', 'bernoulli', {'two/bias'}),
       ('adapter', 'lora', {'two/bias', 'one/kernel', 'two/kernel'}),
   )
-  def test_checkpoints_hold_what_changes(self, mode, name, frozen):
+  @pytest.mark.slow
+  def test_checkpoints_hold_so_elsewhere(self, mode, name, frozen):
+    self.check_checkpoints(mode, name, frozen)
+
+  def check_checkpoints(self, mode, name, frozen):
     config = make_config(mode, name, training__checkpoint_every=4)
     self.train('run', config)
     folder = self.tmp / 'run' / 'checkpoints' / '12'
@@ -260,12 +285,18 @@ class TaskTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'kernel.*began with.*changed'):
       self.train('run', config, program)
 
+  def test_runs_together_keep_their_end(self):
+    self.check_ends('adapter', 'bernoulli')
+
   @parameterized.parameters(
-      ('adapter', 'bernoulli', {}),
       ('adapter', 'lora', {'training__patience': 1}),
       ('gradient', 'bernoulli', {}),
   )
-  def test_runs_together_keep_their_end(self, mode, name, more):
+  @pytest.mark.slow
+  def test_runs_together_keep_so_elsewhere(self, mode, name, more):
+    self.check_ends(mode, name, **more)
+
+  def check_ends(self, mode, name, **more):
     config = make_config(
         mode, name, training__keep_weights=True, training__num_steps=9, **more
     )

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from bernoulli_lora_jax import files
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import cli
@@ -288,7 +289,7 @@ class LengthTest(parameterized.TestCase):
       self, **bound
   ):
     record = lambda **more: quadratic_config(**bound, **more).to_dict()
-    checkpoint.write_json(self.folder / 'config.json', record())
+    files.write_json(self.folder / 'config.json', record())
     for longer in (
         dict(training__num_steps=16),
         dict(training__num_steps=0, training__num_passes=16.0),
@@ -375,6 +376,7 @@ _SAME = (
     'method.prob',  # Not read by full fine-tuning.
     'method.learning_rate',  # Chosen by validation.
     'training.progress',
+    'training.keep_weights',
     'training.max_to_keep',
     'training.group_size',
 )
@@ -394,8 +396,8 @@ class ReportTest(parameterized.TestCase):
     for field, value in (fields or {}).items():
       section, _, leaf = field.rpartition('.')
       (record[section] if section else record)[leaf] = value
-    checkpoint.write_json(path / 'config.json', record)
-    checkpoint.write_json(
+    files.write_json(path / 'config.json', record)
+    files.write_json(
         path / 'summary.json',
         {
             'step': 2,

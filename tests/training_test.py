@@ -20,6 +20,7 @@ import optax
 import pytest
 
 import bernoulli_lora_jax as bl
+from bernoulli_lora_jax import files
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import base_config
@@ -613,8 +614,8 @@ class ReportingTest(parameterized.TestCase):
     path = self.tmp / f'{name}-{seed}'
     path.mkdir()
     config = small_config(method__name=name, seed=seed)
-    checkpoint.write_json(path / 'config.json', config.to_dict())
-    checkpoint.write_json(
+    files.write_json(path / 'config.json', config.to_dict())
+    files.write_json(
         path / 'summary.json',
         {
             'test_accuracy': accuracy,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import matplotlib.figure
 
-from bernoulli_lora_jax.training import checkpoint
+from bernoulli_lora_jax import files
 from bernoulli_lora_jax.training import reporting
 
 Table = Sequence[Mapping[str, Any]]
@@ -58,7 +58,7 @@ def write(
     image = io.BytesIO()
     figure.savefig(image, dpi=130, format='png')
     written.append(directory / f'{prefix}_{name}.png')
-    checkpoint.write_whole(written[-1], image.getvalue())
+    files.write(written[-1], image.getvalue())
   for title, rows in {**study.tables, **study.appendix}.items():
     text = io.StringIO()
     fields = list(dict.fromkeys(name for row in rows for name in row))
@@ -67,7 +67,7 @@ def write(
     writer.writerows(rows)
     stem = '_'.join(''.join(c if c.isalnum() else ' ' for c in title).split())
     written.append(directory / f'{prefix}_{stem.lower()}.csv')
-    checkpoint.write_whole(written[-1], text.getvalue().encode())
+    files.write(written[-1], text.getvalue().encode())
   return written
 
 

@@ -5,12 +5,12 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
 from typing import Any
-import zipfile
 
 from absl import logging
 import numpy as np
+
+from bernoulli_lora_jax import files
 
 Arrays = dict[str, np.ndarray]
 
@@ -41,17 +41,14 @@ def cached(
   digest = hashlib.sha256(text.encode()).hexdigest()[:16]
   path = directory() / f'{name}-{digest}.npz'
   try:
-    with np.load(path) as stored:
-      return dict(stored)
+    return files.read_arrays(path)
   except FileNotFoundError:
     pass
-  except (OSError, ValueError, zipfile.BadZipFile) as e:
+  except (OSError, ValueError) as e:
     logging.warning('%s is unreadable (%s); computing it anew.', path, e)
   arrays = compute()
   path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
-    np.savez(f, **arrays)  # pyrefly: ignore  (no array is named allow_pickle)
-  os.replace(f.name, path)
+  files.write_arrays(path, arrays)
   return arrays
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 from typing import Any
 
 from absl import logging
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from bernoulli_lora_jax import files
 from bernoulli_lora_jax.training import base_config
 
 # Fields that may differ between the run and its continuation.
@@ -92,13 +92,13 @@ class Checkpointer:
     kept = without(tree, self._frozen)
     self._manager.save(step, args=ocp.args.StandardSave(kept), force=True)
     folder = self._directory / str(step)
-    write_json(folder / _FROZEN, self._frozen)
+    files.write_json(folder / _FROZEN, self._frozen)
     if self._stream is not None:
       place = self._stream.get_state()
       if isinstance(place, bytes):
         place = {'base64': base64.b64encode(place).decode()}
-      write_json(folder / _STREAM, place)
-    write_json(folder / _DIGEST, _digest(folder))
+      files.write_json(folder / _STREAM, place)
+    files.write_json(folder / _DIGEST, _digest(folder))
 
   def latest(self) -> int | None:
     """Returns the step of the newest checkpoint."""
@@ -167,7 +167,7 @@ class Checkpointer:
           step, args=ocp.args.StandardRestore(abstract)
       )
       if self._stream is not None:
-        place = read_json(folder / _STREAM)
+        place = files.read_json(folder / _STREAM)
         if isinstance(place, dict) and place.keys() == {'base64'}:
           place = base64.b64decode(place['base64'])
         self._stream.set_state(place)
@@ -190,7 +190,7 @@ class Checkpointer:
     """Raises where the leaves that are not stored are others than they were."""
     where = f'{self._directory} at step {step}'
     try:
-      stored = read_json(self._directory / str(step) / _FROZEN)
+      stored = files.read_json(self._directory / str(step) / _FROZEN)
     except ValueError as e:
       raise _DamagedError(
           f'Expected a whole checkpoint in {where}, got a damaged {_FROZEN}.'
@@ -330,21 +330,6 @@ def _damage(folder: pathlib.Path) -> str:
   return ''
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a JSON file that appears whole or not at all."""
-  write_whole(path, json.dumps(value, indent=2).encode() + b'\n')
-
-
-def write_whole(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file that appears whole or not at all."""
-  with tempfile.NamedTemporaryFile(
-      dir=path.parent, prefix=f'.{path.name}.', delete=False
-  ) as f:
-    f.write(content)
-  os.chmod(f.name, 0o644)  # A temporary file is its owner's alone.
-  os.replace(f.name, path)
-
-
 def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   """Writes config.json, or compares with the one of an earlier start.
 
@@ -357,7 +342,7 @@ def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   """
   compare_config(workdir, config)
   workdir.mkdir(parents=True, exist_ok=True)
-  write_json(workdir / 'config.json', dict(config))
+  files.write_json(workdir / 'config.json', dict(config))
 
 
 def compare_config(
@@ -379,7 +364,7 @@ def compare_config(
   path = workdir / 'config.json'
   if not path.exists():
     return
-  stored = read_json(path)
+  stored = files.read_json(path)
   if not isinstance(stored, dict):
     raise ValueError(f'Expected a mapping in {path}, got {stored!r}.')
   new = flatten(json.loads(json.dumps(dict(config))))
@@ -409,14 +394,6 @@ def compare_config(
           f' {field}={new.get(field)!r}{reason if is_length else ""}: choose'
           ' another workdir, or remove this one.'
       )
-
-
-def read_json(path: pathlib.Path) -> Any:
-  """Returns the value of a JSON file; a fault names the file."""
-  try:
-    return json.loads(path.read_text())
-  except ValueError as e:  # UnicodeDecodeError is one, too.
-    raise ValueError(f'Expected JSON in {path}, got {e}.') from e
 
 
 def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from bernoulli_lora_jax import files
 from bernoulli_lora_jax import parts
 from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax.tasks import task as task_lib
@@ -351,7 +352,7 @@ def finished(workdir: pathlib.Path, num_steps: int) -> dict[str, Any] | None:
 
 def read_summary(path: pathlib.Path) -> dict[str, Any]:
   """Returns a summary; raises ValueError for a damaged one, with its name."""
-  summary = checkpoint.read_json(path)
+  summary = files.read_json(path)
   if not isinstance(summary, dict) or not summary.keys() & {'step', 'diverged'}:
     raise ValueError(
         f'Expected a summary with step or diverged in {path}, got {summary!r}:'
@@ -421,7 +422,7 @@ def _train(
     except DivergedError as e:
       spent = progress.seconds + time.perf_counter() - begun
       summary = {'diverged': str(e), 'seconds': spent, **facts}
-      checkpoint.write_json(workdir / 'summary.json', summary)
+      files.write_json(workdir / 'summary.json', summary)
       return summary
     log.close()
     if program.settings.recipe:
@@ -438,7 +439,7 @@ def _train(
         **_floats(program.evaluate(params)),
         **_floats(program.test(params)),
     }
-    checkpoint.write_json(workdir / 'summary.json', summary)
+    files.write_json(workdir / 'summary.json', summary)
     _end_if_terminated(terminated, 'the run is finished')
   return summary
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import tensorboardX
 
+from bernoulli_lora_jax import files
+
 
 class MetricsLog:
   """metrics.jsonl and TensorBoard events; lines after `step` are dropped."""
@@ -21,9 +23,7 @@ class MetricsLog:
         with contextlib.suppress(json.JSONDecodeError):  # Cut by a kill.
           if json.loads(line)['step'] <= step:
             kept.append(line + '\n')
-    whole = self._path.with_suffix('.tmp')  # An old log is replaced whole.
-    whole.write_text(''.join(kept))
-    whole.replace(self._path)
+    files.write(self._path, ''.join(kept).encode())
     self._file = self._path.open('a')
     self._events: tensorboardX.SummaryWriter | None = None
     if events:

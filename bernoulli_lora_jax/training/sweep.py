@@ -15,6 +15,7 @@ import jax
 from ml_collections import config_dict
 import tqdm
 
+from bernoulli_lora_jax import files
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import checkpoint
@@ -276,7 +277,7 @@ def _train_together(
       program = experiment.make_program(run.config, task)
       loop.save_end(program, run.directory, result)
     facts = experiment.facts(run.config, task)
-    checkpoint.write_json(
+    files.write_json(
         run.directory / 'summary.json',
         {**result.summary, **facts, 'step_flops': flops},
     )

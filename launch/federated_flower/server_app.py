@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import wire  # pyrefly: ignore  (Flower puts this folder on the path)
 
+from bernoulli_lora_jax import files
 from bernoulli_lora_jax import matrices
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import metrics_log
@@ -90,7 +91,7 @@ def main(grid: Grid, context: Context) -> None:
       'device': jax.devices()[0].device_kind,
       **parties.evaluate(params),
   }
-  checkpoint.write_json(workdir / 'summary.json', summary)
+  files.write_json(workdir / 'summary.json', summary)
 
 
 def load(path: pathlib.Path, parties: parties_lib.Parties) -> ServerState:

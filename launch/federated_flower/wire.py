@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 import hashlib
 import json
-import os
 import pathlib
 import runpy
-import tempfile
 from typing import Any
 
 from flwr.app import Array
@@ -17,6 +15,7 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 import numpy as np
 
+from bernoulli_lora_jax import files
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import parties as parties_lib
 
@@ -99,17 +98,11 @@ def unflatten(arrays: Mapping[str, np.ndarray], like: Any) -> Any:
 def save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
   """Writes arrays to an npz file that appears whole or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile(
-      dir=path.parent, prefix=f'.{path.name}.', delete=False
-  ) as f:
-    np.savez(f, **arrays)  # pyrefly: ignore  (no array is named allow_pickle)
-  os.chmod(f.name, 0o644)
-  os.replace(f.name, path)
+  files.write_arrays(path, arrays)
 
 
 def load(path: pathlib.Path) -> dict[str, np.ndarray] | None:
   """Returns what `save` wrote, or None."""
   if not path.exists():
     return None
-  with np.load(path, allow_pickle=False) as stored:
-    return dict(stored)
+  return files.read_arrays(path)

@@ -1,0 +1,74 @@
+"""Files that appear whole or not at all, and are read with their name in the error."""
+
+from collections.abc import Callable, Mapping
+import io
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any, IO
+
+import numpy as np
+
+Path = str | os.PathLike[str]
+
+
+def write(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
+  """Writes a file that appears whole or not at all.
+
+  Args:
+    path: in a folder that is there.
+    content: bytes, or what writes them to an open file.
+  """
+  path = pathlib.Path(path)
+  with tempfile.NamedTemporaryFile(
+      dir=path.parent, prefix=f'.{path.name}.', delete=False
+  ) as f:
+    try:
+      content(f) if callable(content) else f.write(content)
+    except BaseException:
+      os.unlink(f.name)
+      raise
+  os.chmod(f.name, 0o644)  # A temporary file is its owner's alone.
+  os.replace(f.name, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes JSON, see `write`."""
+  write(path, json.dumps(value, indent=2).encode() + b'\n')
+
+
+def read_json(path: Path) -> Any:
+  """Returns the value of a JSON file.
+
+  Raises:
+    ValueError: a file that is none, by name.
+  """
+  try:
+    return json.loads(pathlib.Path(path).read_text())
+  except ValueError as e:  # UnicodeDecodeError is one, too.
+    raise ValueError(f'Expected JSON in {path}, got {e}.') from e
+
+
+def write_arrays(
+    path: Path, arrays: Mapping[str, np.ndarray], *, compressed: bool = False
+) -> None:
+  """Writes {name: array} as an npz file, see `write`."""
+  save = np.savez_compressed if compressed else np.savez
+  # No array is named allow_pickle.
+  write(path, lambda f: save(f, **arrays))  # pyrefly: ignore
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+  """Returns {name: array} of an npz file.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: a damaged one, by name.
+  """
+  content = pathlib.Path(path).read_bytes()
+  try:
+    with np.load(io.BytesIO(content)) as stored:
+      return dict(stored)
+  except Exception as e:  # zipfile, zlib and NumPy each have their own.
+    raise ValueError(f'Expected {path} to be a whole npz file: {e}.') from e
