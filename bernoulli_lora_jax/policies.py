@@ -34,8 +34,6 @@ SIDES = ('left', 'right', 'bernoulli', None)
 _SIDES_OF = {
     'prob': ('bernoulli',),
     'shared_coin': ('bernoulli',),
-    'sketch': ('left', 'right', 'bernoulli'),
-    'frame': ('left', 'right', 'bernoulli'),
     'init': (None,),
     'zero': (None,),
 }
@@ -69,7 +67,8 @@ class ChainPolicy:
   """One member of the LoRA family (A3).
 
   The members have names: `lora`, `cola`, `asymmetric`, `rac`, `bernoulli`. A field
-  that a member does not have (prob where no coin falls) keeps its default.
+  that a member does not have (prob where no coin falls) keeps its default; sketch
+  and frame may be given to all, for sweeps: they are laws of what is frozen.
 
   Attributes:
     rank: r >= 1, clipped to the sides of a matrix and at most the longer one.

@@ -2018,8 +2018,6 @@ class OtherOptimizersTest(parameterized.TestCase):
       ('right', {'prob': jnp.asarray(0.5)}),
       (None, {'prob': 0.3}),
       ('left', {'shared_coin': True}),
-      (None, {'sketch': bl.sketches.srht()}),
-      (None, {'frame': 'raw'}),
       ('bernoulli', {'init': 'normal'}),
       ('left', {'zero': 'left'}),
   )
