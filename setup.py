@@ -16,8 +16,14 @@ setuptools.setup(
     long_description=(_ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
-    packages=setuptools.find_packages(include=['bernoulli_lora_jax*']),
+    # The configs ship with the package: a wheel has them inside of it.
+    packages=[
+        *setuptools.find_packages(include=['bernoulli_lora_jax*']),
+        'bernoulli_lora_jax.configs',
+    ],
+    package_dir={'bernoulli_lora_jax.configs': 'configs'},
     package_data={'bernoulli_lora_jax': ['py.typed']},
+    entry_points={'console_scripts': ['blora = bernoulli_lora_jax.cli:main']},
     python_requires='>=3.11',
     install_requires=[
         'absl-py>=2.1',
@@ -33,6 +39,7 @@ setuptools.setup(
         'tabulate>=0.9',
         'tensorboardX>=2.6.2',
         'tqdm>=4.66',
+        'tyro>=1.0',  # The command's flags from signatures.
     ],
     extras_require={
         # Runs over a network: launch/federated_flower.

@@ -3,7 +3,6 @@
 import json
 import math
 import pathlib
-import runpy
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bernoulli_lora_jax import cli
 from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import sketches
@@ -1127,9 +1127,9 @@ class RunsTest(X64TestCase):
       study_audit.audit(self.folder, **{f'num_{name}': value})
 
   def test_launch_rejects(self):
-    module = runpy.run_path(str(_ROOT / 'launch' / 'audit.py'), run_name='x')
-    with self.assertRaisesRegex(ValueError, 'one run directory, got'):
-      module['main'](['audit.py'])
+    with self.assertRaises(SystemExit) as caught:
+      cli.main(['audit'])
+    self.assertRegex(str(caught.exception), 'DIRECTORY|directory|workdir')
 
   @pytest.mark.slow
   def test_launch(self):

@@ -1,15 +1,24 @@
-"""launch/theory.py as a user calls it, in this process."""
+"""The command `blora` as a user calls it, in this process."""
 
 import contextlib
 import io
+import os
 import pathlib
-import runpy
+import shutil
+import subprocess
+import sys
 import tempfile
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import jax
+import pytest
 
+from bernoulli_lora_jax import cli
 from bernoulli_lora_jax.studies import predict
+from bernoulli_lora_jax.training import base_config
+from bernoulli_lora_jax.training import checkpoint
+from bernoulli_lora_jax.training import config_files
 from bernoulli_lora_jax.training import reporting
 
 _LAUNCH = pathlib.Path(__file__).parent.parent / 'launch'
@@ -27,15 +36,103 @@ _ONE = ['--shapes=4x8', '--rank=2', '--smoothness=2', '--initial_gap=3']
 
 
 def call(*args):
-  """Returns what `launch/theory.py args` prints, errors and all."""
-  script = runpy.run_path(str(_LAUNCH / 'theory.py'))
+  """Returns what `blora theory args` prints, errors and all."""
+  return blora('theory', *args)
+
+
+def blora(*args):
+  """Returns what `blora args` prints, errors and all, and how it exits."""
   out = io.StringIO()
   with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    x64 = jax.config.jax_enable_x64
     try:
-      script['cli'].guarded(script['main'], ['theory.py', *args])
+      cli.main(args)
     except SystemExit as e:
       out.write(str(e))
+    finally:
+      jax.config.update('jax_enable_x64', x64)
   return out.getvalue()
+
+
+class CommandTest(parameterized.TestCase):
+
+  @parameterized.parameters('train', 'sweep')
+  def test_help_lists_every_field_with_its_comment(self, command):
+    text = blora(command, '--help')
+    lines = text.splitlines()
+    for name, value in checkpoint.flatten(
+        base_config.get_config().to_dict()
+    ).items():
+      (line,) = [one for one in lines if f'--config.{name} ' in one]
+      self.assertIn(str(value), line)
+    self.assertRegex(text, r'method.rank +4 +Dimension of the subspaces')
+    self.assertRegex(text, r'method.prob +0.5 +p = P\(left\)')
+    self.assertIn('digits ', text)
+
+  def test_help_of_a_config_shows_its_values(self):
+    text = blora('train', '--config=digits:lora', '--help')
+    self.assertRegex(text, r'method.name +lora ')
+    self.assertIn('Variants, joined by commas', text)
+
+  def test_overview(self):
+    for args, status in (((), '2'), (('--help',), '0')):
+      text = blora(*args)
+      for command in ('train', 'sweep', 'report', 'audit', 'theory'):
+        self.assertRegex(text, rf'(?m)^  {command} +\w')
+      self.assertTrue(text.endswith(status))
+    self.assertRegex(blora('--version'), r'^blora \d')
+    self.assertIn("got 'tune'", blora('tune'))
+
+  def test_a_config_is_a_name_or_a_path(self):
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    mine = folder / 'mine.py'
+    mine.write_text('raise RuntimeError("not\\n today")')
+    for command in ('train', 'sweep'):
+      text = blora(command, f'--config={mine}', f'--workdir={folder / "x"}')
+      self.assertRegex(
+          text, f'run, got RuntimeError: not today .*{mine}.*line 1'
+      )
+      text = blora(command, '--config=nothing', f'--workdir={folder / "x"}')
+      self.assertRegex(text, "one of digits, .*quadratic, got config 'nothing'")
+    a, b = (
+        cli.parse([f'--config={name}:page', '--workdir=w']).config
+        for name in ('digits', config_files.find('digits'))
+    )
+    self.assertEqual(a.to_dict(), b.to_dict())
+    self.assertEqual(a.method.estimator, 'page')
+
+  def test_verbosity_shows_the_traceback(self):
+    wrong = ('report', '/nowhere')
+    self.assertNotIn('Traceback', blora(*wrong))
+    text = blora(*wrong, '--verbosity=1')
+    self.assertIn('Traceback', text)
+    self.assertIn('reporting.py', text)
+
+  @pytest.mark.slow
+  def test_a_wheel_is_enough(self):
+    """Its command and its configs, from an empty folder."""
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    root, copy = _LAUNCH.parent, folder / 'source'
+    shutil.copytree(
+        root,
+        copy,
+        ignore=shutil.ignore_patterns('.*', 'build', '*.egg-info', 'runs'),
+    )
+    pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps']
+    subprocess.run([*pip, f'--target={folder / "site"}', str(copy)], check=True)
+    empty = folder / 'empty'
+    empty.mkdir()
+    done = subprocess.run(
+        [sys.executable, '-m', 'bernoulli_lora_jax', 'train']
+        + ['--config=quadratic:smoke', '--workdir=run'],
+        cwd=empty,
+        env={**os.environ, 'PYTHONPATH': str(folder / 'site')},
+        capture_output=True,
+        text=True,
+    )
+    self.assertEqual(done.returncode, 0, done.stderr)
+    self.assertTrue((empty / 'run' / 'summary.json').exists())
+    self.assertIn('Bernoulli-LoRA', done.stdout)
 
 
 class ConsoleTest(parameterized.TestCase):
@@ -109,7 +206,7 @@ class ConsoleTest(parameterized.TestCase):
       ),
       (['bounds', *_ONE, '--smoothness=-2'], 'smoothness > 0.*smoothness=-2'),
       (['bounds', *_ONE, '--steps=0,5'], r'steps >= 1, got steps=\[0, 5\]'),
-      (['bounds', *_ONE, '--steps=1.5'], 'argument --steps: invalid list'),
+      (['bounds', *_ONE, '--steps=1.5'], '--steps: Expected a whole number'),
       (['bounds', *_ONE, '--q=0.5'], 'q with page and marina alone, got q=0.5'),
       (
           ['bounds', '--estimator=page', *_ONE, '--q=2'],
@@ -134,12 +231,12 @@ class ConsoleTest(parameterized.TestCase):
       (['recommend', *_ONE, '--target=0'], 'target > 0'),
       (
           ['bounds', '--config=/nowhere.py', '--rank=2'],
-          'argument --config: FileNotFoundError.*nowhere',
+          'Expected a Python file or one of.*nowhere',
       ),
-      (['bounds', '--rank=2'], 'one of the arguments --shapes --config'),
+      (['bounds', '--rank=2'], 'one of --shapes and --config'),
       (['audit', '/nowhere'], 'finished run with config.json'),
       (['rates', '--size=smoke', '--seeds=1'], 'seeds >= 2'),
-      (['nothing'], 'invalid choice'),
+      (['nothing'], '(?i)invalid choice|nothing'),
   )
   def test_refuses(self, args, message):
     self.assertRegex(call(*args), message)

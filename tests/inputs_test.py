@@ -5,20 +5,17 @@ import gzip
 import io
 import pathlib
 import re
-import runpy
 import shutil
 import struct
 import sys
-from unittest import mock
 
-from absl import flags
 from absl.testing import parameterized
 import pytest
 
+from bernoulli_lora_jax import cli
 from bernoulli_lora_jax.tasks import mnist
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
-from bernoulli_lora_jax.training import cli
 from bernoulli_lora_jax.training import fields
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -38,30 +35,17 @@ def get_config(variant=''):
 
 
 def launch(script, *args):
-  """Returns (exit status, stderr) of a launch script, run in this process."""
-  known = set(flags.FLAGS)
-  sys.modules.pop(
-      'config_config', None
-  )  # ml_collections would reuse its names.
+  """Returns (exit status, stderr) of a command, run in this process."""
   errors = io.StringIO()
-  argv = [f'{script}.py', *map(str, args)]
-  try:
-    with contextlib.ExitStack() as stack:
-      stack.enter_context(contextlib.redirect_stderr(errors))
-      stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-      stack.enter_context(mock.patch.object(sys, 'argv', argv))
-      main = runpy.run_path(str(_ROOT / 'launch' / f'{script}.py'))['main']
+  status = 0
+  with contextlib.redirect_stderr(errors):
+    with contextlib.redirect_stdout(io.StringIO()):
       try:
-        cli.guarded(main, cli.parse(argv))
-        status = 0
+        cli.main([script, *map(str, args)])
       except SystemExit as e:
         status = e.code if isinstance(e.code, int) else 1
         if not isinstance(e.code, int):
           print(e.code, file=sys.stderr)
-  finally:
-    for name in set(flags.FLAGS) - known:
-      if name in flags.FLAGS:  # Short names go with their long ones.
-        delattr(flags.FLAGS, name)
   return status, errors.getvalue()
 
 

@@ -59,7 +59,7 @@ def make_config(num_steps: int) -> config_dict.ConfigDict:
 
 def train(workdir: str, num_steps: int) -> None:
   """Trains the run; the body of the processes that are killed."""
-  from bernoulli_lora_jax.training import cli
+  from bernoulli_lora_jax import cli
   from bernoulli_lora_jax.training import experiment
 
   def main(argv):

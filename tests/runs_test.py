@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
+from bernoulli_lora_jax import cli
 from bernoulli_lora_jax import files
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
-from bernoulli_lora_jax.training import cli
 from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import loop

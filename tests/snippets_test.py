@@ -6,12 +6,13 @@ defined. A section whose snippets want more has an entry in `PREPARED`; a new
 snippet that does with these names needs none.
 """
 
+import contextlib
 import functools
+import io
 import pathlib
 import re
-import runpy
 import shlex
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax
 from flax import linen as nn
@@ -23,6 +24,7 @@ import optax
 import pytest
 
 import bernoulli_lora_jax as bl
+from bernoulli_lora_jax import cli
 from bernoulli_lora_jax.tasks import partition
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import base_config
@@ -313,22 +315,13 @@ def commands():
   for one in SNIPPETS:
     if one.language in ('', 'sh', 'bash'):
       for line in one.code.replace('\\\n', ' ').splitlines():
-        if line.split(' ')[0] in ('make', 'python', 'pip'):
+        if line.split(' ')[0] in ('make', 'python', 'pip', 'blora'):
           found.append(shlex.split(line, comments=True))
   for document in _DOCUMENTS:
     text = re.sub(r'```.*?```', '', (_ROOT / document).read_text(), flags=re.S)
-    for span in re.findall(r'`((?:python|make) [^`]*)`', text):
+    for span in re.findall(r'`((?:python|make|blora) [^`]*)`', text):
       found.append(shlex.split(span))
   return found
-
-
-def flag_exists(name, source):
-  if name.startswith('config.'):
-    value: Any = base_config.get_config()
-    for part in name.split('.')[1:]:
-      value = value[part]
-    return True
-  return f"'{name}'" in source or f"'--{name}'" in source
 
 
 @pytest.mark.parametrize(
@@ -343,27 +336,48 @@ def test_command(words):
     for extra in extras:
       assert extra in (_ROOT / 'setup.py').read_text(), words
   else:
-    source = (_ROOT / words[1]).read_text()
-    for word in words[2:]:
-      if not word.startswith('--'):
-        continue
-      name, _, value = word[2:].partition('=')
-      if name == 'config':
-        path, _, variant = value.partition(':')
-        if (_ROOT / path).exists():
-          runpy.run_path(str(_ROOT / path))['get_config'](variant)
-        else:  # A file of the reader's own, which a snippet shows.
-          assert any(s.code.startswith(f'# {path}') for s in SNIPPETS), path
-      assert flag_exists(name, source) or flag_exists(
-          name, (_ROOT / 'bernoulli_lora_jax/training/cli.py').read_text()
-      ), word
+    check_command(words)
+
+
+def check_command(words):
+  """Raises unless a command of ours takes the flags."""
+  _, *rest = words
+  name = pathlib.Path(words[0]).stem
+  if words[0] == 'python':
+    name, rest = pathlib.Path(words[1]).stem, words[2:]
+    assert (_ROOT / words[1]).exists(), words
+    if not words[1].startswith('launch/'):
+      text = (_ROOT / words[1]).read_text()
+      flags = [w.partition('=')[0] for w in rest if w.startswith('--')]
+      assert all(flag.lstrip('-') in text for flag in flags), words
+      return
+  elif words[0] == 'blora':
+    name, *rest = rest
+  if name in ('train', 'sweep'):
+    config = next(w for w in rest if w.startswith('--config='))
+    path = config.removeprefix('--config=').partition(':')[0]
+    if any(one.code.startswith(f'# {path}\n') for one in SNIPPETS):
+      return  # A file of the reader's own, which a snippet shows.
+    cli.parse(rest)
+    return
+  out = io.StringIO()
+  sub = rest[:1] if name == 'theory' else []
+  with contextlib.redirect_stdout(out):
+    with pytest.raises(SystemExit) as caught:
+      cli.main([name, *sub, '--help'])
+  assert caught.value.code == 0, words
+  for word in rest:
+    if word.startswith('--'):
+      assert word.partition('=')[0] in out.getvalue(), (words, word)
 
 
 def test_flags_in_the_text():
   for document in _DOCUMENTS:
     text = (_ROOT / document).read_text()
     for name in re.findall(r'--(config\.[\w.]*\w)', text):
-      assert flag_exists(name, ''), name
+      value = base_config.get_config()
+      for part in name.split('.')[1:]:
+        value = value[part]
 
 
 def test_prepared_sections_exist():

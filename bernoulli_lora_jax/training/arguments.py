@@ -31,7 +31,7 @@ from bernoulli_lora_jax.tasks import mnist
 from bernoulli_lora_jax.tasks import partition
 from bernoulli_lora_jax.tasks import quadratic
 from bernoulli_lora_jax.tasks import task as task_lib
-from bernoulli_lora_jax.training import cli
+from bernoulli_lora_jax.training import config_files
 from bernoulli_lora_jax.training import federated
 from bernoulli_lora_jax.training import fields
 from bernoulli_lora_jax.training import methods
@@ -157,15 +157,15 @@ def _own_task(c: config_dict.ConfigDict) -> task_lib.Task:
       or that returns no task, see `task.check`.
   """
   module, _, function = c.name.rpartition(':')
-  with cli.running(c.name):
+  with config_files.running(c.name):
     if module.endswith('.py'):
-      make = cli.run_file(module).get(function)
+      make = config_files.run_file(module).get(function)
     else:
       with _importing_from(os.getcwd()):
         make = getattr(importlib.import_module(module), function, None)
   if not callable(make):
     raise ValueError(f'Expected a function {function} in {module}, got {make}.')
-  with cli.running(c.name):
+  with config_files.running(c.name):
     task = make(batch_size=c.batch_size, **c.kwargs.to_dict())
   task = task_lib.check(task, c.name)
   if task.batch_size != c.batch_size:

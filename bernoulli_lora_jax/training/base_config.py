@@ -96,7 +96,7 @@ def get_config() -> config_dict.ConfigDict:
   config.federated.partition = 'iid'
   config.federated.dirichlet_alpha = 0.1  # The smaller, the fewer labels each.
   config.federated.unequal = False  # iid: whether sizes are log-normal.
-  config.federated.partition_seed = 0
+  config.federated.partition_seed = 0  # Of who gets what.
   # w_l: by 'size' or 'uniform'. Evaluations and grad_norm_sq are of the mean over
   # all examples, f where it is 'size'.
   config.federated.weights = 'size'
@@ -126,7 +126,7 @@ def get_config() -> config_dict.ConfigDict:
   config.training.patience = 0  # Evaluations; 0: no early stopping.
   # Evaluations without a better one after which the learning rate drops; 0: no.
   config.training.plateau_patience = 0
-  config.training.plateau_factor = 0.1
+  config.training.plateau_factor = 0.1  # By which it drops.
   # Whether evaluations report ||grad f||^2, for audits: a data pass each.
   config.training.eval_gradient = False
   config.training.recipe = False  # Adapter mode: write what rebuilds the run.

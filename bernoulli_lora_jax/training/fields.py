@@ -4,9 +4,13 @@ What depends on the task (ranks, batch sizes, the kinds of a mode) is checked
 where the task is known, see `arguments`.
 """
 
+import ast
 from collections.abc import Callable
+import inspect
+import io
 import math
 import re
+import tokenize
 from typing import Any, NamedTuple
 
 from ml_collections import config_dict
@@ -205,3 +209,46 @@ def named(error: ValueError) -> ValueError:
     return error
   text = str(error)
   return ValueError(f'Expected {fields[0]}{text[match.end(1) :]}')
+
+
+class Field(NamedTuple):
+  """What the source of base_config says of a field, or of a section."""
+
+  name: str
+  comment: str
+  heading: str  # Of the fields from here on.
+
+
+def documented() -> list[Field]:
+  """Returns the fields in order with the comments of base_config's source.
+
+  A comment stands beside a field or, where nothing does, above it; above a
+  section, or a field that has one beside it, it is a heading.
+  """
+  source = inspect.getsource(base_config.get_config)
+  lines = source.splitlines()
+  tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+  comments = {
+      token.start[0]: token.string.lstrip('# ')
+      for token in tokens
+      if token.type == tokenize.COMMENT
+  }
+  known = checkpoint.flatten(base_config.get_config().to_dict())
+  found = []
+  (function,) = ast.parse(source).body
+  for node in ast.walk(function):
+    if not isinstance(node, ast.Assign):
+      continue
+    name = ast.unparse(node.targets[0]).partition('.')[2]
+    extent = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    beside = ' '.join(comments[i] for i in extent if i in comments)
+    first = node.lineno
+    while lines[first - 2].lstrip().startswith('#'):
+      first -= 1
+    above = ' '.join(comments[i] for i in range(first, node.lineno))
+    if name not in known:
+      beside, above = '', above or name
+    elif not beside:
+      beside, above = above, ''
+    found.append(Field(name, beside, above))
+  return [field for field in found if field.name]

@@ -19,7 +19,7 @@ from bernoulli_lora_jax import files
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import checkpoint
-from bernoulli_lora_jax.training import cli
+from bernoulli_lora_jax.training import config_files
 from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import fields
@@ -50,11 +50,11 @@ def load(path: str, variant: str = '') -> list[dict[str, Any]]:
   Raises:
     ValueError: a file without it.
   """
-  module = cli.run_file(path)
+  module = config_files.run_file(path)
   if 'sweep' not in module:
     raise ValueError(f'Expected a function sweep() in {path}.')
   takes_variant = inspect.signature(module['sweep']).parameters
-  with cli.running(path):
+  with config_files.running(path):
     grid = module['sweep'](variant) if takes_variant else module['sweep']()
   is_grid = isinstance(grid, (list, tuple)) and grid
   if not is_grid or not all(isinstance(run, Mapping) for run in grid):
