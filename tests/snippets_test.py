@@ -343,6 +343,8 @@ def check_command(words):
   """Raises unless a command of ours takes the flags."""
   _, *rest = words
   name = pathlib.Path(words[0]).stem
+  if words[:3] == ['python', '-m', 'bernoulli_lora_jax']:
+    return
   if words[0] == 'python':
     name, rest = pathlib.Path(words[1]).stem, words[2:]
     assert (_ROOT / words[1]).exists(), words
@@ -354,7 +356,9 @@ def check_command(words):
   elif words[0] == 'blora':
     name, *rest = rest
   if name in ('train', 'sweep'):
-    config = next(w for w in rest if w.startswith('--config='))
+    config = next((w for w in rest if w.startswith('--config=')), None)
+    if config is None:  # The command by name.
+      return
     path = config.removeprefix('--config=').partition(':')[0]
     if any(one.code.startswith(f'# {path}\n') for one in SNIPPETS):
       return  # A file of the reader's own, which a snippet shows.
