@@ -13,8 +13,9 @@ run: $(VENV)/.installed
 	$(BIN)/python launch/sweep.py --config=configs/digits.py --workdir=$(WORKDIR)
 	$(BIN)/python launch/report.py $(WORKDIR) --figures=$(FIGURES)
 
+# A worker has whole files: their tests share compiled programs.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto -m 'not slow'
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'
 
 # What is too slow for `make test`, the network of processes included.
 test-all: $(VENV)/.installed-federated

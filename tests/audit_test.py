@@ -820,6 +820,7 @@ class AuditTest(X64TestCase):
   def held(self, study):
     return column(study.tables['assumptions'], 'assumption', 'held')
 
+  @pytest.mark.slow
   def test_gd_of_linear_regression(self):
     folder = self.train(linear_config())
     found = study_audit.audit(folder, **dict(QUICK, num_products=16))
@@ -956,6 +957,7 @@ class AuditTest(X64TestCase):
       top = np.linalg.eigvalsh(gram)[-1]
       self.assertBetween(value, top - lam / 2 - 1e-9, top + 2 * lam + 1e-9)
 
+  @pytest.mark.slow
   def test_another_path_is_seen(self):
     folder = self.train(linear_config())
     path = folder / 'config.json'

@@ -9,6 +9,7 @@ from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from bernoulli_lora_jax import merging
 from bernoulli_lora_jax.models import mlp
@@ -465,6 +466,7 @@ class AdaptTest(parameterized.TestCase):
 
 class StudyTest(parameterized.TestCase):
 
+  @pytest.mark.slow
   def test_errors(self):
     """One test, as the study takes most of this file's time."""
     found = expressive_study.errors(

@@ -1237,6 +1237,7 @@ class TheoryTest(parameterized.TestCase):
     self.assertLess(squares.mean(), 2 * 0.5 / (gamma * 7 / 24 * 800))
     self.assertLess(squares[:, -1].max(), 0.1)
 
+  @pytest.mark.slow
   def test_marina_diverges_with_smoothness_of_f(self):
     gamma = stepsizes.marina(client_smoothness=(1.0, 1.0), **self.OPPOSED)
     squares = self.opposed(gamma)

@@ -342,6 +342,7 @@ class TrafficTest(parameterized.TestCase):
           rtol=1e-7,
       )
 
+  @pytest.mark.slow
   def test_a_cohort_sends_less(self):
     _, whole, _ = run(small_config('qgd'))
     _, part, program = run(small_config('qgd', federated__cohort=1))

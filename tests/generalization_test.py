@@ -248,6 +248,7 @@ class RunTest(parameterized.TestCase):
       # Rounding of 12 steps in float64.
       chex.assert_trees_all_close(params, expected, rtol=1e-9, atol=1e-10)
 
+  @pytest.mark.slow
   def test_grid_is_its_runs_and_compiles_once(self):
     with jax.enable_x64(True):
       problem = net_problem()
@@ -668,6 +669,7 @@ class TaskProblemTest(parameterized.TestCase):
 
 class StudyTest(parameterized.TestCase):
 
+  @pytest.mark.slow
   def test_tables_figures_and_notes(self):
     small = gap.Grid((1, 2), (24, 48), 4, 2, 4, optax.sgd(0.3), chunk=32)
     task = small._replace(sizes=(8, 16, 32), batch_size=4)

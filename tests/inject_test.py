@@ -1175,6 +1175,7 @@ class NnxMlp(nnx.Module):
 class NnxTest(parameterized.TestCase):
   """NNX models by the factors that Qwix puts into them."""
 
+  @pytest.mark.slow
   def test_two_links_equal_those_by_addition(self):
     qwix = pytest.importorskip('qwix')
     x, y = normal(6, 4), normal(6, 4, seed=3)

@@ -191,6 +191,7 @@ class LinearizeTest(X64TestCase):
       expected = np.tensordot(theta, gradients[path], 2)
       np.testing.assert_allclose(got, expected, rtol=1e-12)
 
+  @pytest.mark.slow
   def test_draws_of_one_size_share_a_program(self):
     task, params, _, first = linearized()
     second = ntk.linearize(task, params, few_shot.few_shot(task, 10, 1), HIDDEN)
@@ -408,6 +409,7 @@ class LoraTest(X64TestCase):
     got = lora.make_objective(problem, LAM)(factors)
     np.testing.assert_allclose(got, expected, rtol=1e-12)
 
+  @pytest.mark.slow
   def test_rank_one_has_a_spurious_minimum(self):
     problem = known()
     root = math.sqrt(0.7)
@@ -431,6 +433,7 @@ class LoraTest(X64TestCase):
     run = lora.train_lora(problem, LAM, out.factors, num_steps=100)
     self.assertAlmostEqual(float(run.values[-1]), 0.27, delta=1e-10)
 
+  @pytest.mark.slow
   def test_escape_from_zero(self):
     problem = random_problem('cross_entropy')
     top = float(nuclear.largest_lam(problem))

@@ -5,6 +5,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from bernoulli_lora_jax import clients as clients_lib
 from bernoulli_lora_jax.tasks import partition
@@ -192,6 +193,7 @@ class LawTest(parameterized.TestCase):
       counts = np.bincount(owner[:, row], minlength=3)
       self.assertLess(np.sum((counts - 200) ** 2 / 200), 27.6)  # P = 1e-6.
 
+  @pytest.mark.slow
   def test_unequal_sizes_are_log_normal(self):
     """log n_1 - log n_0 ~ N(0, 2)."""
     ratios = []
@@ -274,6 +276,7 @@ class ClientsTest(parameterized.TestCase):
       values = [loss(self.params, self.split, k)[0] for k in (key, None)]
       self.assertGreater(abs(values[0] - values[1]), 1e-3)
 
+  @pytest.mark.slow
   def test_loss_in_float64(self):
     self.assert_losses(None, least_squares(), 1e-14)
 

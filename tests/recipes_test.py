@@ -182,6 +182,7 @@ class ReplayTest(TemporaryTest):
     self.assertLen(recipe.links, {2: 3, 4: 2}[period])
     self.assertEqual(recipe.num_steps, 6)
 
+  @pytest.mark.slow
   def test_targets_and_rules(self):
     policy = adapters.ChainPolicy.bernoulli(
         2,

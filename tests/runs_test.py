@@ -492,6 +492,7 @@ class ResumeTest(parameterized.TestCase):
   def _tmp(self, tmp_path):
     self.tmp = tmp_path
 
+  @pytest.mark.slow
   def test_seconds_hold_no_compilation(self):
     """A resumed run has compiled its evaluation before the clock starts."""
     config = quadratic_config()

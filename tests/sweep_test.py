@@ -152,6 +152,7 @@ class TogetherTest(parameterized.TestCase):
     self.assertIn('at step', bad.summary['diverged'])
     self.assertEqual([line['step'] for line in bad.lines], [0])
 
+  @pytest.mark.slow
   def test_one_program_whatever_the_number_of_groups(self):
     config = small_config()
     compiled = []
@@ -478,6 +479,7 @@ class AdapterRunTest(parameterized.TestCase):
     )
     self.assertEqual(program.method.chain.policy.period, 34)  # 2 x 17 steps.
 
+  @pytest.mark.slow
   def test_equal_flops(self):
     config = small_config(
         training__num_steps=0, training__num_full_passes=3.0, task__dropout=0.0

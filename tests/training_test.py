@@ -377,6 +377,7 @@ class LoopTest(parameterized.TestCase):
     ):
       experiment.train(small_config(method__rank=2), self.tmp)
 
+  @pytest.mark.slow
   def test_longer_run_goes_on(self):
     experiment.train(small_config(), self.tmp, small_program())
     summary = experiment.train(small_config(training__num_steps=30), self.tmp)
@@ -714,6 +715,7 @@ class LaunchTest(parameterized.TestCase):
   def _tmp(self, tmp_path):
     self.tmp = tmp_path
 
+  @pytest.mark.slow
   def test_help_of_sweep_explains_itself(self):
     self.check_help('sweep')
 
@@ -726,6 +728,7 @@ class LaunchTest(parameterized.TestCase):
     result = _launch(f'launch/{script}.py', '--help')
     self.assertIn(f'python launch/{script}.py', result.stdout)
 
+  @pytest.mark.slow
   def test_an_unknown_variant_is_one_clear_message(self):
     result = _launch(
         'launch/train.py',
