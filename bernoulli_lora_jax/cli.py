@@ -136,7 +136,8 @@ def parse(argv: Sequence[str]) -> Experiment:
     )
     _, *more = values(rest)
   except AttributeError as e:  # A field that does not exist.
-    raise ValueError(f'Unknown config field: {e}') from e
+    text = str(e.args[0]).replace('\\n', ' ').replace("\\'", '')
+    raise ValueError(f'Unknown config field: {text.strip(chr(39))}') from e
   except flags.Error:
     raise
   except Exception as e:  # Of a parser of ml_collections.
@@ -277,8 +278,12 @@ def theory(argv: list[str]) -> None:
   # The number of runs may be left out.
   argv = [
       '--numpy=all' if word == '--numpy' and not _is_number(after) else word
-      for word, after in zip(argv, [*argv[1:], ''], strict=True)
+      for word, after in zip(argv, [*argv[1:], ''], strict=False)
   ]
+  if argv and not argv[0].startswith('-') and argv[0] not in names:
+    raise ValueError(
+        f'Expected a subcommand of {", ".join(names)}, got {argv[0]!r}.'
+    )
   _call('theory', {name: getattr(commands, name) for name in names}, argv)
 
 
@@ -358,6 +363,8 @@ def _registry() -> Any:
     kind = info.type
     if type(None) in typing.get_args(kind):  # Left out, or a list.
       (kind,) = (t for t in typing.get_args(kind) if t is not type(None))
+    if kind in (int, float, str) and kind is not info.type:
+      return spec(kind.__name__.upper(), _whole if kind is int else kind, str)
     if kind == list[tuple[int, int]]:
       told = lambda x: ','.join(f'{m}x{n}' for m, n in x)
       return spec('MxN,..', predict.parse_shapes, told)
@@ -376,7 +383,8 @@ def _registry() -> Any:
         nargs=1,
         metavar=metavar,
         instance_from_str=lambda args: read(args[0]),
-        is_instance=lambda x: x is None or isinstance(x, (int, list)),
+        is_instance=lambda x: x is None
+        or isinstance(x, (int, float, str, list)),
         str_from_instance=lambda x: ['None' if x is None else told(x)],
     )
 

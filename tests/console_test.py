@@ -83,6 +83,17 @@ class CommandTest(parameterized.TestCase):
     self.assertRegex(blora('--version'), r'^blora \d')
     self.assertIn("got 'tune'", blora('tune'))
 
+  def test_a_command_alone_shows_its_help(self):
+    text = blora('theory')
+    self.assertRegex(text, '(?s)usage.*bounds.*expressive')
+    self.assertTrue(text.endswith('2'))
+
+  def test_an_unknown_field_is_named(self):
+    text = blora(
+        'train', '--config=quadratic', '--workdir=x', '--config.seeds=1'
+    )
+    self.assertRegex(text, r'^ValueError: Unknown config field: [^\\]*seeds')
+
   def test_a_config_is_a_name_or_a_path(self):
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     mine = folder / 'mine.py'
@@ -236,7 +247,8 @@ class ConsoleTest(parameterized.TestCase):
       (['bounds', '--rank=2'], 'one of --shapes and --config'),
       (['audit', '/nowhere'], 'finished run with config.json'),
       (['rates', '--size=smoke', '--seeds=1'], 'seeds >= 2'),
-      (['nothing'], '(?i)invalid choice|nothing'),
+      (['nothing'], "a subcommand of bounds, .*, got 'nothing'"),
+      (['bounds', *_ONE, '--smoothness=x'], '--smoothness: could not convert'),
   )
   def test_refuses(self, args, message):
     self.assertRegex(call(*args), message)

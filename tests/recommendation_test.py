@@ -4,7 +4,6 @@ import math
 
 from absl.testing import parameterized
 import numpy as np
-import pytest
 
 from bernoulli_lora_jax.theory import bounds
 from bernoulli_lora_jax.theory import recommendation
@@ -34,7 +33,6 @@ class RecommendTest(parameterized.TestCase):
     self.assertIn(found.prob, (0.0, 1.0))
     self.assertEqual(found.lmin, 0.25)
 
-  @pytest.mark.slow
   def test_two_matrices_meet_between(self):
     shapes, rank = [(4, 64), (40, 8)], [1, 3]
     found = recommendation.recommend(
