@@ -83,6 +83,12 @@ class Task(NamedTuple):
   criterion: str | None = None
   smoothness: float | None = None  # L where it is known.
 
+  def evaluate(
+      self, params: Any, data: dict[str, Batch], split: str
+  ) -> dict[str, jax.Array]:
+    """Returns the metrics of a split, see `evaluate`."""
+    return evaluate(self, params, data, split)
+
 
 def from_arrays(
     name: str,
