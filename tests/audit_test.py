@@ -964,8 +964,10 @@ class AuditTest(X64TestCase):
     record = json.loads(path.read_text())
     record['seed'] = 1
     path.write_text(json.dumps(record))
-    found = study_audit.audit(folder, **QUICK)
+    with jax.enable_x64(False):  # Of the caller's own, for as long as it says.
+      found = study_audit.audit(folder, **QUICK)
     self.assertEqual(self.held(found)['the replay is the run'], 'no')
+    self.assertTrue(jax.config.jax_enable_x64)
 
 
 @pytest.fixture(scope='session')

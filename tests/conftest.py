@@ -34,11 +34,20 @@ os.environ['XLA_FLAGS'] = ' '.join(
 )
 
 import jax  # noqa: E402 (reads the environment above)
+import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 # A trace makes many objects, of which few are garbage: a twentieth of the time.
 gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(autouse=True)
+def _same_widths():
+  """A command sets x64 for its process: the next test finds what it expects."""
+  before = jax.config.jax_enable_x64
+  yield
+  jax.config.update('jax_enable_x64', before)
 
 
 def pytest_sessionfinish():

@@ -12,7 +12,6 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from matplotlib import ticker
 import matplotlib.figure
 import numpy as np
@@ -119,12 +118,8 @@ def audit(
       raise ValueError(f'Expected {name} >= {least}, got {name}={value}.')
   finished = runs.load(directory)
   measured(finished.run)  # What is missing is said before the replay.
-  before = jnp.result_type(float) == jnp.float64  # Put back at the end.
-  jax.config.update('jax_enable_x64', finished.config.x64)
-  try:
+  with jax.enable_x64(finished.config.x64):  # Others keep their own.
     return _audit(finished, num_points, num_products, num_batches, progress)
-  finally:
-    jax.config.update('jax_enable_x64', before)
 
 
 def _audit(
