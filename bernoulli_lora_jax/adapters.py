@@ -27,16 +27,14 @@ arXiv 2508.03820.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
-import math
-import sys
 from typing import Any, NamedTuple
 import warnings
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from bernoulli_lora_jax import factors as factors_lib
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
@@ -46,7 +44,7 @@ from bernoulli_lora_jax import policies
 from bernoulli_lora_jax import restart as restart_lib
 from bernoulli_lora_jax import rounding as rounding_lib
 from bernoulli_lora_jax import sharded
-from bernoulli_lora_jax import sketches
+from bernoulli_lora_jax import ties
 
 Adapted = policies.Adapted
 ChainPolicy = policies.ChainPolicy
@@ -54,14 +52,7 @@ Matrices = matrices_lib.Matrices
 Matrix = matrices_lib.Matrix
 Pairs = merging.Pairs  # {path: {'left' and/or 'right': array}}
 
-_FACTOR, _ROUND = 2, 3  # Purposes folded into a matrix's key; 0, 1: links.py.
-
-
-class Link(NamedTuple):
-  """What is drawn at a link."""
-
-  factors: Pairs  # Frozen and trained, at their start.
-  coins: dict[str, jax.Array]  # {path: shape=batch, True: left}; traced ones.
+_ROUND = 3  # Purpose folded into a matrix's key; 0, 1: links.py, 2: factors.py.
 
 
 class AdapterState(NamedTuple):
@@ -249,7 +240,10 @@ def init(
     )
   policy, found = chain.policy, chain.adapted(params)
   chosen = _places_of_others(chain, params, found)
-  _check_base(params, found, chosen, policy)
+  _check_not_quantized(params, found, policy)
+  moves = [one.matrix.index for one in found]
+  moves += [i for places in chosen.values() for i in places.values()]
+  ties.check(params, moves)
   # Copies: a caller may donate the state.
   base = jax.tree.map(jnp.array if copy else jnp.asarray, params)
   leaves = _other_leaves(base, chosen)
@@ -268,7 +262,7 @@ def init(
       other_states=other_states or (),
   )
   if policy.period and policy.reset_optimizer and chain.restart is None:
-    trained = trained_pairs(state.factors, found)
+    trained = factors_lib.trained_pairs(state.factors, found)
     restart_lib.check(chain.tx, state.opt_state, trained)
   return state
 
@@ -283,7 +277,7 @@ def _first_state(
 ) -> AdapterState:
   """Returns the state at step 0 but for the base weights."""
   # Compiled: op by op, frames would round otherwise than in later links.
-  drawn = jax.jit(lambda key: draw_link(key, 0, found, policy))(key)
+  drawn = jax.jit(lambda key: factors_lib.draw_link(key, 0, found, policy))(key)
   remainders = {}
   if policy.rounding == 'compensated':
     for one in found:
@@ -293,7 +287,7 @@ def _first_state(
       params=(),
       factors=drawn.factors,
       coins=drawn.coins,
-      opt_state=tx.init(trained_pairs(drawn.factors, found)),
+      opt_state=tx.init(factors_lib.trained_pairs(drawn.factors, found)),
       remainders=remainders,
       count=jnp.zeros([], jnp.int32),
       key=jnp.copy(key),
@@ -383,7 +377,7 @@ def _next_link(chain: Chain, state: AdapterState) -> AdapterState:
   policy, found = chain.policy, chain.adapted(state.params)
   state = _merge(chain, state)
   link = state.count // policy.period if policy.resample else 0
-  drawn = draw_link(state.key, link, found, policy)
+  drawn = factors_lib.draw_link(state.key, link, found, policy)
   return _restarted(
       chain, state._replace(factors=drawn.factors, coins=drawn.coins)
   )
@@ -392,7 +386,9 @@ def _next_link(chain: Chain, state: AdapterState) -> AdapterState:
 def _restarted(chain: Chain, state: AdapterState) -> AdapterState:
   if not chain.policy.reset_optimizer:
     return state
-  trained = trained_pairs(state.factors, chain.adapted(state.params))
+  trained = factors_lib.trained_pairs(
+      state.factors, chain.adapted(state.params)
+  )
   rule = functools.partial(restart_lib.restart, trained=trained)
   rule = chain.restart or rule
   return state._replace(opt_state=rule(chain.tx.init(trained), state.opt_state))
@@ -408,14 +404,14 @@ def _moved_factors(
 ) -> tuple[AdapterState, Any]:
   """Returns the state a step along the gradients, and (value, aux) before it."""
   found = chain.adapted(state.params)
-  trained = trained_pairs(state.factors, found)
+  trained = factors_lib.trained_pairs(state.factors, found)
   chosen = _places_of_others(chain, state.params, found)
   rest = _other_leaves(state.params, chosen)
 
   def value_of(moved, batch, *args):
-    factors = joined(state.factors, moved[0])
+    factors = factors_lib.joined(state.factors, moved[0])
     params = _with_others(state.params, chosen, moved[1])
-    result = loss(params, scaled(factors, found), batch, *args)
+    result = loss(params, factors_lib.scaled(factors, found), batch, *args)
     if type(result) is not tuple or len(result) != 2:
       raise TypeError(
           'Expected a loss that returns (scalar, aux), got'
@@ -464,11 +460,11 @@ def _moved_by(
 ) -> AdapterState:
   """Returns the state one step along the gradients."""
   policy, found = chain.policy, chain.adapted(state.params)
-  trained = trained_pairs(state.factors, found)
+  trained = factors_lib.trained_pairs(state.factors, found)
   chosen = _places_of_others(chain, state.params, found)
   rest = _other_leaves(state.params, chosen)
-  moves = moving(trained, state.coins)
-  grads = where(moves, grads, jax.tree.map(jnp.zeros_like, grads))
+  moves = factors_lib.moving(trained, state.coins)
+  grads = factors_lib.where(moves, grads, jax.tree.map(jnp.zeros_like, grads))
   updates, opt_state = chain.tx.update(
       grads, state.opt_state, trained, value=value
   )
@@ -488,7 +484,9 @@ def _moved_by(
   return state._replace(
       params=_with_others(state.params, chosen, moved_rest),
       other_states=other_states or (),
-      factors=joined(state.factors, where(moves, moved, trained)),
+      factors=factors_lib.joined(
+          state.factors, factors_lib.where(moves, moved, trained)
+      ),
       opt_state=_keep_frozen(moves, opt_state, state.opt_state),
       count=optax.safe_increment(state.count),
   )
@@ -518,6 +516,20 @@ def _start_specs(
   return AdapterState((), same, same, same, remainders, same, same)
 
 
+def _check_not_quantized(
+    params: Any, found: Sequence[Adapted], policy: ChainPolicy
+) -> None:
+  """Raises for a chain that merges into quantised weights."""
+  leaves = jax.tree.leaves(params, is_leaf=inject.is_quantized)
+  for one in found:
+    is_quantized = inject.is_quantized(leaves[one.matrix.index])
+    if is_quantized and policy.period is not None:
+      raise ValueError(
+          f'Expected period=None over the quantised {one.matrix.path}, got'
+          f' period={policy.period}: a merge would quantise it again.'
+      )
+
+
 def owned(tree: Any) -> Any:
   """Returns a tree in buffers of its own; `jit` would hand on its arguments."""
   return jax.tree.map(jnp.copy, tree)
@@ -545,248 +557,6 @@ def _with_others(params: Any, chosen: Mapping[str, Any], moved: Any) -> Any:
     for path, index in places.items():
       leaves[index] = moved[pattern][path]
   return treedef.unflatten(leaves)
-
-
-def draw_link(
-    key: jax.Array,
-    link: int | jax.Array,
-    found: Sequence[Adapted],
-    policy: ChainPolicy,
-) -> Link:
-  """Returns the factors and coins with which a link begins.
-
-  Args:
-    key: typed PRNG key of the chain.
-    link: number of the link, from 0.
-    found: what is adapted.
-    policy: how it is drawn.
-
-  Returns:
-    A `Link`. The product of each pair is zero.
-  """
-  link_key = jax.random.fold_in(key, link)
-  # Of the factors' dtype: float8 promotes to nothing by itself.
-  matrices = [
-      one.matrix._replace(dtype=matrices_lib.wide(one.matrix.dtype))
-      for one in found
-  ]
-  if policy.side is None:
-    factors = [_both(link_key, one, policy) for one in found]
-    return Link(dict(zip([m.path for m in matrices], factors, strict=True)), {})
-  drawn = links_lib.draw_links(
-      link_key,
-      matrices,
-      ranks=[one.rank for one in found],
-      probs=[one.prob for one in found if one.prob is not None],
-      sketch=policy.sketch,
-      shared_coin=policy.shared_coin,
-      frame=policy.frame,
-  )
-  coins = {
-      m.path: link.coin
-      for m, link in zip(matrices, drawn, strict=True)
-      if link.coin is not None
-  }
-  return Link(
-      {
-          one.matrix.path: _one_sided(one, link)
-          for one, link in zip(found, drawn, strict=True)
-      },
-      coins,
-  )
-
-
-def scaled(factors: Pairs, found: Sequence[Adapted]) -> dict[str, inject.Pair]:
-  """Returns the factors as losses see them: the scale s in the right one."""
-  return {
-      one.matrix.path: inject.Pair(
-          factors[one.matrix.path]['left'],
-          one.scale * factors[one.matrix.path]['right'],
-          one.matrix.axes,
-      )
-      for one in found
-  }
-
-
-def _check_base(
-    params: Any,
-    found: Sequence[Adapted],
-    others: Mapping[str, Mapping[str, int]],
-    policy: ChainPolicy,
-) -> None:
-  """Raises for tied weights, and for merges into quantised ones."""
-  flat = jax.tree_util.tree_flatten_with_path(
-      params, is_leaf=inject.is_quantized
-  )[0]
-  leaves = [leaf for _, leaf in flat]
-  paths = matrices_lib.path_names([path for path, _ in flat])
-  moves = [one.matrix.index for one in found]
-  for i in moves:
-    if inject.is_quantized(leaves[i]) and policy.period is not None:
-      raise ValueError(
-          f'Expected period=None over the quantised {paths[i]}, got'
-          f' period={policy.period}: a merge would quantise it again.'
-      )
-  moves += [i for places in others.values() for i in places.values()]
-  for given in (leaves, *_arguments_like(params)):
-    owners = [_buffer(leaf) for leaf in given]
-    for i in moves:
-      for j, owner in enumerate(owners):
-        if i != j and owner is not None and owner == owners[i]:
-          raise ValueError(
-              f'Expected {paths[i]} to be an array of its own, but it is tied'
-              f' to {paths[j]}: adapting one of them would untie them.'
-          )
-
-
-def _buffer(leaf: Any) -> Any:
-  """Returns what two leaves have in common if they are one array, or None."""
-  if isinstance(leaf, jax.core.Tracer):
-    return id(leaf)
-  if isinstance(leaf, np.ndarray):
-    return (leaf.ctypes.data, leaf.nbytes) if leaf.size else None
-  if not isinstance(leaf, jax.Array) or not leaf.size:
-    return id(leaf) if inject.is_quantized(leaf) else None
-  try:
-    shard = leaf.addressable_shards[0].data
-    return (shard.unsafe_buffer_pointer(), leaf.nbytes)
-  except (AttributeError, IndexError, NotImplementedError, RuntimeError):
-    return id(leaf)
-
-
-def _arguments_like(params: Any) -> list[list[Any]]:
-  """Returns the leaves of what enclosing `jax.jit`s got in place of params.
-
-  A trace sees one array in two places as two tracers, and only the frames of the
-  call that traces hold the arrays. Where they do not (another version of JAX,
-  weights from within the program) nothing is returned.
-  """
-  leaves, treedef = jax.tree.flatten(params)
-  if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-    return []
-  shapes = list(map(jnp.shape, leaves))
-  result = []
-  frame = sys._getframe()
-  while frame is not None:
-    if frame.f_globals.get('__name__', '').startswith('jax.'):
-      given = frame.f_locals.get('args'), frame.f_locals.get('kwargs')
-      for value in [*_nodes(given, treedef)]:
-        arrays, _ = jax.tree.flatten(value, is_leaf=inject.is_quantized)
-        is_concrete = not any(
-            isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value)
-        )
-        if is_concrete and shapes == [
-            jnp.shape(x) for x in jax.tree.leaves(value)
-        ]:
-          result.append(arrays)
-    frame = frame.f_back
-  return result
-
-
-def _nodes(tree: Any, treedef: Any) -> list[Any]:
-  """Returns the subtrees of a structure."""
-  found = []
-
-  def visit(node):
-    is_it = jax.tree.structure(node) == treedef
-    if is_it:
-      found.append(node)
-    return is_it
-
-  try:
-    jax.tree.leaves(tree, is_leaf=visit)
-  except (TypeError, ValueError):  # Arguments that are no trees.
-    return []
-  return found
-
-
-def _both(key: jax.Array, one: Adapted, policy: ChainPolicy) -> dict[str, Any]:
-  """Returns the start of a pair that is trained on both sides."""
-  m = one.matrix
-  dtype = matrices_lib.wide(m.dtype)
-  side = 'left' if policy.zero == 'right' else 'right'
-  length = m.m if side == 'left' else m.n
-  keys = jax.vmap(lambda k: jax.random.fold_in(k, _FACTOR))(
-      links_lib.matrix_keys(key, [m])
-  )
-
-  def draw(key):
-    shape = (length, one.inner)
-    if policy.init == 'normal':
-      return jax.random.normal(key, shape, dtype)
-    bound = 1 / math.sqrt(length)
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-  random = jax.vmap(draw)(keys).reshape(*m.batch, length, one.inner)
-  if side == 'left':
-    zero = jnp.zeros((*m.batch, one.inner, m.n), dtype)
-    return {'left': random, 'right': zero}
-  zero = jnp.zeros((*m.batch, m.m, one.inner), dtype)
-  return {'left': zero, 'right': random.mT}
-
-
-def _one_sided(one: Adapted, link: links_lib.Link) -> dict[str, jax.Array]:
-  """Returns the start of a pair of which one factor is frozen."""
-  m = one.matrix
-  dtype = matrices_lib.wide(m.dtype)
-  left = jnp.zeros((*m.batch, m.m, one.inner), dtype)
-  right = jnp.zeros((*m.batch, one.inner, m.n), dtype)
-  if link.is_left is not False:
-    left = _frozen(link.left, m.m, one, dtype)
-  if link.is_left is not True:
-    right = _frozen(link.right, m.n, one, dtype).mT
-  if link.coin is not None:
-    coin = link.coin[..., None, None]
-    left = jnp.where(coin, left, jnp.zeros((), dtype))
-    right = jnp.where(coin, jnp.zeros((), dtype), right)
-  return {'left': left, 'right': right}
-
-
-def _frozen(
-    basis: sketches.Basis, dim: int, one: Adapted, dtype: Any
-) -> jax.Array:
-  """Returns a basis as (*batch, dim, inner), with zero columns to the right."""
-  if basis is None:
-    basis = jnp.broadcast_to(
-        jnp.eye(dim, dtype=dtype), (*one.matrix.batch, dim, dim)
-    )
-  elif not sketches.is_frame(basis):
-    basis = jax.nn.one_hot(basis, dim, dtype=dtype).mT
-  missing = one.inner - basis.shape[-1]
-  widths = [(0, 0)] * (basis.ndim - 1) + [(0, missing)]
-  return jnp.pad(basis.astype(dtype), widths)
-
-
-def trained_pairs(factors: Pairs, found: Sequence[Adapted]) -> Pairs:
-  """Returns the factors that an optimiser sees."""
-  return {
-      one.matrix.path: {
-          side: factors[one.matrix.path][side] for side in one.trained
-      }
-      for one in found
-  }
-
-
-def joined(factors: Pairs, trained: Pairs) -> Pairs:
-  """Returns the factors with the trained ones replaced."""
-  return {path: {**factors[path], **trained[path]} for path in factors}
-
-
-def moving(trained: Pairs, coins: dict[str, jax.Array]) -> Pairs:
-  """Returns {path: {side: does it train?}}, broadcastable to the factors."""
-  always = jnp.ones((), bool)
-  moves = {}
-  for path, pair in trained.items():
-    moves[path] = {side: always for side in pair}
-    if path in coins:
-      is_left = coins[path][..., None, None]
-      moves[path] = {'left': ~is_left, 'right': is_left}
-  return moves
-
-
-def where(condition: Any, new: Any, old: Any) -> Any:
-  """Returns `new` where the condition, a tree like them, holds, else `old`."""
-  return jax.tree.map(jnp.where, condition, new, old)
 
 
 def _keep_frozen(moves: Pairs, new: Any, old: Any) -> Any:
@@ -819,7 +589,7 @@ def _merge(chain: Chain, state: AdapterState) -> AdapterState:
   leaves, treedef = jax.tree.flatten(state.params, is_leaf=inject.is_quantized)
   factors, remainders = dict(state.factors), dict(state.remainders)
   link_key = jax.random.fold_in(state.key, state.count)
-  products = scaled(state.factors, found)
+  products = factors_lib.scaled(state.factors, found)
   for one in found:
     m = one.matrix
     if inject.is_quantized(leaves[m.index]):
@@ -841,7 +611,7 @@ def _merge(chain: Chain, state: AdapterState) -> AdapterState:
     leaves[m.index] = m.unview(total)
     if rest is not None:
       remainders[m.path] = rest
-    factors[m.path] = _without_product(
+    factors[m.path] = factors_lib.without_product(
         one, factors[m.path], state.coins, policy.zero
     )
   return state._replace(
@@ -855,23 +625,14 @@ def _round_keys(link_key: jax.Array, matrix: Matrix) -> jax.Array:
   return jax.vmap(fold)(keys).reshape(matrix.batch)
 
 
-def _without_product(
-    one: Adapted,
-    pair: dict[str, jax.Array],
-    coins: dict[str, jax.Array],
-    zero: str,
-) -> dict[str, jax.Array]:
-  """Returns a pair with L R = 0: what started from zero is zero again."""
-  zeros = jax.tree.map(jnp.zeros_like, pair)
-  if one.prob is None:
-    return {**pair, zero: zeros[zero]}
-  moves = moving({one.matrix.path: {s: pair[s] for s in one.trained}}, coins)
-  moves = moves[one.matrix.path]
-  return {**pair, **{s: jnp.where(moves[s], zeros[s], pair[s]) for s in moves}}
-
-
 # The family, and what a merge does, under one name for users.
 Target = policies.Target
+draw_link = factors_lib.draw_link
+trained_pairs = factors_lib.trained_pairs
+joined = factors_lib.joined
+moving = factors_lib.moving
+where = factors_lib.where
+scaled = factors_lib.scaled
 describe = policies.describe
 trained_numbers = policies.trained_numbers
 unmerge = merging.unmerge

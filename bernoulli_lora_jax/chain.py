@@ -157,101 +157,145 @@ def scale_by_bernoulli_chain(
   rank = _checked_rank(rank)
   _check_prob(prob)
   _check_period(period)
-  sketch = sketches.gaussian() if sketch is None else sketch
-  inner_tx = inner and optax.with_extra_args_support(inner)
-  others_tx = _others(inner if others is None else others)
+  spec = _Spec(
+      rank,
+      prob,
+      sketches.gaussian() if sketch is None else sketch,
+      period,
+      None if inner is None else optax.with_extra_args_support(inner),
+      _others(inner if others is None else others),
+      matrices,
+      shared_coin,
+      restart,
+  )
+  return optax.GradientTransformationExtraArgs(
+      functools.partial(_init, spec, key), functools.partial(_update, spec)
+  )
 
-  def init(params):
-    found = matrices_lib.find(params, matrices)
-    _check_ranks(found, rank)
 
-    def start(key, unused_params):
-      inner_state = ()
-      if inner_tx is not None:
-        inner_state = inner_tx.init(links_lib.zero_factors(found, rank, prob))
-      return jnp.zeros([], jnp.int32), key, inner_state
+class _Spec(NamedTuple):
+  """The checked arguments of `scale_by_bernoulli_chain`."""
 
-    # Copies: some keep what they are given, and a caller may donate the state.
-    count, own_key, inner_state = jax.tree.map(
-        jnp.copy, sharded.automatic(start, key, params, out=sharded.Spec)
-    )
-    if inner_tx is not None and restart is None:
-      zeros = links_lib.zero_factors(found, rank, prob)
-      restart_lib.check(inner_tx, inner_state, zeros)
-    rest = _without_matrices(params, found)
-    return ScaleByBernoulliChainState(
-        count=count,
-        key=own_key,
-        inner_state=inner_state,
-        others_state=jax.tree.map(jnp.copy, others_tx.init(rest))
-        if jax.tree.leaves(rest)
-        else (),
-    )
+  rank: int
+  prob: float | jax.Array
+  sketch: Sketch
+  period: int | jax.Array
+  inner: optax.GradientTransformationExtraArgs | None
+  others: optax.GradientTransformationExtraArgs
+  matrices: Matrices | None
+  shared_coin: bool
+  restart: restart_lib.Restart | None
 
-  def begin(inner_state, count, found):
-    """Returns the state of `inner`, restarted where a link starts."""
-    assert inner_tx is not None
-    zeros = links_lib.zero_factors(found, rank, prob)
-    rule = restart or functools.partial(restart_lib.restart, trained=zeros)
-    return jax.tree.map(
-        lambda new, old: new if new is old else jnp.where(count == 0, new, old),
-        rule(inner_tx.init(zeros), inner_state),
-        inner_state,
-    )
 
-  def update(updates, state, params=None, **extra):
-    arrays = {name: x for name, x in extra.items() if _is_data(x)}
-    functions = {name: x for name, x in extra.items() if name not in arrays}
-    moved_by = lambda updates, state, params, arrays: move(
-        updates, state, params, **arrays, **functions
-    )
-    return sharded.automatic(
-        moved_by,
-        updates,
-        state,
-        params,
-        arrays,
-        out=lambda: (sharded.specs(updates), sharded.specs(state)),
-    )
+def _init(
+    spec: _Spec, key: jax.Array, params: Any
+) -> ScaleByBernoulliChainState:
+  """Returns the state before the first link."""
+  found = matrices_lib.find(params, spec.matrices)
+  _check_ranks(found, spec.rank)
+  # Copies: some keep what they are given, and a caller may donate the state.
+  first = functools.partial(_first_state, spec, found)
+  state = jax.tree.map(
+      jnp.copy, sharded.automatic(first, key, params, out=sharded.Spec)
+  )
+  if spec.inner is not None and spec.restart is None:
+    zeros = links_lib.zero_factors(found, spec.rank, spec.prob)
+    restart_lib.check(spec.inner, state.inner_state, zeros)
+  rest = _without_matrices(params, found)
+  if not jax.tree.leaves(rest):
+    return state
+  others_state = jax.tree.map(jnp.copy, spec.others.init(rest))
+  return state._replace(others_state=others_state)
 
-  def move(updates, state, params, **extra):
-    found = matrices_lib.find(updates, matrices)
-    links = links_lib.draw_links(
-        jax.random.fold_in(state.key, state.count // period),
-        found,
-        ranks=[rank] * len(found),
-        probs=[prob] * len(found),
-        sketch=sketch,
-        shared_coin=shared_coin,
-    )
-    leaves, treedef = jax.tree.flatten(updates)
-    factors: Any = {
-        matrix.path: links_lib.compress(link, matrix.view(leaves[matrix.index]))
-        for matrix, link in zip(found, links, strict=True)
-    }
-    inner_state, others_state = state.inner_state, state.others_state
-    if inner_tx is not None:
-      inner_state = begin(inner_state, state.count % period, found)
-      factors, inner_state = inner_tx.update(
-          factors, inner_state, None, **extra
-      )
-    rest = _without_matrices(updates, found)
-    if jax.tree.leaves(rest):
-      params = None if params is None else _without_matrices(params, found)
-      rest, others_state = others_tx.update(rest, others_state, params, **extra)
-      chosen = {matrix.index for matrix in found}
-      places = [i for i in range(len(leaves)) if i not in chosen]
-      for i, leaf in zip(places, jax.tree.leaves(rest), strict=True):
-        leaves[i] = leaf
-    for matrix, link in zip(found, links, strict=True):
-      moved = links_lib.expand(link, factors[matrix.path], matrix.m, matrix.n)
-      leaves[matrix.index] = matrix.unview(moved).astype(matrix.dtype)
-    count = optax.safe_increment(state.count)
-    return treedef.unflatten(leaves), ScaleByBernoulliChainState(
-        count, state.key, inner_state, others_state
-    )
 
-  return optax.GradientTransformationExtraArgs(init, update)
+def _first_state(
+    spec: _Spec, found: Sequence[Matrix], key: jax.Array, unused_params: Any
+) -> ScaleByBernoulliChainState:
+  """Returns the state but for what is of the other leaves."""
+  inner_state = ()
+  if spec.inner is not None:
+    zeros = links_lib.zero_factors(found, spec.rank, spec.prob)
+    inner_state = spec.inner.init(zeros)
+  return ScaleByBernoulliChainState(jnp.zeros([], jnp.int32), key, inner_state)
+
+
+def _update(
+    spec: _Spec, updates: Any, state: Any, params: Any = None, **extra: Any
+) -> tuple[Any, ScaleByBernoulliChainState]:
+  """Returns `_move`'s results, placed as the updates and the state are."""
+  arrays = {name: x for name, x in extra.items() if _is_data(x)}
+  functions = {name: x for name, x in extra.items() if name not in arrays}
+  return sharded.automatic(
+      functools.partial(_move, spec, functions),
+      updates,
+      state,
+      params,
+      arrays,
+      out=lambda: (sharded.specs(updates), sharded.specs(state)),
+  )
+
+
+def _move(
+    spec: _Spec,
+    functions: Any,
+    updates: Any,
+    state: Any,
+    params: Any,
+    arrays: Any,
+) -> tuple[Any, ScaleByBernoulliChainState]:
+  """Projects the matrices of the updates; `inner` moves what was projected."""
+  found = matrices_lib.find(updates, spec.matrices)
+  links = links_lib.draw_links(
+      jax.random.fold_in(state.key, state.count // spec.period),
+      found,
+      ranks=[spec.rank] * len(found),
+      probs=[spec.prob] * len(found),
+      sketch=spec.sketch,
+      shared_coin=spec.shared_coin,
+  )
+  leaves, treedef = jax.tree.flatten(updates)
+  factors: Any = {
+      matrix.path: links_lib.compress(link, matrix.view(leaves[matrix.index]))
+      for matrix, link in zip(found, links, strict=True)
+  }
+  inner_state, others_state = state.inner_state, state.others_state
+  if spec.inner is not None:
+    inner_state = _restarted(
+        spec, inner_state, state.count % spec.period == 0, found
+    )
+    factors, inner_state = spec.inner.update(
+        factors, inner_state, None, **arrays, **functions
+    )
+  rest = _without_matrices(updates, found)
+  if jax.tree.leaves(rest):
+    params = None if params is None else _without_matrices(params, found)
+    rest, others_state = spec.others.update(
+        rest, others_state, params, **arrays, **functions
+    )
+    chosen = {matrix.index for matrix in found}
+    places = [i for i in range(len(leaves)) if i not in chosen]
+    for i, leaf in zip(places, jax.tree.leaves(rest), strict=True):
+      leaves[i] = leaf
+  for matrix, link in zip(found, links, strict=True):
+    moved = links_lib.expand(link, factors[matrix.path], matrix.m, matrix.n)
+    leaves[matrix.index] = matrix.unview(moved).astype(matrix.dtype)
+  return treedef.unflatten(leaves), ScaleByBernoulliChainState(
+      optax.safe_increment(state.count), state.key, inner_state, others_state
+  )
+
+
+def _restarted(
+    spec: _Spec, inner_state: Any, is_start: Any, found: Sequence[Matrix]
+) -> Any:
+  """Returns the state of `inner`, restarted where a link starts."""
+  assert spec.inner is not None
+  zeros = links_lib.zero_factors(found, spec.rank, spec.prob)
+  rule = spec.restart or functools.partial(restart_lib.restart, trained=zeros)
+  return jax.tree.map(
+      lambda new, old: new if new is old else jnp.where(is_start, new, old),
+      rule(spec.inner.init(zeros), inner_state),
+      inner_state,
+  )
 
 
 def _is_data(value: Any) -> bool:

@@ -15,6 +15,7 @@ number of parts, see `accumulate`.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -75,84 +76,121 @@ def accumulate(
         'Expected num_micro_batches >= 1, got'
         f' num_micro_batches={num_micro_batches}.'
     )
-  reductions = check_reductions(reductions)
+  return functools.partial(
+      _accumulated,
+      grad_fn,
+      num_micro_batches,
+      check_reductions(reductions),
+      axis_name,
+  )
 
-  def accumulated(params, batch, *args):
-    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-    if num_micro_batches * devices == 1:
-      return grad_fn(params, batch, *args)
-    leaves, treedef = jax.tree.flatten(batch)
-    size = batch_size(batch)
-    if size % num_micro_batches:
-      raise ValueError(
-          f'Expected num_micro_batches={num_micro_batches} to divide the batch,'
-          f' got a leading axis of {size}.'
-      )
-    is_split = [jnp.ndim(leaf) > 0 for leaf in leaves]
 
-    def one(params, number, part):
-      part = iter(part)
-      whole = treedef.unflatten(
-          [
-              next(part) if s else x
-              for s, x in zip(is_split, leaves, strict=True)
-          ]
-      )
-      return grad_fn(params, whole, *folded(args, number))
+def _accumulated(
+    grad_fn: Callable[..., Any],
+    num: int,
+    reductions: Mapping[str, str],
+    axis_name: str | None,
+    params: Any,
+    batch: Any,
+    *args: Any,
+) -> Any:
+  devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+  if num * devices == 1:
+    return grad_fn(params, batch, *args)
+  size = batch_size(batch)
+  if size % num:
+    raise ValueError(
+        f'Expected num_micro_batches={num} to divide the batch, got a leading'
+        f' axis of {size}.'
+    )
+  part, arrays = size // num, _arrays(batch)
+  of_part = functools.partial(_of_part, grad_fn, batch, args)
+  sizes = part, part * num * devices
+  shapes, kinds = _kinds(of_part, params, arrays, sizes, reductions)
+  flat, treedef = jax.tree.flatten(shapes)
+  place = _weight_place(shapes)
+  dtype = jnp.float32 if place is None else flat[place].dtype
+  start = [_start(k, s) for k, s in zip(kinds, flat, strict=True)]
+  zero = jnp.zeros([], jnp.promote_types(dtype, jnp.float32))
+  first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * num
+  split = [x.reshape(num, part, *x.shape[1:]) for x in arrays]
+  (sums, weights), rows = jax.lax.scan(
+      functools.partial(_add_part, of_part, params, kinds, place),
+      (start, zero),
+      (first + jnp.arange(num), split),
+  )
+  if axis_name is not None:
+    weights = jax.lax.psum(weights, axis_name)
+  outs = [
+      _total(kind, s, row, weights, axis_name, shape.dtype)
+      for kind, shape, s, row in zip(kinds, flat, sums, rows, strict=True)
+  ]
+  return treedef.unflatten(outs)
 
-    part = size // num_micro_batches
-    split = [jnp.asarray(x) for s, x in zip(is_split, leaves, strict=True) if s]
-    total = num_micro_batches * devices
-    shapes, kinds = _kinds(one, params, split, (part, part * total), reductions)
-    split = [x.reshape(num_micro_batches, part, *x.shape[1:]) for x in split]
-    first = 0
-    if axis_name is not None:
-      first = jax.lax.axis_index(axis_name) * num_micro_batches
-    flat, outdef = jax.tree.flatten(shapes)
-    place = _weight_place(shapes)
 
-    def add(carry, inputs):
-      sums, weights = carry
-      outs = jax.tree.leaves(one(params, *inputs))
-      weight = None if place is None else _wide(outs[place])
-      sums = [
-          None if isinstance(kind, int) else _add(kind, s, x, weight)
-          for kind, s, x in zip(kinds, sums, outs, strict=True)
-      ]
-      rows = [
-          x if isinstance(kind, int) else None
-          for kind, x in zip(kinds, outs, strict=True)
-      ]
-      return (sums, weights if weight is None else weights + weight), rows
+def _of_part(
+    grad_fn: Callable[..., Any],
+    batch: Any,
+    args: Any,
+    params: Any,
+    number: Any,
+    arrays: list[Any],
+) -> Any:
+  """Returns grad_fn of a part of the batch, of its own noise."""
+  return grad_fn(params, _with_arrays(batch, arrays), *folded(args, number))
 
-    start = [_start(k, s) for k, s in zip(kinds, flat, strict=True)]
-    zero = jnp.zeros([], jnp.float32)
-    if place is not None:
-      zero = jnp.zeros([], jnp.promote_types(flat[place].dtype, jnp.float32))
-    numbers = first + jnp.arange(num_micro_batches)
-    (sums, weights), rows = jax.lax.scan(add, (start, zero), (numbers, split))
-    if place is None:
-      weights = jnp.asarray(num_micro_batches, jnp.float32)
-    if axis_name is not None:
-      weights = jax.lax.psum(weights, axis_name)
-    outs = []
-    for kind, shape, s, row in zip(kinds, flat, sums, rows, strict=True):
-      out: Any = s
-      if isinstance(kind, int):
-        assert row is not None
-        out = _concatenated(row, kind)
-        if axis_name is not None:
-          out = jax.lax.all_gather(out, axis_name, axis=kind, tiled=True)
-      else:
-        if axis_name is not None:
-          out = _over_devices(kind, out, axis_name)
-        if kind == 'mean':
-          out = out / jnp.where(weights > 0, weights, 1).astype(out.dtype)
-        out = out.astype(shape.dtype)
-      outs.append(out)
-    return outdef.unflatten(outs)
 
-  return accumulated
+def _add_part(
+    of_part: Callable[..., Any],
+    params: Any,
+    kinds: list[Any],
+    place: int | None,
+    carry: Any,
+    inputs: Any,
+) -> Any:
+  """Adds a part to the sums and weights; returns its rows beside them."""
+  sums, weights = carry
+  outs = jax.tree.leaves(of_part(params, *inputs))
+  weight = None if place is None else _wide(outs[place])
+  is_row = [isinstance(kind, int) for kind in kinds]
+  sums = [
+      None if row else _add(kind, s, x, weight)
+      for row, kind, s, x in zip(is_row, kinds, sums, outs, strict=True)
+  ]
+  rows = [x if row else None for row, x in zip(is_row, outs, strict=True)]
+  return (sums, weights + (1 if weight is None else weight)), rows
+
+
+def _total(
+    kind: Any,
+    total: Any,
+    rows: Any,
+    weights: jax.Array,
+    axis_name: str | None,
+    dtype: Any,
+) -> jax.Array:
+  """Returns an output of the whole batch, from its sum or its rows."""
+  if isinstance(kind, int):
+    out = _concatenated(rows, kind)
+    if axis_name is None:
+      return out
+    return jax.lax.all_gather(out, axis_name, axis=kind, tiled=True)
+  if axis_name is not None:
+    total = _over_devices(kind, total, axis_name)
+  if kind == 'mean':
+    total = total / jnp.where(weights > 0, weights, 1).astype(total.dtype)
+  return total.astype(dtype)
+
+
+def _arrays(batch: Any) -> list[jax.Array]:
+  """Returns what of a batch has an axis of examples."""
+  return [jnp.asarray(x) for x in jax.tree.leaves(batch) if jnp.ndim(x)]
+
+
+def _with_arrays(batch: Any, arrays: list[Any]) -> Any:
+  """Returns a batch with other arrays in place of `_arrays(batch)`."""
+  rest = iter(arrays)
+  return jax.tree.map(lambda x: next(rest) if jnp.ndim(x) else x, batch)
 
 
 def chunked(grad_fn: Callable[..., Any], size: int) -> Callable[..., Any]:
@@ -245,19 +283,11 @@ def averaged(
       kinds = ['mean'] * len(leaves)
     else:
       size = batch_size(batch)
-      flat, treedef = jax.tree.flatten(batch)
-      is_split = [jnp.ndim(leaf) > 0 for leaf in flat]
-
-      def one(params, number, part):
-        del number
-        part = iter(part)
-        now = [
-            next(part) if s else x for s, x in zip(is_split, flat, strict=True)
-        ]
-        return grad_fn(params, treedef.unflatten(now), *args)
-
-      split = [jnp.asarray(x) for s, x in zip(is_split, flat, strict=True) if s]
-      _, kinds = _kinds(one, params, split, (size, 2 * size), {})
+      one = lambda params, number, arrays: grad_fn(
+          params, _with_arrays(batch, arrays), *args
+      )
+      arrays = _arrays(batch)
+      _, kinds = _kinds(one, params, arrays, (size, 2 * size), {})
     for i, kind in enumerate(kinds):
       if kind != 'mean' and i != place:
         raise ValueError(

@@ -1,9 +1,11 @@
 """Tasks from outside of the package: arrays, streams, weights, chunks, checkpoints."""
 
+import functools
 import json
 import pathlib
 import shutil
 import sys
+from unittest import mock
 
 from absl.testing import parameterized
 import chex
@@ -163,12 +165,10 @@ class TaskTest(parameterized.TestCase):
     found = jax.jit(lambda p, d: task_lib.evaluate(task, p, d, 'test'))
     chex.assert_trees_all_close(found(params, task.data), expected, rtol=1e-6)
     self.assertEqual(found(params, task.data).keys(), {'loss', 'half'})
+    method = experiment.make_method(make_config('gradient', 'full'), whole)
+    settings = loop.Settings(1, 1, eval_gradient=True)
     gradient = lambda task: jax.jit(
-        loop.make_evaluate(
-            task,
-            experiment.make_method(make_config('gradient', 'full'), task),
-            loop.Settings(1, 1, eval_gradient=True),
-        )
+        functools.partial(loop.evaluate, task, method, settings)
     )(params, task.data)['grad_norm_sq']
     np.testing.assert_allclose(gradient(task), gradient(whole), rtol=1e-5)
 
@@ -211,20 +211,21 @@ class TaskTest(parameterized.TestCase):
     """A run that is cut trains on the batches of the unbroken one, once each."""
     config = make_config('gradient', 'full', kind, training__checkpoint_every=4)
     self.train('whole', config)
-    program = experiment.make_program(config)
+    program, prepare = experiment.make_program(config), loop.Program.prepare
 
-    def interrupted(state, key, start, *rest):
+    def interrupted(program, state, key, start, *rest):
       if start >= 8:
         raise KeyboardInterrupt
-      return program.prepare(state, key, start, *rest)
+      return prepare(program, state, key, start, *rest)
 
-    with self.assertRaises(KeyboardInterrupt):
-      self.train('cut', config, program._replace(prepare=interrupted))
+    with mock.patch.object(loop.Program, 'prepare', interrupted):
+      with self.assertRaises(KeyboardInterrupt):
+        self.train('cut', config)
     self.train('cut', config)
     ends = [self.end(name, config) for name in ('whole', 'cut')]
     chex.assert_trees_all_equal(*ends)
     # By hand: plain steps along the stream.
-    rows, params = Rows(0, 6), loop.make_params(program.task)(jax.random.key(0))
+    rows, params = Rows(0, 6), loop.init_params(program.task, jax.random.key(0))
     rate = config.method.learning_rate
     for _ in range(12):
       batch = next(rows)
@@ -379,7 +380,7 @@ def test_weights_are_no_constants():
   )
   config = make_config('gradient', 'full')
   method = experiment.make_method(config, task)
-  lowered = jax.jit(loop.make_start(task, method)).lower(
+  lowered = jax.jit(functools.partial(loop.start, task, method)).lower(
       jax.random.key(0), task.weights
   )
   assert 'dense<"0x' not in lowered.as_text()

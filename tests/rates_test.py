@@ -1,6 +1,7 @@
 """Tests of the X1 study: the chain against NumPy, shared programs, the files."""
 
 import csv
+import functools
 import itertools
 import math
 import unittest.mock
@@ -123,11 +124,11 @@ class ChainTest(X64TestCase):
     problem, task = self.make()
     method = make_method(task, estimator, name, 0.25)
     key = jax.random.key(7)
-    start = loop.make_start(task, method)(key)
-    steps = loop.make_steps(task, method)
+    start = loop.start(task, method, key)
+    steps = functools.partial(loop.steps, task, method, 1, task.data)
 
     def body(state, t):
-      return steps(state, task.data, key, t, 1)[0], state.params['w']
+      return steps(state, key, t)[0], state.params['w']
 
     last, path = jax.jit(
         lambda start: jax.lax.scan(body, start, jnp.arange(self.NUM_STEPS))
@@ -216,7 +217,6 @@ class TaskShapeTest(X64TestCase):
 
 
 class TrainTest(X64TestCase):
-
   ARGUMENTS = dict(num_seeds=2, num_steps=12, num_evals=4, rank=2)
 
   @parameterized.parameters(['page'])
@@ -241,14 +241,14 @@ class TrainTest(X64TestCase):
     @jax.jit
     def single(key, factor):
       method = make_method(task, estimator, 'bernoulli', factor)
-      steps = loop.make_steps(task, method)
+      steps = functools.partial(loop.steps, task, method, 1, task.data)
 
       def body(state, t):
         grad = jax.grad(lambda p: task.loss(p, task.data['train'], None)[0])
         measured = jnp.sum(grad(state.params)['w'] ** 2), state.data_passes
-        return steps(state, task.data, key, t, 1)[0], measured
+        return steps(state, key, t)[0], measured
 
-      start = loop.make_start(task, method)(key)
+      start = loop.start(task, method, key)
       norms, passes = jax.lax.scan(body, start, jnp.arange(13))[1]
       return norms[::3], passes[::3]
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from unittest import mock
 
 from absl.testing import parameterized
 import jax
@@ -496,27 +497,24 @@ class ResumeTest(parameterized.TestCase):
   def test_seconds_hold_no_compilation(self):
     """A resumed run has compiled its evaluation before the clock starts."""
     config = quadratic_config()
-    program = experiment.make_program(config)
-    cut = program._replace(
-        prepare=lambda state, key, start, *rest: (
-            program.prepare(state, key, start, *rest)
-            if start < 8
-            else self.fail('cut')
-        )
+    prepare, evaluate = loop.Program.prepare, loop.Program.evaluate
+    cut = lambda program, state, key, start, *rest: (
+        prepare(program, state, key, start, *rest)
+        if start < 8
+        else self.fail('cut')
     )
-    with self.assertRaisesRegex(AssertionError, 'cut'):
-      experiment.train(config, self.tmp, cut)
-    program = experiment.make_program(config)
+    with mock.patch.object(loop.Program, 'prepare', cut):
+      with self.assertRaisesRegex(AssertionError, 'cut'):
+        experiment.train(config, self.tmp)
     calls = []
 
-    def slow(params):
+    def slow(program, params):
       time.sleep(0.0 if calls else 1.0)  # As the first one compiles.
       calls.append(1)
-      return program.evaluate(params)
+      return evaluate(program, params)
 
-    summary = experiment.train(
-        config, self.tmp, program._replace(evaluate=slow)
-    )
+    with mock.patch.object(loop.Program, 'evaluate', slow):
+      summary = experiment.train(config, self.tmp)
     self.assertLess(summary['seconds'], 1.0)
     self.assertEqual(summary['step'], 12)
 
@@ -525,7 +523,7 @@ class ResumeTest(parameterized.TestCase):
     key = jax.random.key(0)
     task = experiment.make_program(quadratic_config()).task
     init = lambda key: seen.append(key) or task.init(key)
-    loop.make_params(task._replace(init=init))(key)
+    loop.init_params(task._replace(init=init), key)
     keys = [*seen, loop.method_key(key), loop.noise_key(key, 0)]
     keys += [jax.random.fold_in(key, purpose) for purpose in (1, 2)]
     data = {tuple(np.asarray(jax.random.key_data(k))) for k in keys}

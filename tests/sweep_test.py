@@ -406,11 +406,11 @@ class AdapterRunTest(parameterized.TestCase):
         training__recipe=True,
         training__checkpoint_every=8,
     )
-    program = experiment.make_program(config)
+    program, prepare = experiment.make_program(config), loop.Program.prepare
     states = []
 
     def watched(*args):
-      run = program.prepare(*args)
+      run = prepare(*args)
 
       def keeping(*args):
         state, metrics = run(*args)
@@ -419,19 +419,19 @@ class AdapterRunTest(parameterized.TestCase):
 
       return keeping
 
-    def interrupted(state, key, start, *rest):
+    def interrupted(program, state, key, start, *rest):
       if start >= 16:
         raise KeyboardInterrupt
-      return program.prepare(state, key, start, *rest)
+      return prepare(program, state, key, start, *rest)
 
-    watching = program._replace(prepare=watched)
-    experiment.train(config, self.tmp / 'whole', watching)
+    with mock.patch.object(loop.Program, 'prepare', watched):
+      experiment.train(config, self.tmp / 'whole', program)
     recipe, replayed = self.params(program, self.tmp / 'whole')
     chex.assert_trees_all_equal(replayed, program.params(states[0]))
     self.assertLen(recipe.links, 1 if name == 'lora' else 5)  # 24 / 5.
-    with self.assertRaises(KeyboardInterrupt):
-      cut = program._replace(prepare=interrupted)
-      experiment.train(config, self.tmp / 'cut', cut)
+    with mock.patch.object(loop.Program, 'prepare', interrupted):
+      with self.assertRaises(KeyboardInterrupt):
+        experiment.train(config, self.tmp / 'cut', program)
     experiment.train(config, self.tmp / 'cut', program)
     chex.assert_trees_all_equal(
         self.params(program, self.tmp / 'cut')[1], replayed

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+from unittest import mock
 
 from absl.testing import parameterized
 import chex
@@ -301,9 +302,9 @@ class LoopTest(parameterized.TestCase):
             {'batch': batch, 'noise': bits(key)},
         )
     )
-    steps = loop.make_steps(task, method)
+    steps = functools.partial(loop.steps, task, method)
     run = lambda start, num: jax.tree.map(
-        np.asarray, steps((), {'train': ()}, jax.random.key(0), start, num)[1]
+        np.asarray, steps(num, {'train': ()}, (), jax.random.key(0), start)[1]
     )
     whole, first, second = run(0, 4), run(0, 2), run(2, 2)
     for name, draws in whole.items():
@@ -329,18 +330,17 @@ class LoopTest(parameterized.TestCase):
         training__num_evals=num_evals,
         training__checkpoint_every=8,
     )
-    program = experiment.make_program(config)
+    program, prepare = experiment.make_program(config), loop.Program.prepare
     experiment.train(config, self.tmp / 'whole', program)
 
-    def interrupted(state, key, start, *rest):
+    def interrupted(program, state, key, start, *rest):
       if start >= 16:
         raise KeyboardInterrupt
-      return program.prepare(state, key, start, *rest)
+      return prepare(program, state, key, start, *rest)
 
-    with self.assertRaises(KeyboardInterrupt):
-      experiment.train(
-          config, self.tmp / 'cut', program._replace(prepare=interrupted)
-      )
+    with mock.patch.object(loop.Program, 'prepare', interrupted):
+      with self.assertRaises(KeyboardInterrupt):
+        experiment.train(config, self.tmp / 'cut', program)
     self.assertFalse((self.tmp / 'cut' / 'summary.json').exists())
     experiment.train(config, self.tmp / 'cut')
     chex.assert_trees_all_equal(

@@ -188,7 +188,6 @@ def train(
         batch_size=task.batch_size,
         momentum=MOMENTUM,
     )
-    steps = loop.make_steps(task, method)
     every = num_steps // num_evals
 
     def measure(state):
@@ -197,10 +196,10 @@ def train(
       return sum(jax.tree.leaves(squares)), state.data_passes
 
     def body(state, i):
-      state, _ = steps(state, data, key, i * every, every)
+      state, _ = loop.steps(task, method, every, data, state, key, i * every)
       return state, measure(state)
 
-    start = loop.make_start(task, method)(key, task.weights)
+    start = loop.start(task, method, key, task.weights)
     _, rest = jax.lax.scan(body, start, jnp.arange(num_evals))
     return jax.tree.map(
         lambda a, b: jnp.concatenate([a[None], b]), measure(start), rest

@@ -102,7 +102,7 @@ def make_program(
     jax.eval_shape(method.init, key, task_lib.shapes(task))
   except ValueError as e:
     raise fields.named(e) from e
-  return loop.make_program(task, method, settings, driver)
+  return loop.Program(task, method, settings, driver)
 
 
 def check_task(config: config_dict.ConfigDict, task: task_lib.Task) -> None:
@@ -348,11 +348,11 @@ def step_flops(
   method = _make_method(config, task)
 
   def start(key, data, weights):
-    return loop.make_start(task, method)(key, weights)
+    return loop.start(task, method, key, weights)
 
   def one(key, data, weights):
     state = start(key, data, weights)
-    return loop.make_steps(task, method)(state, data, key, 0, 1)
+    return loop.steps(task, method, 1, data, state, key, 0)
 
   try:
     cpu = jax.local_devices(backend='cpu')[0]

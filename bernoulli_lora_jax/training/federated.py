@@ -46,6 +46,17 @@ class FederatedState(NamedTuple):
     return self.passes.total
 
 
+class _Method(NamedTuple):
+  init: Any
+  step: Any
+  params: Any
+  trained: Any
+  passes_per_step: Any
+  chain: Any = None
+  per_client: Any = methods.none_marked
+  frozen: Any = methods.none_marked
+
+
 class Cohort(NamedTuple):
   """Who takes part; see `federated.qgd`."""
 
@@ -71,7 +82,7 @@ def estimator_method(
     concatenate: bool = False,
     trained: Callable[[Any], Any] | None = None,
     driver: parallel.Driver | None = None,
-) -> methods.Method:
+) -> Any:
   """Returns the method that moves params along an estimate of client gradients.
 
   Args:
@@ -179,7 +190,7 @@ def estimator_method(
     marks = federated.per_client(opt_state)
     return flags._replace(inner=(flags.inner[0], marks))
 
-  return methods.Method(
+  return _Method(
       init,
       step,
       lambda state: state.inner[0],
@@ -199,7 +210,7 @@ def rounds_method(
     is_adapter: bool,
     additive: bool = False,
     driver: parallel.Driver | None = None,
-) -> methods.Method:
+) -> Any:
   """Returns the method of federated rounds of local steps.
 
   Args:
@@ -252,7 +263,7 @@ def rounds_method(
       return jax.tree.map(lambda x: x is not None, moved, is_leaf=none)
     return methods.adapted_leaves(rounds.chain, params)
 
-  return methods.Method(
+  return _Method(
       init, step, lambda state: rounds.params(state.inner), trained, passes
   )
 

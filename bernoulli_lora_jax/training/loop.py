@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import signal
 import sys
 import time
 from typing import Any, NamedTuple
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -99,24 +101,131 @@ class Progress(NamedTuple):
   seconds: float  # Wall time of steps and evaluations, without compilation.
 
 
-class Program(NamedTuple):
-  """The compiled parts of a run, shared by runs that differ in the seed."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+  """What runs that differ in the seed share; compiles each part once.
+
+  Attributes:
+    task: data, model and loss.
+    method: how params move.
+    settings: how long and how often.
+    driver: where steps run.
+  """
 
   task: task_lib.Task
   method: methods.Method
-  driver: parallel.Driver
   settings: Settings
-  data: Any  # Where the steps read it.
-  # (state, key, start, num) -> a function of the same state, key and start (and
-  # of the num batches of a stream) that runs num steps: (state, metrics). Compiled
-  # once for each num.
-  prepare: Callable[..., Callable[..., Any]]
-  start: Callable[[jax.Array], Any]  # (run's key) -> state at step 0.
-  put: Callable[[Any], Any]  # (state) -> where the steps read it.
-  get: Callable[[Any], Any]  # (state of the steps) -> as at the start.
-  params: Callable[[Any], Any]  # (state) -> merged params, on one device.
-  evaluate: Callable[[Any], dict[str, jax.Array]]  # Not on the test split.
-  test: Callable[[Any], dict[str, jax.Array]]
+  driver: parallel.Driver = parallel.Driver()
+  _compiled: dict[int, Callable[..., Any]] = dataclasses.field(
+      default_factory=dict, repr=False
+  )
+
+  @functools.cached_property
+  def data(self) -> Any:
+    """Returns the task's data where the steps read it."""
+    return self.driver.put(self.task.data)
+
+  def start(self, key: jax.Array) -> Any:
+    """Returns the state at step 0, from the run's key."""
+    return self._start(key, self.task.weights)
+
+  def prepare(
+      self, state: Any, key: jax.Array, first: int, num: int, batches: Any = ()
+  ) -> Callable[..., Any]:
+    """Returns (state, key, first, batches) -> (state, metrics of num steps).
+
+    Compiled once for each num; the state is donated. See `steps` for arguments,
+    `driver.get` for the metrics.
+    """
+    if num not in self._compiled:
+      run = functools.partial(steps, self.task, self.method, num)
+      jitted = self.driver.jit(run, state)
+      lowered = jitted.lower(self.data, state, key, first, batches)
+      self._compiled[num] = lowered.compile()
+    run = self._compiled[num]
+    return lambda *args: run(self.data, *args, *[()] * (4 - len(args)))
+
+  def put(self, state: Any) -> Any:
+    """Returns a state where the steps read it."""
+    return self.driver.put(state, self.method.per_client(state))
+
+  def get(self, state: Any) -> Any:
+    """Returns a state of the steps as at the start."""
+    return self.driver.get(state, self.method.per_client(state))
+
+  def params(self, state: Any) -> Any:
+    """Returns the merged params of a state, on one device."""
+    return self._params(self.get(state))
+
+  def evaluate(self, params: Any) -> dict[str, jax.Array]:
+    """Returns the metrics of all splits but the test split."""
+    return self._evaluate(params, self._eval_data)
+
+  def test(self, params: Any) -> dict[str, jax.Array]:
+    """Returns the metrics of the test split."""
+    split = test_split(self.task)
+    found = self._of_split(params, self._eval_data, split)
+    return {f'{split}_{name}': value for name, value in found.items()}
+
+  @functools.cached_property
+  def _eval_data(self) -> Any:
+    return self.driver.get(self.data)
+
+  @functools.cached_property
+  def _start(self) -> Callable[..., Any]:
+    return jax.jit(functools.partial(start, self.task, self.method))
+
+  @functools.cached_property
+  def _params(self) -> Callable[..., Any]:
+    return jax.jit(self.method.params)
+
+  @functools.cached_property
+  def _evaluate(self) -> Callable[..., Any]:
+    parts = self.task, self.method, self.settings
+    return jax.jit(functools.partial(evaluate, *parts))
+
+  @functools.cached_property
+  def _of_split(self) -> Callable[..., Any]:
+    return jax.jit(functools.partial(of_split, self.task), static_argnums=2)
+
+
+def steps(
+    task: task_lib.Task,
+    method: methods.Method,
+    num: int,
+    data: Any,
+    state: Any,
+    key: jax.Array,
+    first: Any,
+    batches: Any = (),
+) -> tuple[Any, dict[str, jax.Array]]:
+  """Runs num steps of a method.
+
+  Args:
+    task: of which batches are drawn.
+    method: how params move.
+    num: of steps, >= 1.
+    data: of the task, as the driver has placed it.
+    state: of the method.
+    key: of the run.
+    first: number of the first step.
+    batches: of a stream, stacked.
+
+  Returns:
+    The state and the metrics of each step, stacked.
+  """
+  if task.batch is None and not jax.tree.leaves(batches):
+    raise ValueError(f'Expected batches of the stream of {task.name}.')
+  batch_key = jax.random.fold_in(key, _BATCH)
+
+  def step(state, inputs):
+    number, batch = inputs
+    if task.batch is not None:
+      batch = task.batch(data, batch_key, number)
+    noise = noise_key(key, number)
+    return method.step(state, batch, noise, data.get('train'))
+
+  return jax.lax.scan(step, state, (first + jnp.arange(num), batches))
 
 
 def make_program(
@@ -125,75 +234,23 @@ def make_program(
     settings: Settings,
     driver: parallel.Driver | None = None,
 ) -> Program:
-  """Returns what `train` runs; compile once, train with many seeds."""
-  driver = parallel.make_driver('none') if driver is None else driver
-  data = driver.put(task.data)
-  eval_data = driver.get(data)
-  compiled = {}
-  steps = make_steps(task, method)
+  """Deprecated: `Program`."""
+  _warn('make_program', 'Program(task, method, settings, driver)')
+  return Program(task, method, settings, driver or parallel.Driver())
 
-  def prepare(state, key, start, num, batches=()):
-    if num not in compiled:
 
-      def run(state, data, key, start, batches):
-        return steps(state, data, key, start, num, batches)
+def make_params(task: task_lib.Task) -> Callable[..., Any]:
+  """Deprecated: `init_params`."""
+  _warn('make_params', 'init_params(task, key, weights)')
+  return functools.partial(init_params, task)
 
-      compiled[num] = driver.compile(run, (state, data, key, start, batches))
-    return lambda state, key, start, batches=(): compiled[num](
-        state, data, key, start, batches
-    )
 
-  marks = method.per_client or (lambda state: None)
-  get = lambda state: driver.get(state, marks(state))
-  evaluate = make_evaluate(task, method, settings)
-  jit_params = jax.jit(method.params)
-  split = test_split(task)
-  jit_evaluate = jax.jit(evaluate)
-  jit_test = jax.jit(lambda p, data: of_split(task, p, data, split))
-  jit_start = jax.jit(make_start(task, method))
-  return Program(
-      task,
-      method,
-      driver,
-      settings,
-      data,
-      prepare,
-      lambda key: jit_start(key, task.weights),
-      lambda state: driver.put(state, marks(state)),
-      get,
-      lambda state: jit_params(get(state)),
-      lambda params: jit_evaluate(params, eval_data),
-      lambda params: {
-          f'{split}_{name}': value
-          for name, value in jit_test(params, eval_data).items()
-      },
+def _warn(old: str, new: str) -> None:
+  warnings.warn(
+      f'loop.{old} is loop.{new} now; the old name goes with the next version.',
+      DeprecationWarning,
+      stacklevel=3,
   )
-
-
-def make_steps(
-    task: task_lib.Task, method: methods.Method
-) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
-  """Returns (state, data, key, start, num) -> (state, metrics of num steps).
-
-  A further argument are the num batches of a stream, stacked.
-  """
-
-  def steps(state, data, key, start, num, batches=()):
-    if task.batch is None and not jax.tree.leaves(batches):
-      raise ValueError(f'Expected batches of the stream of {task.name}.')
-    batch_key = jax.random.fold_in(key, _BATCH)
-
-    def body(state, inputs):
-      step, batch = inputs
-      if task.batch is not None:
-        batch = task.batch(data, batch_key, step)
-      noise = noise_key(key, step)
-      return method.step(state, batch, noise, data.get('train'))
-
-    inputs = start + jnp.arange(num), batches
-    return jax.lax.scan(body, state, inputs)
-
-  return steps
 
 
 def method_key(key: jax.Array) -> jax.Array:
@@ -206,33 +263,30 @@ def noise_key(key: jax.Array, step: Any) -> jax.Array:
   return jax.random.fold_in(jax.random.fold_in(key, _NOISE), step)
 
 
-def make_start(
-    task: task_lib.Task, method: methods.Method
-) -> Callable[..., Any]:
-  """Returns (run's key, task.weights) -> state of the method at step 0."""
-
-  def start(key, weights=None):
-    params = make_params(task)(key, weights)
-    return method.init(method_key(key), params)
-
-  return start
+def start(
+    task: task_lib.Task,
+    method: methods.Method,
+    key: jax.Array,
+    weights: Any = None,
+) -> Any:
+  """Returns the state of the method at step 0, see `init_params`."""
+  return method.init(method_key(key), init_params(task, key, weights))
 
 
-def make_params(task: task_lib.Task) -> Callable[..., Any]:
-  """Returns (run's key, task.weights) -> params at step 0.
+def init_params(
+    task: task_lib.Task, key: jax.Array, weights: Any = None
+) -> Any:
+  """Returns the params at step 0.
 
-  Weights are an argument: as constants of what is compiled they would be copied
-  into the program.
+  Args:
+    task: whose weights they are.
+    key: of the run.
+    weights: task.weights, as an argument: as constants of what is compiled they
+      would be copied into the program.
   """
-
-  def params(key, weights=None):
-    return (
-        task.init(jax.random.fold_in(key, _INIT))
-        if weights is None
-        else weights
-    )
-
-  return params
+  return (
+      task.init(jax.random.fold_in(key, _INIT)) if weights is None else weights
+  )
 
 
 def test_split(task: task_lib.Task) -> str | None:
@@ -249,29 +303,29 @@ def of_split(
   return task_lib.evaluate(task, params, data, split)
 
 
-def make_evaluate(
-    task: task_lib.Task, method: methods.Method, settings: Settings
-) -> Callable[..., dict[str, jax.Array]]:
-  """Returns (params, data) -> metrics of all splits but the test split."""
-
-  def evaluate(params, data):
-    metrics: dict[str, Any] = {}
-    if settings.eval_gradient:
-      value = lambda p, batch: task.loss(p, batch, None)
-      grad_fn = jax.value_and_grad(value, has_aux=True)
-      _, grad = parts.chunked(grad_fn, task.chunk)(params, data['train'])
-      squares = jax.tree.map(
-          lambda moves, g: jnp.vdot(g, g) if moves else 0.0,
-          method.trained(params),
-          grad,
-      )
-      metrics['grad_norm_sq'] = sum(jax.tree.leaves(squares))
-    for split in sorted(data.keys() - {'test', 'clients'}):
-      for name, value in task_lib.evaluate(task, params, data, split).items():
-        metrics[f'{split}_{name}'] = value
-    return metrics
-
-  return evaluate
+def evaluate(
+    task: task_lib.Task,
+    method: methods.Method,
+    settings: Settings,
+    params: Any,
+    data: Any,
+) -> dict[str, jax.Array]:
+  """Returns the metrics of all splits but the test split."""
+  metrics: dict[str, Any] = {}
+  if settings.eval_gradient:
+    value = lambda p, batch: task.loss(p, batch, None)
+    grad_fn = jax.value_and_grad(value, has_aux=True)
+    _, grad = parts.chunked(grad_fn, task.chunk)(params, data['train'])
+    squares = jax.tree.map(
+        lambda moves, g: jnp.vdot(g, g) if moves else 0.0,
+        method.trained(params),
+        grad,
+    )
+    metrics['grad_norm_sq'] = sum(jax.tree.leaves(squares))
+  for split in sorted(data.keys() - {'test', 'clients'}):
+    for name, value in task_lib.evaluate(task, params, data, split).items():
+      metrics[f'{split}_{name}'] = value
+  return metrics
 
 
 def judge(
@@ -307,7 +361,7 @@ def train(
   """Trains to the end, resuming from the newest checkpoint of `workdir`.
 
   Args:
-    program: see `make_program`.
+    program: see `Program`.
     seed: of the method, the minibatches and the noise.
     workdir: directory of the run.
     config: JSON record of the run; a workdir of another one is refused.
@@ -324,15 +378,89 @@ def train(
     SystemExit: 143 after a SIGTERM, 130 after a SIGINT, once a checkpoint is
       saved.
   """
-  with directory.hold(workdir):
+  settings, key = program.settings, jax.random.key(seed)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(directory.hold(workdir))
     checkpoint.compare_config(workdir, config)
-    summary = finished(workdir, program.settings.num_steps)
+    summary = finished(workdir, settings.num_steps)
     checkpoint.check_config(workdir, config)
-    if summary is None:
-      summary = _train(program, seed, workdir, facts)
-  if 'diverged' in summary:
-    raise DivergedError(summary['diverged'])
-  return summary
+    if summary is not None and 'diverged' in summary:
+      raise DivergedError(summary['diverged'])
+    if summary is not None:
+      return summary
+    # Before all else: an interrupt within a compilation would end in jax's errors.
+    terminated = stack.enter_context(_catch_signals())
+    stream = program.task.stream(seed) if program.task.stream else None
+    saver, state, best, progress = _restored(
+        program, workdir, key, stream, stack
+    )
+    # Of fewer steps: the run is not finished any more.
+    (workdir / 'summary.json').unlink(missing_ok=True)
+    log = stack.enter_context(metrics_log.MetricsLog(workdir, progress.step))
+    bar = stack.enter_context(_bar(settings, progress.step))
+    begun = time.perf_counter() - progress.seconds
+    saved = progress.step
+    try:
+      # After a resume, too: it compiles what `seconds` is not to hold.
+      first = _evaluate(program, state)
+      if progress.step == 0:
+        log.write(0, first)
+      while (num := _num_next(program, progress)) > 0:
+        batches = _stacked(stream, num)
+        run = program.prepare(state, key, progress.step, num, batches)
+        since = time.perf_counter()
+        state, metrics = run(state, key, progress.step, batches)
+        line = _means(program.driver.get(metrics), progress.step)
+        step = progress.step + num
+        if step % settings.eval_every == 0 or step == settings.num_steps:
+          line |= _check_line(_evaluate(program, state), step)
+        seconds = progress.seconds + time.perf_counter() - since
+        progress = progress._replace(step=step, seconds=seconds)
+        if 'train_loss' in line:
+          is_best, drops, progress = _judged(line, progress, settings)
+          if is_best and settings.patience:  # A copy: the state is donated.
+            best = jax.tree.map(jnp.copy, program.params(state))
+          if drops:
+            scale = state.lr_scale * settings.plateau_factor
+            state = state._replace(lr_scale=scale)
+        if settings.recipe and program.method.chain is not None:
+          _save_link(program, workdir, state, step)
+        log.write(step, line)
+        _show(bar, step, line)
+        every = settings.checkpoint_every
+        is_due = every and step % every == 0
+        if is_due or terminated or step == settings.num_steps:
+          _save(saver, program.get(state), best, progress)
+          saved = step
+        if step < settings.num_steps:
+          _end_if_terminated(
+              terminated, f'a checkpoint of step {step} is saved'
+          )
+      if saved < progress.step:
+        _save(saver, program.get(state), best, progress)
+    except DivergedError as e:
+      spent = time.perf_counter() - begun
+      summary = {'diverged': str(e), 'seconds': spent, **facts}
+      files.write_json(workdir / 'summary.json', summary)
+      raise
+    log.close()
+    if settings.recipe:
+      _save_recipe(program, workdir, key, state)
+    params = best if settings.patience else program.params(state)
+    summary = {
+        'step': progress.step,
+        'stopped': progress.step < settings.num_steps,
+        'best_step': progress.best_step,
+        'seconds': progress.seconds,
+        **facts,
+        'peak_memory_bytes': _peak_memory(),
+        'device': jax.devices()[0].device_kind,
+        **_floats(program.evaluate(params)),
+        **_floats(program.test(params)),
+    }
+    files.write_json(workdir / 'summary.json', summary)
+    _end_if_terminated(terminated, 'the run is finished')
+    return summary
 
 
 def finished(workdir: pathlib.Path, num_steps: int) -> dict[str, Any] | None:
@@ -369,189 +497,106 @@ def _check_length(workdir: pathlib.Path, step: int, num_steps: int) -> None:
     )
 
 
-def _train(
+def _restored(
     program: Program,
-    seed: int,
     workdir: pathlib.Path,
-    facts: Mapping[str, Any],
-) -> dict[str, Any]:
-  """Trains and writes the summary, of a diverged run too; returns it."""
-  key = jax.random.key(seed)
-  with contextlib.ExitStack() as stack:
-    # First: an interrupt within a compilation would end in jax's own errors.
-    terminated = stack.enter_context(_catch_signals())
-    state = program.start(key)
-    base = make_params(program.task)(key, program.task.weights)
-    best = base if program.settings.patience else None
-    progress = Progress(0, 0, math.inf, 0, 0, 0.0)
-    stream = None
-    if program.task.stream is not None:
-      stream = program.task.stream(seed)
-    saver = stack.enter_context(
-        open_checkpoints(program, workdir, state, stream)
-    )
-    if saver.latest() is not None:
-      state, best, progress = restore(saver, program, state, base)
-    _check_length(workdir, progress.step, program.settings.num_steps)
-    state = program.put(state)
-    # Of fewer steps: the run is not finished any more.
-    (workdir / 'summary.json').unlink(missing_ok=True)
-    log = stack.enter_context(metrics_log.MetricsLog(workdir, progress.step))
-    bar = stack.enter_context(
-        tqdm.tqdm(
-            total=program.settings.num_steps,
-            initial=progress.step,
-            unit='step',
-            disable=not program.settings.progress,
-        )
-    )
-    begun = time.perf_counter()
-    try:
-      state, best, progress = _run_to_end(
-          program,
-          key,
-          state,
-          best,
-          progress,
-          stream,
-          saver,
-          log,
-          bar,
-          terminated,
-      )
-    except DivergedError as e:
-      spent = progress.seconds + time.perf_counter() - begun
-      summary = {'diverged': str(e), 'seconds': spent, **facts}
-      files.write_json(workdir / 'summary.json', summary)
-      return summary
-    log.close()
-    if program.settings.recipe:
-      _save_recipe(program, workdir, base, state)
-    params = best if program.settings.patience else program.params(state)
-    summary = {
-        'step': progress.step,
-        'stopped': progress.step < program.settings.num_steps,
-        'best_step': progress.best_step,
-        'seconds': progress.seconds,
-        **facts,
-        'peak_memory_bytes': _peak_memory(),
-        'device': jax.devices()[0].device_kind,
-        **_floats(program.evaluate(params)),
-        **_floats(program.test(params)),
-    }
-    files.write_json(workdir / 'summary.json', summary)
-    _end_if_terminated(terminated, 'the run is finished')
-  return summary
-
-
-def _run_to_end(
-    program: Program,
     key: jax.Array,
-    state: Any,
-    best: Any,
-    progress: Progress,
     stream: task_lib.Stream | None,
-    saver: checkpoint.Checkpointer,
-    log: metrics_log.MetricsLog,
-    bar: Any,
-    terminated: list[int],
-) -> tuple[Any, Any, Progress]:
-  """Runs dispatches, evaluations and checkpoints until the run ends."""
-  settings = program.settings
-  last_save = progress.step
-  # After a resume, too: it compiles what `seconds` is not to hold.
-  first = _evaluate(program, state)
-  if progress.step == 0:
-    log.write(0, first)
-  while progress.step < settings.num_steps:
-    if settings.patience and progress.stale >= settings.patience:
-      break
-    state, line, progress = _advance(program, key, state, progress, stream)
-    step = progress.step
-    if 'train_loss' in line:
-      loss = line.get('validation_loss', line['train_loss'])
-      is_best, stale, flat, drops = judge(
-          loss, progress.best_loss, progress.stale, progress.flat, settings
-      )
-      progress = progress._replace(stale=int(stale), flat=int(flat))
-      if is_best:
-        progress = progress._replace(best_step=step, best_loss=loss)
-      if is_best and settings.patience:
-        best = jax.tree.map(
-            jnp.copy, program.params(state)
-        )  # State is donated.
-      if drops:
-        scale = state.lr_scale * settings.plateau_factor
-        state = state._replace(lr_scale=scale)
-    if settings.recipe and program.method.chain is not None:
-      _save_link(program, log.directory, state, step)
-    log.write(step, line)
-    bar.update(step - bar.n)
-    bar.set_postfix({k: f'{v:.4g}' for k, v in line.items() if k in _SHOWN})
-    is_due = settings.checkpoint_every and not step % settings.checkpoint_every
-    if is_due or terminated or step == settings.num_steps:
-      _save(saver, program.get(state), best, progress)
-      last_save = step
-    if step < settings.num_steps:
-      _end_if_terminated(terminated, f'a checkpoint of step {step} is saved')
-  if last_save < progress.step:
-    _save(saver, program.get(state), best, progress)
-  return state, best, progress
+    stack: contextlib.ExitStack,
+) -> tuple[checkpoint.Checkpointer, Any, Any, Progress]:
+  """Returns checkpoints, state, best params and progress to go on from."""
+  state = program.start(key)
+  base = init_params(program.task, key, program.task.weights)
+  best = base if program.settings.patience else None
+  progress = Progress(0, 0, math.inf, 0, 0, 0.0)
+  saver = stack.enter_context(open_checkpoints(program, workdir, state, stream))
+  if saver.latest() is not None:
+    state, best, progress = restore(saver, program, state, base)
+  _check_length(workdir, progress.step, program.settings.num_steps)
+  return saver, program.put(state), best, progress
 
 
-def _advance(
-    program: Program,
-    key: jax.Array,
-    state: Any,
-    progress: Progress,
-    stream: task_lib.Stream | None,
-) -> tuple[Any, dict[str, float], Progress]:
-  """Runs one dispatch and the evaluation that is due after it."""
-  settings, start = program.settings, progress.step
-  num = _next_event(start, program) - start
-  batches: Any = ()
-  if stream is not None:
-    rows = [next(stream) for _ in range(num)]
-    batches = jax.tree.map(lambda *xs: np.stack(xs), *rows)
-  run = program.prepare(state, key, start, num, batches)
-  begun = time.perf_counter()
-  state, metrics = run(state, key, start, batches)
-  metrics = {name: np.asarray(value) for name, value in metrics.items()}
-  _check_finite(metrics['loss'], start)
-  step = start + num
-  line = {name: float(value.mean()) for name, value in metrics.items()}
-  line |= {
-      name: float(value[-1])
-      for name, value in metrics.items()
-      if name in methods.CUMULATIVE
-  }
-  if step % settings.eval_every == 0 or step == settings.num_steps:
-    line |= _evaluate(program, state)
-    for name in {'grad_norm_sq', 'train_loss'} & line.keys():
-      if not math.isfinite(line[name]):
-        raise DivergedError(
-            f'Expected a finite {name}, got {line[name]} at step {step}.'
-        )
-  seconds = progress.seconds + time.perf_counter() - begun
-  return state, line, progress._replace(step=step, seconds=seconds)
+def _bar(settings: Settings, step: int) -> tqdm.tqdm:
+  """Returns a progress bar of the steps."""
+  return tqdm.tqdm(
+      total=settings.num_steps,
+      initial=step,
+      unit='step',
+      disable=not settings.progress,
+  )
 
 
 _SHOWN = ('loss', 'accuracy', 'validation_accuracy', 'validation_loss')
 
 
-def _next_event(step: int, program: Program) -> int:
-  """Returns the next step at which a dispatch ends.
+def _show(bar: tqdm.tqdm, step: int, line: Mapping[str, float]) -> None:
+  bar.update(step - bar.n)
+  bar.set_postfix({k: f'{v:.4g}' for k, v in line.items() if k in _SHOWN})
 
-  It depends on `step` alone, so a resumed run has the dispatches of the
+
+def _num_next(program: Program, progress: Progress) -> int:
+  """Returns the steps of the next dispatch, 0 at the end of the run.
+
+  It depends on `progress` alone, so a resumed run has the dispatches of the
   uninterrupted one.
   """
   settings, chain = program.settings, program.method.chain
+  if settings.patience and progress.stale >= settings.patience:
+    return 0
   cadences = [settings.eval_every, settings.steps_per_dispatch]
   cadences += [settings.checkpoint_every] if settings.checkpoint_every else []
   if settings.recipe and chain is not None and chain.policy.period:
     cadences.append(chain.policy.period)
-  ends = [(step // every + 1) * every for every in cadences]
-  return min(settings.num_steps, *ends)
+  ends = [(progress.step // every + 1) * every for every in cadences]
+  return min(settings.num_steps, *ends) - progress.step
+
+
+def _stacked(stream: task_lib.Stream | None, num: int) -> Any:
+  """Returns the next batches of a stream, stacked."""
+  if stream is None:
+    return ()
+  rows = [next(stream) for _ in range(num)]
+  return jax.tree.map(lambda *xs: np.stack(xs), *rows)
+
+
+def _means(metrics: Mapping[str, Any], start: int) -> dict[str, float]:
+  """Returns the metrics of a dispatch: means, of sums over all steps the last."""
+  arrays = {name: np.asarray(value) for name, value in metrics.items()}
+  bad = np.flatnonzero(~np.isfinite(arrays['loss']))
+  if bad.size:
+    raise DivergedError(
+        f'Expected a finite loss, got {arrays["loss"][bad[0]]} at step'
+        f' {start + int(bad[0])}: lower the learning rate; the last good'
+        ' checkpoint is kept.'
+    )
+  return {
+      name: float(x[-1] if name in methods.CUMULATIVE else x.mean())
+      for name, x in arrays.items()
+  }
+
+
+def _check_line(line: dict[str, float], step: int) -> dict[str, float]:
+  """Returns what an evaluation has found, if training is not to stop for it."""
+  for name in {'grad_norm_sq', 'train_loss'} & line.keys():
+    if not math.isfinite(line[name]):
+      raise DivergedError(
+          f'Expected a finite {name}, got {line[name]} at step {step}.'
+      )
+  return line
+
+
+def _judged(
+    line: Mapping[str, float], progress: Progress, settings: Settings
+) -> tuple[bool, bool, Progress]:
+  """Returns whether params are the best and the rate drops, and the progress."""
+  loss = line.get('validation_loss', line['train_loss'])
+  is_best, stale, flat, drops = judge(
+      loss, progress.best_loss, progress.stale, progress.flat, settings
+  )
+  progress = progress._replace(stale=int(stale), flat=int(flat))
+  if is_best:
+    progress = progress._replace(best_step=progress.step, best_loss=loss)
+  return bool(is_best), bool(drops), progress
 
 
 def _evaluate(program: Program, state: Any) -> dict[str, float]:
@@ -573,7 +618,7 @@ def _save_link(
 
 
 def _save_recipe(
-    program: Program, workdir: pathlib.Path, base: Any, state: Any
+    program: Program, workdir: pathlib.Path, key: jax.Array, state: Any
 ) -> None:
   """Completes the recipe of a finished run."""
   chain = program.method.chain
@@ -587,21 +632,12 @@ def _save_recipe(
     recipes.save_link(
         folder, num_links - 1, recipes.trained_factors(final, chain)
     )
+  base = init_params(program.task, key, program.task.weights)
   links = [recipes.load_link(folder, i) for i in range(num_links)]
   recipes.save_recipe(
       folder,
       recipes.make_recipe(base, chain, final.key, links, final),
   )
-
-
-def _check_finite(losses: np.ndarray, start: int) -> None:
-  bad = np.flatnonzero(~np.isfinite(losses))
-  if bad.size:
-    raise DivergedError(
-        f'Expected a finite loss, got {losses[bad[0]]} at step'
-        f' {start + int(bad[0])}: lower the learning rate; the last good'
-        ' checkpoint is kept.'
-    )
 
 
 def _save(
@@ -622,17 +658,21 @@ def _save(
 def save_end(
     program: Program,
     workdir: pathlib.Path,
-    result: Any,
+    state: Any,
+    best: Any,
+    progress: Progress,
 ) -> None:
-  """Saves the end of a run that was trained together with others, `Result`."""
-  if 'diverged' in result.summary:
-    return
-  names = ('step', 'best_step', 'seconds')
-  progress = Progress(0, 0, math.inf, 0, 0, 0.0)._replace(
-      **{name: result.summary[name] for name in names}
-  )
-  with open_checkpoints(program, workdir, result.state) as saver:
-    _save(saver, result.state, result.best, progress)
+  """Saves the end of a run that was trained elsewhere, as `train` does.
+
+  Args:
+    program: of the run.
+    workdir: its directory.
+    state: of the method, after the last step.
+    best: params of the lowest validation loss; None without patience.
+    progress: at the end.
+  """
+  with open_checkpoints(program, workdir, state) as saver:
+    _save(saver, state, best, progress)
 
 
 def checkpoint_tree(
@@ -653,16 +693,14 @@ def open_checkpoints(
   """Returns the checkpoints of a run of the program.
 
   Args:
-    program: see `make_program`.
+    program: see `Program`.
     workdir: directory of the run.
     state: at step 0, as `program.start` returns it: what the method never moves
       is not stored, but compared with it.
     stream: whose place is stored beside the state.
   """
-  frozen = {}
-  if program.method.frozen is not None:
-    marks = {'method': program.method.frozen(state)}
-    frozen = checkpoint.marked({'method': state}, marks)
+  marks = {'method': program.method.frozen(state)}
+  frozen = checkpoint.marked({'method': state}, marks)
   return checkpoint.Checkpointer(
       workdir, program.settings.max_to_keep, frozen, stream
   )
@@ -675,7 +713,7 @@ def restore(
 
   Args:
     saver: see `open_checkpoints`.
-    program: see `make_program`.
+    program: see `Program`.
     state: at step 0.
     params: of their shapes.
   """

@@ -8,7 +8,9 @@ that multiplies every update, for the loop to lower on plateaus.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ import optax
 
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import averaging
-from bernoulli_lora_jax import chain
+from bernoulli_lora_jax import chain as chain_lib
 from bernoulli_lora_jax import estimators
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import matrices as matrices_lib
@@ -39,22 +41,54 @@ ADAPTERS = (
 )
 
 
-class Method(NamedTuple):
-  """How params move; `full` is the training split, the batch of grad f."""
+class Method(Protocol):
+  """How params move: what `loop` asks of a frozen value.
 
-  init: Callable[[jax.Array, Any], Any]  # (key, params) -> state
-  # (state, batch, key, full) -> (state, metrics): loss, data_passes and more.
-  step: Callable[..., tuple[Any, dict[str, jax.Array]]]
-  params: Callable[[Any], Any]  # (state) -> params, merged.
-  trained: Callable[[Any], Any]  # (params) -> tree of bool: leaves that move.
-  passes_per_step: (
-      float  # Data passes of a step in the mean: 1 a full gradient.
-  )
-  chain: adapters.Chain | None = None  # Of adapter mode.
-  # (state) -> tree of bool: leaves with a leading axis of clients. None: none.
-  per_client: Callable[[Any], Any] | None = None
-  # (state) -> tree of bool: leaves that stay as they are at step 0. None: none.
-  frozen: Callable[[Any], Any] | None = None
+  Attributes:
+    passes_per_step: data passes of a step in the mean: 1 a full gradient.
+    chain: of adapter mode.
+  """
+
+  @property
+  def passes_per_step(self) -> float:
+    ...
+
+  @property
+  def chain(self) -> adapters.Chain | None:
+    ...
+
+  def init(self, key: jax.Array, params: Any) -> Any:
+    """Returns the state at step 0, of copies: the loop donates it."""
+    ...
+
+  def step(
+      self, state: Any, batch: Any, key: jax.Array, full: Any
+  ) -> tuple[Any, dict[str, jax.Array]]:
+    """Returns the next state and metrics: loss, data_passes and more.
+
+    Args:
+      state: of the method.
+      batch: of the task.
+      key: of the step's noise.
+      full: the training split, the batch of grad f.
+    """
+    ...
+
+  def params(self, state: Any) -> Any:
+    """Returns the params, merged."""
+    ...
+
+  def trained(self, params: Any) -> Any:
+    """Returns a tree of bool: the leaves that move."""
+    ...
+
+  def per_client(self, state: Any) -> Any:
+    """Returns a tree of bool: the leaves with a leading axis of clients."""
+    ...
+
+  def frozen(self, state: Any) -> Any:
+    """Returns a tree of bool: the leaves that stay as they are at step 0."""
+    ...
 
 
 class Steps(NamedTuple):
@@ -82,6 +116,89 @@ class AdapterMethodState(NamedTuple):
   lr_scale: jax.Array  # shape=(), float32; multiplies the updates.
 
 
+@dataclasses.dataclass(frozen=True)
+class GradientMethod:
+  """Moves params along an estimated gradient; see `gradient_method`."""
+
+  loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+  make_tx: Callable[[jax.Array], optax.GradientTransformation]
+  estimator: str
+  small_cost: float  # Data passes of a step without a full gradient.
+  passes_per_step: float
+  page_prob: float
+  momentum: float
+  num_micro_batches: int
+  chunk: int
+  is_trained: Callable[[Any], Any] | None
+  driver: parallel.Driver
+  chain: None = None  # Of adapter mode.
+
+  def tx(self, key: jax.Array) -> optax.GradientTransformationExtraArgs:
+    """Returns the estimator before the transformation of the estimate."""
+    keys = [jax.random.fold_in(key, i) for i in range(2)]
+    first = optax.identity()
+    if self.estimator == 'page':
+      first = estimators.page(keys[0], prob=self.page_prob)
+    elif self.estimator == 'mvr':
+      first = estimators.mvr(momentum=self.momentum)
+    return optax.chain(first, self.make_tx(keys[1]))
+
+  def init(self, key: jax.Array, params: Any) -> GradientState:
+    copy = jax.tree.map(jnp.array, params)
+    zero = jnp.zeros([], jnp.int32)
+    return GradientState(
+        copy,
+        self.tx(key).init(averaging.trained_part(copy, self.is_trained)),
+        jnp.zeros([]),
+        jnp.ones([]),
+        Steps(zero, jnp.copy(zero)),
+    )
+
+  def step(
+      self, state: GradientState, batch: Any, key: jax.Array, full: Any
+  ) -> tuple[GradientState, dict[str, jax.Array]]:
+    of = functools.partial(_value_and_grad, self.loss, state.params, key)
+    mean = functools.partial(_mean, self, of, self.driver.shard(batch))
+    full_mean = functools.partial(_full_mean, self, of, full)
+    ours = averaging.trained_part(state.params, self.is_trained)
+    first = full_mean if self.estimator == 'gd' else mean
+    (value, metrics), grads = first(ours)
+    updates, opt_state = self.tx(jax.random.key(0)).update(
+        grads,
+        state.opt_state,
+        ours,
+        grad_fn=lambda ours: mean(ours)[1],
+        full_grad_fn=lambda ours: full_mean(ours)[1],
+    )
+    is_full = self.estimator == 'gd'
+    if self.estimator == 'page':
+      is_full = optax.tree.get(opt_state, 'is_full')
+    steps = counted(state.steps, is_full)
+    updates = scaled(updates, state.lr_scale)
+    state = GradientState(
+        averaging.joined(state.params, optax.apply_updates(ours, updates)),
+        opt_state,
+        data_passes_of(steps, self.small_cost),
+        state.lr_scale,
+        steps,
+    )
+    metrics = task_lib.metrics_of(metrics)
+    return state, {'loss': value, **metrics, 'data_passes': state.data_passes}
+
+  def params(self, state: GradientState) -> Any:
+    return jax.tree.map(jnp.copy, state.params)  # A donated state's.
+
+  def trained(self, params: Any) -> Any:
+    return (self.is_trained or all_true)(params)
+
+  def per_client(self, state: GradientState) -> Any:
+    return none_marked(state)
+
+  def frozen(self, state: GradientState) -> Any:
+    marks = jax.tree.map(lambda t: not t, self.trained(state.params))
+    return none_marked(state)._replace(params=marks)
+
+
 def gradient_method(
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
     make_tx: Callable[[jax.Array], optax.GradientTransformation],
@@ -95,7 +212,7 @@ def gradient_method(
     chunk: int = 0,
     trained: Callable[[Any], Any] | None = None,
     driver: parallel.Driver | None = None,
-) -> Method:
+) -> GradientMethod:
   """Returns the method that moves params along an estimated gradient.
 
   Args:
@@ -114,9 +231,9 @@ def gradient_method(
     driver: None for one device.
 
   Returns:
-    A `Method`; its metrics are the loss before the step (of the minibatch, with
-    'gd' of all examples), those of `loss`, and data_passes so far (a full
-    gradient is 1, a small step of PAGE 2 b / N).
+    Its metrics are the loss before the step (of the minibatch, with 'gd' of all
+    examples), those of `loss`, and data_passes so far (a full gradient is 1, a
+    small step of PAGE 2 b / N).
 
   Raises:
     ValueError: an unknown estimator or an argument outside its range.
@@ -125,103 +242,59 @@ def gradient_method(
     raise ValueError(
         f'Expected method.estimator in {ESTIMATORS}, got {estimator!r}.'
     )
-  driver = parallel.make_driver('none') if driver is None else driver
   part = batch_size / num_samples
   prob = batch_size / (batch_size + num_samples)
   prob = prob if page_prob is None else page_prob
   small_cost = part if estimator == 'sgd' else 2 * part
-  mean_cost = {
-      'gd': 1.0,
-      'page': prob + (1 - prob) * small_cost,
-  }.get(estimator, small_cost)
-  moving = lambda params: averaging.trained_part(params, trained)
-
-  def tx(key: jax.Array) -> optax.GradientTransformationExtraArgs:
-    first = {
-        'page': lambda: estimators.page(jax.random.fold_in(key, 0), prob=prob),
-        'mvr': lambda: estimators.mvr(momentum=momentum),
-    }.get(estimator, optax.identity)
-    return optax.chain(first(), make_tx(jax.random.fold_in(key, 1)))
-
-  def value_and_grad(ours, batch, params, key):
-    """Differentiates by the trained leaves `ours` of the params."""
-    value_of = lambda ours: loss(averaging.joined(params, ours), batch, key)
-    return jax.value_and_grad(value_of, has_aux=True)(ours)
-
-  def mean_of(params, batch, key):
-    """Returns ours -> ((value, metrics), gradient), means over the batch."""
-    whole = lambda ours, batch: value_and_grad(ours, batch, params, key)
-    if num_micro_batches > 1:
-      whole = estimators.accumulate(whole, num_micro_batches)
-    return lambda ours: driver.average(whole(ours, batch))
-
-  def full_mean_of(params, full, key):
-    whole = lambda ours, batch: value_and_grad(ours, batch, params, key)
-    whole = parts.chunked(whole, chunk)
-
-    def full_mean(ours):
-      main, rest = _split(full, driver.num_devices)
-      first = driver.average(whole(ours, driver.shard(main)))
-      if rest is None:
-        return first
-      sizes = [parts.batch_size(x) for x in (main, rest)]
-      return parts.combined([first, whole(ours, rest)], sizes)
-
-    return full_mean
-
-  def init(key, params):
-    copy = jax.tree.map(jnp.array, params)  # The loop donates the state.
-    zero = jnp.zeros([], jnp.int32)
-    return GradientState(
-        copy,
-        tx(key).init(moving(copy)),
-        jnp.zeros([]),
-        jnp.ones([]),
-        Steps(zero, jnp.copy(zero)),
-    )
-
-  def step(state, batch, key, full):
-    mean = mean_of(state.params, driver.shard(batch), key)
-    full_mean = full_mean_of(state.params, full, key)
-    first = full_mean if estimator == 'gd' else mean
-    ours = moving(state.params)
-    (value, metrics), grads = first(ours)
-    updates, opt_state = tx(jax.random.key(0)).update(
-        grads,
-        state.opt_state,
-        ours,
-        grad_fn=lambda ours: mean(ours)[1],
-        full_grad_fn=lambda ours: full_mean(ours)[1],
-    )
-    is_full = estimator == 'gd'
-    if estimator == 'page':
-      is_full = optax.tree.get(opt_state, 'is_full')
-    steps = counted(state.steps, is_full)
-    updates = jax.tree.map(
-        lambda u: state.lr_scale.astype(u.dtype) * u, updates
-    )
-    state = GradientState(
-        averaging.joined(state.params, optax.apply_updates(ours, updates)),
-        opt_state,
-        data_passes_of(steps, small_cost),
-        state.lr_scale,
-        steps,
-    )
-    metrics = task_lib.metrics_of(metrics)
-    return state, {'loss': value, **metrics, 'data_passes': state.data_passes}
-
-  return Method(
-      init,
-      step,
-      lambda state: jax.tree.map(jnp.copy, state.params),  # A donated state's.
-      all_true if trained is None else trained,
-      mean_cost,
-      frozen=lambda state: none_marked(state)._replace(
-          params=jax.tree.map(
-              lambda t: not t, (trained or all_true)(state.params)
-          )
-      ),
+  mean_costs = {'gd': 1.0, 'page': prob + (1 - prob) * small_cost}
+  return GradientMethod(
+      loss,
+      make_tx,
+      estimator,
+      small_cost,
+      mean_costs.get(estimator, small_cost),
+      prob,
+      momentum,
+      num_micro_batches,
+      chunk,
+      trained,
+      driver or parallel.Driver(),
   )
+
+
+def _value_and_grad(
+    loss: Callable[..., Any], params: Any, key: jax.Array, ours: Any, batch: Any
+) -> Any:
+  """Returns (value, metrics), gradient by the trained leaves `ours` of params."""
+  value_of = lambda ours: loss(averaging.joined(params, ours), batch, key)
+  return jax.value_and_grad(value_of, has_aux=True)(ours)
+
+
+def _mean(
+    method: GradientMethod, of: Callable[..., Any], batch: Any, ours: Any
+) -> Any:
+  """Returns `of` as means over the minibatch, of which each device has a part."""
+  if method.num_micro_batches > 1:
+    of = estimators.accumulate(of, method.num_micro_batches)
+  return method.driver.average(of(ours, batch))
+
+
+def _full_mean(
+    method: GradientMethod, of: Callable[..., Any], full: Any, ours: Any
+) -> Any:
+  """Returns `of` as means over all examples, in chunks, shared by the devices."""
+  driver, of = method.driver, parts.chunked(of, method.chunk)
+  main, rest = _split(full, driver.num_devices)
+  first = driver.average(of(ours, driver.shard(main)))
+  if rest is None:
+    return first
+  sizes = [parts.batch_size(x) for x in (main, rest)]
+  return parts.combined([first, of(ours, rest)], sizes)
+
+
+def scaled(updates: Any, lr_scale: jax.Array) -> Any:
+  """Returns the updates times the scale of plateaus, in their own dtypes."""
+  return jax.tree.map(lambda u: lr_scale.astype(u.dtype) * u, updates)
 
 
 def counted(steps: Steps, is_full: bool | jax.Array) -> Steps:
@@ -236,6 +309,50 @@ def data_passes_of(steps: Steps, small_cost: float | jax.Array) -> jax.Array:
   return jnp.asarray(passes, jnp.result_type(float))
 
 
+@dataclasses.dataclass(frozen=True)
+class AdapterMethod:
+  """Trains adapters by minibatch gradients; see `adapter_method`."""
+
+  loss: Callable[..., Any]  # (params, factors, (batch, key)), see `inject`.
+  chain: adapters.Chain
+  passes_per_step: float
+  driver: parallel.Driver
+
+  def init(self, key: jax.Array, params: Any) -> AdapterMethodState:
+    # The key of the chain in `GradientMethod`: both modes draw the same.
+    state = adapters.init(self.chain, jax.random.fold_in(key, 1), params)
+    return AdapterMethodState(state, jnp.zeros([]), jnp.ones([]))
+
+  def step(
+      self, state: AdapterMethodState, batch: Any, key: jax.Array, full: Any
+  ) -> tuple[AdapterMethodState, dict[str, jax.Array]]:
+    del full
+    batch = self.driver.shard(batch)
+    inner, (value, metrics) = adapters.step(
+        self.chain, state.chain, self.loss, (batch, key), scale=state.lr_scale
+    )
+    passes = data_passes_of(Steps(0, inner.count), self.passes_per_step)
+    state = AdapterMethodState(inner, passes, state.lr_scale)
+    metrics = task_lib.metrics_of(metrics)
+    return state, {'loss': value, **metrics, 'data_passes': passes}
+
+  def params(self, state: AdapterMethodState) -> Any:
+    return adapters.merged_params(self.chain, state.chain)
+
+  def trained(self, params: Any) -> Any:
+    return adapted_leaves(self.chain, params)
+
+  def per_client(self, state: AdapterMethodState) -> Any:
+    return none_marked(state)
+
+  def frozen(self, state: AdapterMethodState) -> Any:
+    merges = self.chain.policy.period is not None
+    moves = self.trained(state.chain.params)
+    marks = jax.tree.map(lambda m: not (m and merges), moves)
+    unmarked = none_marked(state)
+    return unmarked._replace(chain=unmarked.chain._replace(params=marks))
+
+
 def adapter_method(
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
     policy: adapters.ChainPolicy,
@@ -247,7 +364,7 @@ def adapter_method(
     additive: bool = False,
     num_micro_batches: int = 1,
     driver: parallel.Driver | None = None,
-) -> Method:
+) -> AdapterMethod:
   """Returns the method that trains adapters by minibatch gradients.
 
   Args:
@@ -263,11 +380,11 @@ def adapter_method(
     driver: None for one device.
 
   Returns:
-    A `Method`; its metrics are the loss before the step, those of `loss`, and
-    data_passes so far.
+    Its metrics are the loss before the step, those of `loss`, and data_passes so
+    far.
   """
-  driver = parallel.make_driver('none') if driver is None else driver
-  links = adapters.make_chain(
+  driver = driver or parallel.Driver()
+  chain = adapters.make_chain(
       policy,
       tx,
       matrices,
@@ -281,39 +398,7 @@ def adapter_method(
       if additive
       else inject.by_product(keyed)
   )
-
-  def init(key, params):
-    # The key of the chain in `gradient_method`: both modes draw the same.
-    state = links.init(jax.random.fold_in(key, 1), params)
-    return AdapterMethodState(state, jnp.zeros([]), jnp.ones([]))
-
-  def frozen(state):
-    base = state.chain.params
-    merges = policy.period is not None
-    moves = adapted_leaves(links, base)
-    marks = jax.tree.map(lambda m: not (m and merges), moves)
-    unmarked = none_marked(state)
-    return unmarked._replace(chain=unmarked.chain._replace(params=marks))
-
-  def step(state, batch, key, full):
-    del full
-    inner, (value, metrics) = links.step(
-        state.chain, adapted, (driver.shard(batch), key), scale=state.lr_scale
-    )
-    passes = data_passes_of(Steps(0, inner.count), batch_size / num_samples)
-    state = AdapterMethodState(inner, passes, state.lr_scale)
-    metrics = task_lib.metrics_of(metrics)
-    return state, {'loss': value, **metrics, 'data_passes': passes}
-
-  return Method(
-      init,
-      step,
-      lambda state: links.params(state.chain),
-      lambda params: adapted_leaves(links, params),
-      batch_size / num_samples,
-      links,
-      frozen=frozen,
-  )
+  return AdapterMethod(adapted, chain, batch_size / num_samples, driver)
 
 
 def make_policy(
@@ -376,7 +461,7 @@ def make_transformation(
   known = ('rac_left', 'rac_right', 'bernoulli', 'full')
   if name not in known:
     raise ValueError(
-        f'Expected method.name in {known} in gradient mode, got' f' {name!r}.'
+        f'Expected method.name in {known} in gradient mode, got {name!r}.'
     )
   if weight_decay and name != 'full':
     raise ValueError(
@@ -396,7 +481,7 @@ def make_transformation(
         )
     else:
       txs.append(
-          chain.scale_by_bernoulli_chain(
+          chain_lib.scale_by_bernoulli_chain(
               key,
               rank=rank,
               prob=chain_prob(name, prob),

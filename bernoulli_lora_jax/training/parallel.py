@@ -102,30 +102,26 @@ class Driver:
     marks = jax.tree.map(lambda _: False, tree) if marks is None else marks
     return jax.device_put(jax.tree.map(take, tree, marks), self.devices[0])
 
-  def compile(
-      self, run: Callable[..., Any], args: tuple[Any, ...]
-  ) -> Callable[..., Any]:
-    """Returns run compiled for args; the state is donated.
+  def jit(self, run: Callable[..., Any], state: Any) -> Any:
+    """Returns run as a jitted function that donates the state.
 
     Args:
-      run: (state, data, key, start, batches) -> (state, metrics).
-      args: as `put` placed them.
+      run: (data, state, key, first, batches) -> (state, metrics).
+      state: as `put` placed it. It leaves a step where it entered it, split
+        leaves split.
     """
     if self.kind == 'pmap':
-      mapped = jax.pmap(
+      return jax.pmap(
           run,
           axis_name=_AXIS,
           in_axes=(0, 0, None, None, None),
-          donate_argnums=0,
+          donate_argnums=1,
           devices=list(self.devices),
       )
-      return _with_first_metrics(mapped.lower(*args).compile())
-    places: dict[str, Any] = {}
-    if self.kind == 'jit':
-      # The state leaves a step where it entered it, split leaves split.
-      placed = jax.tree.map(lambda x: x.sharding, args[0])
-      places = {'out_shardings': (placed, self._replicated())}
-    return jax.jit(run, donate_argnums=0, **places).lower(*args).compile()
+    if self.kind == 'none':
+      return jax.jit(run, donate_argnums=1)
+    places = jax.tree.map(lambda x: x.sharding, state), self._replicated()
+    return jax.jit(run, donate_argnums=1, out_shardings=places)
 
   def _replicated(self) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(_mesh(self.devices), _P())
@@ -164,13 +160,3 @@ def _mesh(devices: tuple[Any, ...]) -> jax.sharding.Mesh:
       axis_types=(jax.sharding.AxisType.Auto,),
       devices=list(devices),
   )
-
-
-def _with_first_metrics(mapped: Callable[..., Any]) -> Callable[..., Any]:
-  """Returns a mapped run with the metrics of one device, which all have."""
-
-  def run(*args):
-    state, metrics = mapped(*args)
-    return state, jax.tree.map(lambda x: x[0], metrics)
-
-  return run

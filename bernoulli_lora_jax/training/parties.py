@@ -127,7 +127,7 @@ def _local_rounds(
 
   def init():
     key = jax.random.fold_in(loop.method_key(run_key), 1)
-    return rounds.init(key, loop.make_params(task)(run_key, task.weights))
+    return rounds.init(key, loop.init_params(task, run_key, task.weights))
 
   begin = jax.jit(rounds.begin)
   finish = jax.jit(rounds.finish)
@@ -227,11 +227,11 @@ def _ef21(config: config_dict.ConfigDict, task: task_lib.Task) -> Parties:
     return payloads, (jax.tree.map(jnp.add, estimate, arrived), states)
 
   def zeros():
-    params = loop.make_params(task)(run_key, task.weights)
+    params = loop.init_params(task, run_key, task.weights)
     return jax.tree.map(jnp.zeros_like, moving(params))
 
   def init():
-    params = loop.make_params(task)(run_key, task.weights)
+    params = loop.init_params(task, run_key, task.weights)
     return Ef21View(params, tx.init(moving(params)), 0)
 
   def init_client():

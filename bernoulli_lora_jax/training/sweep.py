@@ -273,9 +273,10 @@ def _train_together(
     with metrics_log.MetricsLog(run.directory, 0, events=False) as log:
       for line in result.lines:
         log.write(int(line['step']), line)
-    if config.training.keep_weights:
+    if config.training.keep_weights and 'diverged' not in result.summary:
       program = experiment.make_program(run.config, task)
-      loop.save_end(program, run.directory, result)
+      end = result.state, result.best, result.progress
+      loop.save_end(program, run.directory, *end)
     facts = experiment.facts(run.config, task)
     files.write_json(
         run.directory / 'summary.json',

@@ -14,6 +14,7 @@ after another, within the same program.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
 import math
 import os
 import time
@@ -43,6 +44,7 @@ class Result(NamedTuple):
   summary: dict[str, Any]  # As in summary.json, without facts of the config.
   state: Any  # Of the method, after the last step.
   best: Any  # Params of the lowest validation loss; None without patience.
+  progress: loop.Progress  # At the end.
 
 
 class _Program(NamedTuple):
@@ -122,13 +124,13 @@ class _Parts(NamedTuple):
   one_by_one: bool
 
   def start(self, key, hyper, weights):
-    return loop.make_start(self.task, self.make_method(hyper))(key, weights)
+    return loop.start(self.task, self.make_method(hyper), key, weights)
 
   def steps(self, state, params, key, hyper, active, data, start):
     """Trains to the next evaluation; a run that has ended stays as it is."""
     method = self.make_method(hyper)
-    run = loop.make_steps(self.task, method)
-    new, metrics = run(state, data, key, start, self.settings.eval_every)
+    num = self.settings.eval_every
+    new, metrics = loop.steps(self.task, method, num, data, state, key, start)
     line = {name: value.mean() for name, value in metrics.items()}
     line |= {
         name: metrics[name][-1]
@@ -143,10 +145,9 @@ class _Parts(NamedTuple):
 
   def evaluate(self, method):
     """Returns (params, data) -> metrics of all splits, the test split too."""
-    evaluate = loop.make_evaluate(self.task, method, self.settings)
 
     def all_splits(params, data):
-      metrics = evaluate(params, data)
+      metrics = loop.evaluate(self.task, method, self.settings, params, data)
       split = loop.test_split(self.task)
       found = loop.of_split(self.task, params, data, split)
       for name, value in found.items():
@@ -249,7 +250,9 @@ def _train_group(
   begun = time.perf_counter()
   size, data = len(keys), task.data
   states = program.start(keys, hyper, task.weights)
-  init = jax.vmap(loop.make_params(task), (0, None), axis_size=size)
+  init = jax.vmap(
+      functools.partial(loop.init_params, task), (0, None), axis_size=size
+  )
   params = jax.jit(init)(keys, task.weights)
   best = jax.tree.map(jnp.copy, params)  # `params` is donated.
   final = program.evaluate(params, data)
@@ -315,6 +318,14 @@ def _train_group(
           jax.tree.map(lambda x, i=i: x[i], best)
           if settings.patience
           else None,
+          loop.Progress(
+              int(end[i]),
+              int(best_step[i]),
+              float(best_loss[i]),
+              int(stale[i]),
+              int(flat[i]),
+              seconds / count,
+          ),
       )
       for i in range(count)
   ]

@@ -1,0 +1,199 @@
+"""The pairs of thin factors of a chain of adapters: how they start, which train.
+
+A link begins with L R = 0: one factor of a pair is drawn and frozen (both may
+train), the other is zero. Shapes: left (*batch, m, r), right (*batch, r, n).
+"""
+
+from collections.abc import Sequence
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bernoulli_lora_jax import inject
+from bernoulli_lora_jax import links as links_lib
+from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax import merging
+from bernoulli_lora_jax import policies
+from bernoulli_lora_jax import sketches
+
+Adapted = policies.Adapted
+ChainPolicy = policies.ChainPolicy
+Pairs = merging.Pairs  # {path: {'left' and/or 'right': array}}
+
+_FACTOR = 2  # Purpose folded into a matrix's key; 0, 1: links.py.
+
+
+class Start(NamedTuple):
+  """The factors and coins with which a link begins."""
+
+  factors: Pairs  # Frozen and trained.
+  coins: dict[str, jax.Array]  # {path: shape=batch, True: left}; traced ones.
+
+
+def draw_link(
+    key: jax.Array,
+    link: int | jax.Array,
+    found: Sequence[Adapted],
+    policy: ChainPolicy,
+) -> Start:
+  """Returns the factors and coins with which a link begins.
+
+  Args:
+    key: typed PRNG key of the chain.
+    link: number of the link, from 0.
+    found: what is adapted.
+    policy: how it is drawn.
+
+  Returns:
+    A `Start`. The product of each pair is zero.
+  """
+  link_key = jax.random.fold_in(key, link)
+  # Of the factors' dtype: float8 promotes to nothing by itself.
+  matrices = [
+      one.matrix._replace(dtype=matrices_lib.wide(one.matrix.dtype))
+      for one in found
+  ]
+  if policy.side is None:
+    factors = [_both(link_key, one, policy) for one in found]
+    return Start(
+        dict(zip([m.path for m in matrices], factors, strict=True)), {}
+    )
+  drawn = links_lib.draw_links(
+      link_key,
+      matrices,
+      ranks=[one.rank for one in found],
+      probs=[one.prob for one in found if one.prob is not None],
+      sketch=policy.sketch,
+      shared_coin=policy.shared_coin,
+      frame=policy.frame,
+  )
+  coins = {
+      m.path: link.coin
+      for m, link in zip(matrices, drawn, strict=True)
+      if link.coin is not None
+  }
+  return Start(
+      {
+          one.matrix.path: _one_sided(one, link)
+          for one, link in zip(found, drawn, strict=True)
+      },
+      coins,
+  )
+
+
+def scaled(factors: Pairs, found: Sequence[Adapted]) -> dict[str, inject.Pair]:
+  """Returns the factors as losses see them: the scale s in the right one."""
+  return {
+      one.matrix.path: inject.Pair(
+          factors[one.matrix.path]['left'],
+          one.scale * factors[one.matrix.path]['right'],
+          one.matrix.axes,
+      )
+      for one in found
+  }
+
+
+def trained_pairs(factors: Pairs, found: Sequence[Adapted]) -> Pairs:
+  """Returns the factors that an optimiser sees."""
+  return {
+      one.matrix.path: {
+          side: factors[one.matrix.path][side] for side in one.trained
+      }
+      for one in found
+  }
+
+
+def joined(factors: Pairs, trained: Pairs) -> Pairs:
+  """Returns the factors with the trained ones replaced."""
+  return {path: {**factors[path], **trained[path]} for path in factors}
+
+
+def moving(trained: Pairs, coins: dict[str, jax.Array]) -> Pairs:
+  """Returns {path: {side: does it train?}}, broadcastable to the factors."""
+  always = jnp.ones((), bool)
+  moves = {}
+  for path, pair in trained.items():
+    moves[path] = {side: always for side in pair}
+    if path in coins:
+      is_left = coins[path][..., None, None]
+      moves[path] = {'left': ~is_left, 'right': is_left}
+  return moves
+
+
+def where(condition: Any, new: Any, old: Any) -> Any:
+  """Returns `new` where the condition, a tree like them, holds, else `old`."""
+  return jax.tree.map(jnp.where, condition, new, old)
+
+
+def without_product(
+    one: Adapted,
+    pair: dict[str, jax.Array],
+    coins: dict[str, jax.Array],
+    zero: str,
+) -> dict[str, jax.Array]:
+  """Returns a pair with L R = 0: what started from zero is zero again."""
+  zeros = jax.tree.map(jnp.zeros_like, pair)
+  if one.prob is None:
+    return {**pair, zero: zeros[zero]}
+  moves = moving({one.matrix.path: {s: pair[s] for s in one.trained}}, coins)
+  moves = moves[one.matrix.path]
+  return {**pair, **{s: jnp.where(moves[s], zeros[s], pair[s]) for s in moves}}
+
+
+def _both(key: jax.Array, one: Adapted, policy: ChainPolicy) -> dict[str, Any]:
+  """Returns the start of a pair that is trained on both sides."""
+  m = one.matrix
+  dtype = matrices_lib.wide(m.dtype)
+  side = 'left' if policy.zero == 'right' else 'right'
+  length = m.m if side == 'left' else m.n
+  keys = jax.vmap(lambda k: jax.random.fold_in(k, _FACTOR))(
+      links_lib.matrix_keys(key, [m])
+  )
+
+  def draw(key):
+    shape = (length, one.inner)
+    if policy.init == 'normal':
+      return jax.random.normal(key, shape, dtype)
+    bound = 1 / math.sqrt(length)
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  random = jax.vmap(draw)(keys).reshape(*m.batch, length, one.inner)
+  if side == 'left':
+    zero = jnp.zeros((*m.batch, one.inner, m.n), dtype)
+    return {'left': random, 'right': zero}
+  zero = jnp.zeros((*m.batch, m.m, one.inner), dtype)
+  return {'left': zero, 'right': random.mT}
+
+
+def _one_sided(one: Adapted, link: links_lib.Link) -> dict[str, jax.Array]:
+  """Returns the start of a pair of which one factor is frozen."""
+  m = one.matrix
+  dtype = matrices_lib.wide(m.dtype)
+  left = jnp.zeros((*m.batch, m.m, one.inner), dtype)
+  right = jnp.zeros((*m.batch, one.inner, m.n), dtype)
+  if link.is_left is not False:
+    left = _frozen(link.left, m.m, one, dtype)
+  if link.is_left is not True:
+    right = _frozen(link.right, m.n, one, dtype).mT
+  if link.coin is not None:
+    coin = link.coin[..., None, None]
+    left = jnp.where(coin, left, jnp.zeros((), dtype))
+    right = jnp.where(coin, jnp.zeros((), dtype), right)
+  return {'left': left, 'right': right}
+
+
+def _frozen(
+    basis: sketches.Basis, dim: int, one: Adapted, dtype: Any
+) -> jax.Array:
+  """Returns a basis as (*batch, dim, inner), with zero columns to the right."""
+  if basis is None:
+    basis = jnp.broadcast_to(
+        jnp.eye(dim, dtype=dtype), (*one.matrix.batch, dim, dim)
+    )
+  elif not sketches.is_frame(basis):
+    basis = jax.nn.one_hot(basis, dim, dtype=dtype).mT
+  missing = one.inner - basis.shape[-1]
+  widths = [(0, 0)] * (basis.ndim - 1) + [(0, missing)]
+  return jnp.pad(basis.astype(dtype), widths)
