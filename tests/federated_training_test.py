@@ -86,13 +86,24 @@ class RunTest(parameterized.TestCase):
     config = small_config(
         variant, training__parallel=driver, training__num_devices=4
     )
+    if driver == 'pmap':
+      with self.assertWarnsRegex(UserWarning, "got 'pmap': taking 'jit'"):
+        experiment.make_program(config)
     many, _, program = run(config)
+    self.assertEqual(program.driver.kind, 'jit')
     # Float32 sums in another order.
     chex.assert_trees_all_close(one, many, rtol=1e-4, atol=1e-5)
     state = program.put(program.start(jax.random.key(0)))
     if variant == 'ef21':  # Each device holds its own client's estimate.
       leaf, *_ = jax.tree.leaves(state.inner[1][0].estimates)
       self.assertEqual(leaf.addressable_shards[0].data.shape[0], 1)
+
+  def test_pmap_becomes_jit(self):
+    config = small_config('bernoulli', training__parallel='pmap')
+    config.federated.num_clients = 8
+    with self.assertWarnsRegex(UserWarning, "got 'pmap': taking 'jit'"):
+      program = experiment.make_program(config)
+    self.assertEqual(program.driver.kind, 'jit')
 
   @parameterized.parameters('ef21', 'bernoulli')
   @pytest.mark.slow
