@@ -45,11 +45,12 @@ from bernoulli_lora_jax import clients as clients_lib
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import parts
 from bernoulli_lora_jax import restart as restart_lib
+from bernoulli_lora_jax import wire
 
 _LOCAL, _ROUND = range(2)  # Purposes folded into the key of `step`.
-_BITS = 8
 
 Loss = Callable[..., tuple[jax.Array, Any]]
+check_wire, bits = wire.check, wire.bits  # Of what `to_wire` returns.
 
 
 class WeightsState(NamedTuple):
@@ -457,10 +458,8 @@ def to_wire(rounds: Rounds, state: Any, trained: Any) -> dict[str, np.ndarray]:
     trained: as `local` returns, or their mean.
   """
   if rounds.chain is None:
-    return {
-        path: np.array(leaf).reshape(-1)  # No view of a donated buffer.
-        for path, leaf in _paths(trained).items()
-    }
+    # No view of a donated buffer.
+    return wire.flatten(trained, lambda x: np.array(x).reshape(-1))
   arrays = {}
   for one in rounds.chain.adapted(state.params):
     path = one.matrix.path
@@ -484,14 +483,9 @@ def from_wire(rounds: Rounds, state: Any, arrays: dict[str, np.ndarray]) -> Any:
     ValueError: a path, shape, dtype or number that is not as expected, by path.
   """
   like = to_wire(rounds, state, rounds.trained(state))
-  check_wire(like, arrays)
+  wire.check(like, arrays)
   if rounds.chain is None:
-    start = rounds.trained(state)
-    leaves = [
-        jnp.asarray(arrays[path].reshape(leaf.shape))
-        for path, leaf in _paths(start).items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(start), leaves)
+    return wire.unflatten(arrays, rounds.trained(state))
   trained = jax.tree.map(np.array, rounds.trained(state))
   for one in rounds.chain.adapted(state.params):
     flat, offset = arrays[one.matrix.path], 0
@@ -501,35 +495,6 @@ def from_wire(rounds: Rounds, state: Any, arrays: dict[str, np.ndarray]) -> Any:
       trained[one.matrix.path][side][entry][box] = part.reshape(target.shape)
       offset += target.size
   return jax.tree.map(jnp.asarray, trained)
-
-
-def check_wire(
-    like: dict[str, np.ndarray], arrays: dict[str, np.ndarray]
-) -> None:
-  """Raises unless arrays have the paths, shapes and dtypes of `like`.
-
-  Raises:
-    ValueError: the first difference, or a number that is not finite, by path.
-  """
-  if arrays.keys() != like.keys():
-    raise ValueError(f'Expected {sorted(like)}, got {sorted(arrays)}.')
-  for path, expected in like.items():
-    given = arrays[path]
-    if given.shape != expected.shape or given.dtype != expected.dtype:
-      raise ValueError(
-          f'Expected {path} of {expected.shape} {expected.dtype}, got'
-          f' {given.shape} {given.dtype}.'
-      )
-    # Of JAX: NumPy does not count bfloat16 as floating.
-    if jnp.issubdtype(given.dtype, jnp.floating) and not (
-        np.isfinite(given).all()
-    ):
-      raise ValueError(f'Expected finite numbers in {path}, got others.')
-
-
-def bits(arrays: dict[str, np.ndarray]) -> int:
-  """Returns the size of what `to_wire` returns, in bits."""
-  return sum(_BITS * x.nbytes for x in arrays.values())
 
 
 def _mean_values(values: Any) -> Any:
@@ -633,12 +598,6 @@ def _boxes(one: adapters.Adapted, state: Any):
     for side in one.trained:
       if coins is None or bool(coins[entry]) == (side == 'right'):
         yield entry, side, boxes[side]
-
-
-def _paths(tree: Any) -> dict[str, Any]:
-  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-  names = matrices_lib.path_names([path for path, _ in flat])
-  return dict(zip(names, [leaf for _, leaf in flat], strict=True))
 
 
 def _checked_steps(num_steps: int | None) -> int:
