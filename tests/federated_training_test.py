@@ -86,9 +86,6 @@ class RunTest(parameterized.TestCase):
     config = small_config(
         variant, training__parallel=driver, training__num_devices=4
     )
-    if driver == 'pmap':
-      with self.assertWarnsRegex(UserWarning, "got 'pmap': taking 'jit'"):
-        experiment.make_program(config)
     many, _, program = run(config)
     self.assertEqual(program.driver.kind, 'jit')
     # Float32 sums in another order.
@@ -288,6 +285,7 @@ class TrafficTest(parameterized.TestCase):
       ('bernoulli', {}),
       ('lora', {}),
       ('ef21', {'method.period_passes': 0.1}),  # Links of two rounds.
+      ('ef21', {'method.name': 'rac_left'}),
       ('ef21', {'federated.start': 'zero', 'federated.concatenate': True}),
   )
   @pytest.mark.slow

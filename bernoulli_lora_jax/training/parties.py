@@ -154,11 +154,6 @@ def _make_local_rounds(
   return LocalRounds(task, rounds, loss, cohort, settings.num_steps, key)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _begin(rounds, state):
-  return rounds.begin(state)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _local(rounds, loss, state, run_key, clients, number):
   """Returns what one client trained in a round."""
@@ -168,14 +163,11 @@ def _local(rounds, loss, state, run_key, clients, number):
   return rounds.local(state, loss, client, key)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _finish(rounds, state, mean):
-  return rounds.finish(state, mean)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _params(rounds, state):
-  return rounds.params(state)
+_begin = jax.jit(lambda rounds, state: rounds.begin(state), static_argnums=0)
+_params = jax.jit(lambda rounds, state: rounds.params(state), static_argnums=0)
+_finish = jax.jit(
+    lambda rounds, state, mean: rounds.finish(state, mean), static_argnums=0
+)
 
 
 class Ef21View(NamedTuple):
@@ -406,7 +398,7 @@ class Thin:
   """How the update of a chain travels: thin factors, the rest by the seed."""
 
   rank: int
-  prob: float
+  prob: Any  # P(left).
   period: int
   sketch: sketches.Sketch
   shared_coin: bool
@@ -440,12 +432,10 @@ def _make_thin(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _links(thin, opt_state, tree):
-  """Returns the link of every matrix in the round of a chain's state."""
-  (state,) = chain_lib.states(opt_state)
+def _drawn(thin, key, tree):
   found = matrices_lib.find(tree, thin.matrices)
   return links_lib.draw_links(
-      jax.random.fold_in(state.key, jnp.asarray(state.count) // thin.period),
+      key,
       found,
       ranks=[thin.rank] * len(found),
       probs=[thin.prob] * len(found),
@@ -454,14 +444,22 @@ def _links(thin, opt_state, tree):
   )
 
 
+def _links(thin: Thin, opt_state: Any, tree: Any) -> list[tuple[Any, Any]]:
+  """Returns (matrix, link) of the round that a chain's state has come to."""
+  (state,) = chain_lib.states(opt_state)
+  key = jax.random.fold_in(state.key, jnp.asarray(state.count) // thin.period)
+  side = links_lib.known_side(thin.prob)  # `jit` makes an array of it.
+  links = [x._replace(is_left=side) for x in _drawn(thin, key, tree)]
+  return list(zip(matrices_lib.find(tree, thin.matrices), links, strict=True))
+
+
 def _packed(thin: Thin | None, opt_state: Any, updates: Any) -> Payload:
   """Returns what the server sends of an update."""
   arrays = wire.flatten({'': updates})
   if thin is None:
     return arrays
-  found = matrices_lib.find(updates, thin.matrices)
-  leaves, links = jax.tree.leaves(updates), _links(thin, opt_state, updates)
-  for m, link in zip(found, links, strict=True):
+  leaves = jax.tree.leaves(updates)
+  for m, link in _links(thin, opt_state, updates):
     factors = links_lib.compress(link, m.view(leaves[m.index]))
     arrays['/' + m.path] = links_lib.to_wire(link, factors, m.batch)
   return arrays
@@ -473,9 +471,9 @@ def _unpacked(
   """Returns the update of which `_packed` made the arrays."""
   if thin is None:
     return wire.unflatten(arrays, {'': like})['']
-  found, whole = matrices_lib.find(like, thin.matrices), dict(arrays)
-  zeros = links_lib.zero_factors(found, thin.rank, thin.prob)
-  for m, link in zip(found, _links(thin, opt_state, like), strict=True):
+  links, whole = _links(thin, opt_state, like), dict(arrays)
+  zeros = links_lib.zero_factors([m for m, _ in links], thin.rank, thin.prob)
+  for m, link in links:
     path = '/' + m.path
     factors = links_lib.from_wire(link, arrays[path], zeros[m.path], m.batch)
     factors = jax.tree.map(jnp.asarray, factors)
@@ -491,7 +489,8 @@ def _start(task: task_lib.Task, run_key: jax.Array) -> Any:
 
 def _evaluate(task: task_lib.Task, params: Any) -> dict[str, float]:
   """Returns the metrics of all splits."""
-  spec = task._replace(data=None, weights=None)
+  nothing: Any = ()  # Of a task what can be hashed.
+  spec = task._replace(data=nothing, weights=nothing)
   return {
       f'{split}_{name}': float(value)
       for split in sorted(task.data.keys() - {'clients'})
