@@ -628,10 +628,6 @@ def _round_keys(link_key: jax.Array, matrix: Matrix) -> jax.Array:
 # The family, and what a merge does, under one name for users.
 Target = policies.Target
 draw_link = factors_lib.draw_link
-trained_pairs = factors_lib.trained_pairs
-joined = factors_lib.joined
-moving = factors_lib.moving
-where = factors_lib.where
 scaled = factors_lib.scaled
 describe = policies.describe
 trained_numbers = policies.trained_numbers

@@ -20,15 +20,20 @@ missed means, or with W and the number of the round (`join`).
         state, adapted, clients, key)  # clients: arrays with a leading axis M
     params = rounds.params(state)
 
-`federated_weights` is the same with the whole weights trained (FedAvg).
+`federated_weights` is the same with the whole weights trained (FedAvg). Clients
+on several devices are an axis of their arrays, sharded under `jit` on a mesh whose
+axes are `jax.sharding.AxisType.Auto`:
+
+    split = jax.NamedSharding(mesh, jax.P('clients'))
+    state, values = step(state, adapted, jax.device_put(clients, split), key)
 
 Reference: McMahan et al., FedAvg, arXiv 1602.05629; Malinovsky et al., RAC-LoRA
 (Fed-RAC-LoRA), arXiv 2410.08305; Sokolov et al., arXiv 2508.03820.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-import functools
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,39 +42,16 @@ import optax
 
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import clients as clients_lib
+from bernoulli_lora_jax import factors as factors_lib
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import parts
 from bernoulli_lora_jax import restart as restart_lib
+from bernoulli_lora_jax import wire
 
 _LOCAL, _ROUND = range(2)  # Purposes folded into the key of `step`.
-_BITS = 8
 
-
-class Rounds(NamedTuple):
-  """Federated rounds as pure functions; `step` is all of them in one process.
-
-  Over a network every party keeps a state: `begin`, then clients call `local` and
-  send what it returns, the server averages, and all call `finish` with the mean.
-  """
-
-  num_local_steps: int
-  # (key, params, copy=True) -> state. With copy=False params become the state's:
-  # a donation deletes them. What is returned elsewhere is never deleted by one.
-  init: Callable[..., Any]
-  begin: Callable[[Any], Any]  # (state) -> state: merges, draws the next link.
-  # (state, loss, client, key) -> (trained, (value, aux)): K steps of one client,
-  # from a state that has begun; values are means over the steps.
-  local: Callable[..., tuple[Any, Any]]
-  finish: Callable[[Any, Any], Any]  # (state, mean of trained) -> state.
-  # (state, loss, clients, key, participants=None) -> (state, (value, aux)).
-  step: Callable[..., tuple[Any, Any]]
-  params: Callable[[Any], Any]  # (state) -> weights, merged.
-  trained: Callable[
-      [Any], Any
-  ]  # (state) -> trained tree as it is in the state.
-  # (state that has begun) -> numbers that one client sends up, and gets down.
-  sent_numbers: Callable[[Any], jax.Array]
-  chain: adapters.Chain | None
+Loss = Callable[..., tuple[jax.Array, Any]]
+check_wire, bits = wire.check, wire.bits  # Of what `to_wire` returns.
 
 
 class WeightsState(NamedTuple):
@@ -78,6 +60,222 @@ class WeightsState(NamedTuple):
   params: Any  # The server's weights.
   opt_state: Any  # As a client's at the start of a round.
   count: jax.Array  # shape=(), int32; local steps done.
+
+
+def _run_round(
+    self: 'Rounds',
+    state: Any,
+    loss: Loss,
+    stack: Any,
+    key: jax.Array,
+    participants: jax.Array | None = None,
+) -> tuple[Any, Any]:
+  """Returns (state, (value, aux)) after a round of all parties in one process.
+
+  Args:
+    state: of the rounds.
+    loss: see `federated_adapters`.
+    stack: all clients, arrays with a leading axis M.
+    key: typed PRNG key of the round, or of the run.
+    participants: mask of shape (M,), who takes part; None: all, or a cohort.
+
+  Raises:
+    ValueError: another number of clients, a mask beside a cohort.
+  """
+  clients = self.clients
+  _check_stack(stack, clients)
+  state = self.begin(state)
+  # With the count, so that the key of a run draws another cohort each round.
+  round_key = jax.random.fold_in(jax.random.fold_in(key, _ROUND), state.count)
+  present = clients_lib.present(clients, round_key, participants)
+  weights = clients_lib.effective_weights(clients, present, True)
+
+  def run(number, client):
+    return self.local(state, loss, client, client_key(key, number))
+
+  numbers = jnp.arange(clients.num_clients)
+  mean, values = _combined(*jax.vmap(run)(numbers, stack), weights)
+  is_empty = ~jnp.any(weights > 0)
+  mean = jax.tree.map(
+      lambda new, old: jnp.where(is_empty, old, new), mean, self.trained(state)
+  )
+  return self.finish(state, mean), values
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterRounds:
+  """Rounds of adapters, one link a round; see `federated_adapters`.
+
+  Their state is an `adapters.AdapterState`. Over a network every party keeps a state: `begin`, then clients call `local` and
+  send what it returns, the server averages, and all call `finish` with the mean.
+  `step` is all of them in one process.
+  """
+
+  chain: adapters.Chain
+  clients: clients_lib.Clients
+  num_local_steps: int
+
+  def init(self, key: jax.Array, params: Any, copy: bool = True) -> Any:
+    """Returns the state before the first round.
+
+    Args:
+      key: typed PRNG key of all links, the same for all parties.
+      params: base weights.
+      copy: whether they are copied; else they become the state's, and a donation
+        deletes them. What is returned elsewhere is never deleted by one.
+    """
+    state = self.chain.init(key, params, copy)
+    _check_optimizer(state.opt_state)
+    return state
+
+  def begin(self, state: Any) -> Any:
+    """Merges the last link, if it merges, and draws the next."""
+    return adapters.begin_link(self.chain, state)
+
+  def local(
+      self,
+      state: Any,
+      loss: Loss,
+      client: Any,
+      key: jax.Array,
+  ) -> tuple[Any, Any]:
+    """Returns what a client sends after K steps, and (value, aux) over them.
+
+    Args:
+      state: that has begun.
+      loss: see `federated_adapters`.
+      client: one client's entry.
+      key: of this client and round, see `client_key`.
+    """
+
+    def one(state, _):
+      step_key = jax.random.fold_in(key, state.count)
+      return adapters.move_factors(self.chain, state, loss, client, step_key)
+
+    fresh = _fresh(self.chain.tx, self.trained(state), state.opt_state)
+    state, values = jax.lax.scan(
+        one, state._replace(opt_state=fresh), length=self.num_local_steps
+    )
+    return self.trained(state), _mean_values(values)
+
+  def finish(self, state: Any, mean: Any) -> Any:
+    """Returns the state after a round, from the mean of what clients sent."""
+    start = self.trained(state)
+    moves = factors_lib.moving(
+        start, state.coins
+    )  # The frozen stay to the bit.
+    factors = factors_lib.joined(
+        state.factors, factors_lib.where(moves, mean, start)
+    )
+    num = self.num_local_steps
+    state = state._replace(
+        factors=factors,
+        opt_state=_advanced(self.chain.tx, start, state.opt_state, num),
+        count=state.count + num,
+    )
+    return adapters.owned(state)
+
+  step = _run_round
+
+  def params(self, state: Any) -> Any:
+    """Returns the merged weights."""
+    return self.chain.params(state)
+
+  def trained(self, state: Any) -> Any:
+    """Returns the trained factors as they are in the state."""
+    found = self.chain.adapted(state.params)
+    return adapters.owned(factors_lib.trained_pairs(state.factors, found))
+
+  def sent_numbers(self, state: Any) -> jax.Array:
+    """Returns the numbers that a client sends up, and gets down; state: begun."""
+    total = jnp.zeros([], jnp.result_type(float))
+    for one in self.chain.adapted(state.params):
+      sizes = _numbers(one)
+      coin = state.coins.get(one.matrix.path)
+      if coin is None:
+        size = sum(sizes[x] for x in one.trained)
+        total += float(one.matrix.entries.size * size)  # Beyond 32 bits.
+      else:
+        right, left = float(sizes['right']), float(sizes['left'])
+        total += jnp.sum(jnp.where(coin, right, left))
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightRounds:
+  """Rounds of whole weights (FedAvg); see `federated_weights`.
+
+  Their state is a `WeightsState`; the methods are those of `AdapterRounds`.
+  """
+
+  tx: optax.GradientTransformationExtraArgs
+  clients: clients_lib.Clients
+  num_local_steps: int
+  select: Callable[[Any], Any] | None = None  # params -> tree of bool.
+  chain: ClassVar[None] = None
+
+  def init(self, key: Any, params: Any, copy: bool = True) -> Any:
+    """Returns the state before the first round; key: not used."""
+    del key
+    base = jax.tree.map(jnp.array if copy else jnp.asarray, params)
+    ours = trained_part(base, self.select)
+    opt_state = adapters.owned(self.tx.init(ours))
+    _check_optimizer(opt_state)
+    restart_lib.check(self.tx, opt_state, ours)
+    return WeightsState(base, opt_state, jnp.zeros([], jnp.int32))
+
+  def begin(self, state: Any) -> Any:
+    """Returns the state: nothing is drawn."""
+    return adapters.owned(state)
+
+  def local(
+      self, state: Any, loss: Loss, client: Any, key: jax.Array
+  ) -> tuple[Any, Any]:
+    """Returns what a client sends after K steps, and (value, aux) over them."""
+
+    def one(carry, step):
+      moved, opt_state = carry
+      step_key = jax.random.fold_in(key, state.count + step)
+      value_of = lambda moved: loss(
+          joined(state.params, moved), client, step_key
+      )
+      value, grads = jax.value_and_grad(value_of, has_aux=True)(moved)
+      updates, opt_state = self.tx.update(grads, opt_state, moved)
+      return (optax.apply_updates(moved, updates), opt_state), value
+
+    start = self.trained(state)
+    (moved, _), values = jax.lax.scan(
+        one,
+        (start, _fresh(self.tx, start, state.opt_state)),
+        jnp.arange(self.num_local_steps),
+    )
+    return adapters.owned((moved, _mean_values(values)))
+
+  def finish(self, state: Any, mean: Any) -> Any:
+    """Returns the state after a round, from the mean of what clients sent."""
+    num, start = self.num_local_steps, self.trained(state)
+    opt_state = _advanced(self.tx, start, state.opt_state, num)
+    params = joined(state.params, mean)
+    return adapters.owned(WeightsState(params, opt_state, state.count + num))
+
+  step = _run_round
+
+  def params(self, state: Any) -> Any:
+    """Returns the weights."""
+    return adapters.owned(state.params)
+
+  def trained(self, state: Any) -> Any:
+    """Returns the leaves that move as they are in the state, else None."""
+    return adapters.owned(trained_part(state.params, self.select))
+
+  def sent_numbers(self, state: Any) -> jax.Array:
+    """Returns the numbers that a client sends up, and gets down."""
+    ours = trained_part(state.params, self.select)
+    size = sum(x.size for x in jax.tree.leaves(ours))
+    return jnp.asarray(size, jnp.result_type(float))
+
+
+Rounds = AdapterRounds | WeightRounds
 
 
 def federated_adapters(
@@ -89,7 +287,6 @@ def federated_adapters(
     num_local_steps: int | None = None,
     weights: Sequence[float] | None = None,
     cohort: int | None = None,
-    axis_name: str | None = None,
 ) -> Rounds:
   """Returns federated rounds of adapters, one link a round.
 
@@ -105,10 +302,9 @@ def federated_adapters(
     weights: w_l >= 0, normalised to sum 1; None for 1/M.
     cohort: c, clients drawn a round without replacement; None for all. The
       average is then the weighted mean over the cohort.
-    axis_name: the mapped axis over which clients are split, if there is one.
 
   Returns:
-    `Rounds`. loss(params, factors, client, key) -> (scalar, aux), or
+    `AdapterRounds`. loss(params, factors, client, key) -> (scalar, aux), or
     `parts.Weighted` in place of aux, whose weight multiplies the client's; counts
     (integers) beside the value are summed over steps and clients. It sees one
     client's entry of `clients` and a key for its step and number, with which it
@@ -138,81 +334,9 @@ def federated_adapters(
     )
   if not policy.reset_optimizer:
     raise ValueError('Expected policy.reset_optimizer=True, got False.')
-  clients = clients_lib.make_clients(num_clients, weights, cohort, axis_name)
+  clients = clients_lib.make_clients(num_clients, weights, cohort)
   chain = adapters.make_chain(policy, tx, matrices)
-
-  def init(key, params, copy=True):
-    state = chain.init(key, params, copy)
-    _check_optimizer(state.opt_state)
-    return state
-
-  def local(state, loss, client, key):
-    found = chain.adapted(state.params)
-    start = adapters.trained_pairs(state.factors, found)
-    opt_state = restart_lib.restart(tx.init(start), state.opt_state, start)
-
-    def one(carry, _):
-      trained, opt_state, count = carry
-      now = state._replace(
-          factors=adapters.joined(state.factors, trained),
-          opt_state=opt_state,
-          count=count,
-      )
-      now, value = adapters.move_factors(
-          chain, now, loss, client, jax.random.fold_in(key, count)
-      )
-      trained = adapters.trained_pairs(now.factors, found)
-      return (trained, now.opt_state, now.count), value
-
-    carry, values = jax.lax.scan(
-        one, (start, opt_state, state.count), None, length=num_steps
-    )
-    return adapters.owned((carry[0], _mean_values(values)))
-
-  def finish(state, mean):
-    found = chain.adapted(state.params)
-    start = adapters.trained_pairs(state.factors, found)
-    moves = adapters.moving(start, state.coins)  # The frozen stay to the bit.
-    state = state._replace(
-        factors=adapters.joined(
-            state.factors, adapters.where(moves, mean, start)
-        ),
-        opt_state=_advanced(tx, start, state.opt_state, num_steps),
-        count=state.count + num_steps,
-    )
-    return adapters.owned(state)
-
-  def sent_numbers(state):
-    total = jnp.zeros([], jnp.result_type(float))
-    for one in chain.adapted(state.params):
-      sizes = _numbers(one)
-      coin = state.coins.get(one.matrix.path)
-      if coin is None:
-        size = sum(sizes[x] for x in one.trained)
-        total += float(one.matrix.entries.size * size)  # Beyond 32 bits.
-      else:
-        total += jnp.sum(
-            jnp.where(coin, float(sizes['right']), float(sizes['left']))
-        )
-    return total
-
-  def trained(state):
-    found = chain.adapted(state.params)
-    return adapters.owned(adapters.trained_pairs(state.factors, found))
-
-  begin = functools.partial(adapters.begin_link, chain)
-  return Rounds(
-      num_steps,
-      init,
-      begin,
-      local,
-      finish,
-      _make_step(begin, local, finish, trained, clients),
-      chain.params,
-      trained,
-      sent_numbers,
-      chain,
-  )
+  return AdapterRounds(chain, clients, num_steps)
 
 
 def federated_weights(
@@ -223,7 +347,6 @@ def federated_weights(
     trained: Callable[[Any], Any] | None = None,
     weights: Sequence[float] | None = None,
     cohort: int | None = None,
-    axis_name: str | None = None,
 ) -> Rounds:
   """Returns federated averaging of whole weights (FedAvg).
 
@@ -234,10 +357,9 @@ def federated_weights(
     trained: params -> tree of bool: which leaves move and travel; None for all.
     weights: as for `federated_adapters`.
     cohort: as for `federated_adapters`.
-    axis_name: as for `federated_adapters`.
 
   Returns:
-    `Rounds`, the trained tree being the leaves that move, None for the others;
+    `WeightRounds`, the trained tree being the leaves that move, None for the others;
     loss(params, client, key) -> (scalar, aux).
 
   Raises:
@@ -246,67 +368,10 @@ def federated_weights(
   References:
     McMahan et al., FedAvg, arXiv 1602.05629, algorithm 1.
   """
-  _checked_steps(num_local_steps)
-  clients = clients_lib.make_clients(num_clients, weights, cohort, axis_name)
+  num_steps = _checked_steps(num_local_steps)
+  clients = clients_lib.make_clients(num_clients, weights, cohort)
   tx = optax.with_extra_args_support(tx)
-
-  moving = lambda params: trained_part(params, trained)
-
-  def init(key, params, copy=True):
-    del key
-    base = jax.tree.map(jnp.array if copy else jnp.asarray, params)
-    opt_state = adapters.owned(tx.init(moving(base)))
-    _check_optimizer(opt_state)
-    restart_lib.check(tx, opt_state, moving(base))
-    return WeightsState(base, opt_state, jnp.zeros([], jnp.int32))
-
-  def local(state, loss, client, key):
-    start = moving(state.params)
-    opt_state = restart_lib.restart(tx.init(start), state.opt_state, start)
-
-    def one(carry, step):
-      moved, opt_state = carry
-      value_of = lambda moved: loss(
-          joined(state.params, moved),
-          client,
-          jax.random.fold_in(key, state.count + step),
-      )
-      value, grads = jax.value_and_grad(value_of, has_aux=True)(moved)
-      updates, opt_state = tx.update(grads, opt_state, moved)
-      return (optax.apply_updates(moved, updates), opt_state), value
-
-    carry, values = jax.lax.scan(
-        one, (start, opt_state), jnp.arange(num_local_steps)
-    )
-    return adapters.owned((carry[0], _mean_values(values)))
-
-  def finish(state, mean):
-    opt_state = _advanced(
-        tx, moving(state.params), state.opt_state, num_local_steps
-    )
-    state = WeightsState(
-        joined(state.params, mean), opt_state, state.count + num_local_steps
-    )
-    return adapters.owned(state)
-
-  def sent_numbers(state):
-    size = sum(x.size for x in jax.tree.leaves(moving(state.params)))
-    return jnp.asarray(size, jnp.result_type(float))
-
-  begin = adapters.owned
-  moved_of = lambda state: adapters.owned(moving(state.params))
-  return Rounds(
-      num_local_steps,
-      init,
-      begin,
-      local,
-      finish,
-      _make_step(begin, local, finish, moved_of, clients),
-      lambda state: adapters.owned(state.params),
-      moved_of,
-      sent_numbers,
-      None,
-  )
+  return WeightRounds(tx, clients, num_steps, trained)
 
 
 def trained_part(params: Any, trained: Callable[[Any], Any] | None) -> Any:
@@ -398,10 +463,8 @@ def to_wire(rounds: Rounds, state: Any, trained: Any) -> dict[str, np.ndarray]:
     trained: as `local` returns, or their mean.
   """
   if rounds.chain is None:
-    return {
-        path: np.array(leaf).reshape(-1)  # No view of a donated buffer.
-        for path, leaf in _paths(trained).items()
-    }
+    # No view of a donated buffer.
+    return wire.flatten(trained, lambda x: np.array(x).reshape(-1))
   arrays = {}
   for one in rounds.chain.adapted(state.params):
     path = one.matrix.path
@@ -425,14 +488,9 @@ def from_wire(rounds: Rounds, state: Any, arrays: dict[str, np.ndarray]) -> Any:
     ValueError: a path, shape, dtype or number that is not as expected, by path.
   """
   like = to_wire(rounds, state, rounds.trained(state))
-  check_wire(like, arrays)
+  wire.check(like, arrays)
   if rounds.chain is None:
-    start = rounds.trained(state)
-    leaves = [
-        jnp.asarray(arrays[path].reshape(leaf.shape))
-        for path, leaf in _paths(start).items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(start), leaves)
+    return wire.unflatten(arrays, rounds.trained(state))
   trained = jax.tree.map(np.array, rounds.trained(state))
   for one in rounds.chain.adapted(state.params):
     flat, offset = arrays[one.matrix.path], 0
@@ -442,67 +500,6 @@ def from_wire(rounds: Rounds, state: Any, arrays: dict[str, np.ndarray]) -> Any:
       trained[one.matrix.path][side][entry][box] = part.reshape(target.shape)
       offset += target.size
   return jax.tree.map(jnp.asarray, trained)
-
-
-def check_wire(
-    like: dict[str, np.ndarray], arrays: dict[str, np.ndarray]
-) -> None:
-  """Raises unless arrays have the paths, shapes and dtypes of `like`.
-
-  Raises:
-    ValueError: the first difference, or a number that is not finite, by path.
-  """
-  if arrays.keys() != like.keys():
-    raise ValueError(f'Expected {sorted(like)}, got {sorted(arrays)}.')
-  for path, expected in like.items():
-    given = arrays[path]
-    if given.shape != expected.shape or given.dtype != expected.dtype:
-      raise ValueError(
-          f'Expected {path} of {expected.shape} {expected.dtype}, got'
-          f' {given.shape} {given.dtype}.'
-      )
-    # Of JAX: NumPy does not count bfloat16 as floating.
-    if jnp.issubdtype(given.dtype, jnp.floating) and not (
-        np.isfinite(given).all()
-    ):
-      raise ValueError(f'Expected finite numbers in {path}, got others.')
-
-
-def bits(arrays: dict[str, np.ndarray]) -> int:
-  """Returns the size of what `to_wire` returns, in bits."""
-  return sum(_BITS * x.nbytes for x in arrays.values())
-
-
-def _make_step(
-    begin: Callable[..., Any],
-    local: Callable[..., Any],
-    finish: Callable[..., Any],
-    start: Callable[[Any], Any],
-    clients: clients_lib.Clients,
-) -> Callable[..., Any]:
-  """Returns a round in one process."""
-
-  def step(state, loss, stack, key, participants=None):
-    numbers = clients_lib.numbers(stack, clients)
-    _check_stack(numbers.size, clients)
-    state = begin(state)
-    # With the count, so that the key of a run draws another cohort each round.
-    round_key = jax.random.fold_in(jax.random.fold_in(key, _ROUND), state.count)
-    present = clients_lib.present(clients, round_key, participants)
-    weights = clients_lib.effective_weights(clients, present, True)
-    ours = _own(state, clients)
-    run = lambda number, client: local(
-        ours, loss, client, client_key(key, number)
-    )
-    trained, values = jax.vmap(run)(numbers, stack)
-    mean, values = _combined(trained, values, weights, clients)
-    is_empty = ~jnp.any(weights > 0)
-    mean = jax.tree.map(
-        lambda new, old: jnp.where(is_empty, old, new), mean, start(state)
-    )
-    return finish(state, mean), values
-
-  return step
 
 
 def _mean_values(values: Any) -> Any:
@@ -529,32 +526,26 @@ def _mean_values(values: Any) -> Any:
   return means[0], means[1]._replace(weight=jnp.sum(aux.weight, 0))
 
 
-def _combined(
-    trained: Any, values: Any, weights: jax.Array, clients: clients_lib.Clients
-) -> tuple[Any, Any]:
+def _combined(trained: Any, values: Any, weights: jax.Array) -> tuple[Any, Any]:
   """Returns the clients' means by weight, and sums of counts.
 
   The weight that a loss returns multiplies the client's own.
   """
   present = (weights > 0).astype(weights.dtype)
-  sums = lambda x: clients_lib.weighted_sum(x, present, clients)
+  sums = lambda x: clients_lib.weighted_sum(x, present)
   _, aux = values
-  weight = None
-  if isinstance(aux, parts.Weighted):
-    weight = aux.weight
-    if clients.axis_name is not None:
-      weight = jax.lax.all_gather(weight, clients.axis_name, tiled=True)
+  weight = aux.weight if isinstance(aux, parts.Weighted) else None
+  if weight is not None:
     weights = weights * weight
     total = jnp.sum(weights)
     weights = weights / jnp.where(total > 0, total, 1)
   is_count = lambda x: not jnp.issubdtype(x.dtype, jnp.inexact)
-  means = clients_lib.weighted_sum((trained, values), weights, clients)
-  mean, means = means
+  mean, means = clients_lib.weighted_sum((trained, values), weights)
   means = jax.tree.map(
       lambda x, m: sums(_check_counts(x)) if is_count(x) else m, values, means
   )
   if weight is not None:
-    means = means[0], means[1]._replace(weight=sums(aux.weight))
+    means = means[0], means[1]._replace(weight=sums(weight))
   return mean, means
 
 
@@ -567,39 +558,28 @@ def _check_counts(x: jax.Array) -> jax.Array:
   return x
 
 
-def _own(state: Any, clients: clients_lib.Clients) -> Any:
-  """Returns a state that each device holds for itself.
-
-  `shard_map` sums a gradient by what all devices share over them: clients of
-  different devices would share their local steps.
-  """
-  if clients.axis_name is None:
-    return state
-  is_here = jax.lax.axis_index(clients.axis_name) >= 0
-  return jax.tree.map(lambda x: jnp.where(is_here, x, x), state)
-
-
-def _check_stack(num_local: int, clients: clients_lib.Clients) -> None:
-  """Raises unless the devices hold M clients together."""
-  size, where = 1, ''
-  if clients.axis_name is not None:
-    size = jax.lax.axis_size(clients.axis_name)
-    where = f' on each of {size} devices'
-  if num_local * size != clients.num_clients:
+def _check_stack(stack: Any, clients: clients_lib.Clients) -> None:
+  """Raises unless there are M clients."""
+  size = jax.tree.leaves(stack)[0].shape[0]
+  if size != clients.num_clients:
     raise ValueError(
         f'Expected {clients.num_clients} clients along the leading axis, got'
-        f' {num_local}{where}.'
+        f' {size}.'
     )
+
+
+def _fresh(tx: Any, trained: Any, opt_state: Any) -> Any:
+  """Returns an optimiser's state with fresh moments; schedules go on."""
+  return restart_lib.restart(tx.init(trained), opt_state, trained)
 
 
 def _advanced(tx: Any, trained: Any, opt_state: Any, num_steps: int) -> Any:
   """Returns a fresh optimiser state with its schedules K steps further on."""
-  tx = optax.with_extra_args_support(tx)
   zeros = jax.tree.map(jnp.zeros_like, trained)
   value = jnp.zeros([], jnp.result_type(float))
   one = lambda _, state: tx.update(zeros, state, trained, value=value)[1]
   later = jax.lax.fori_loop(0, num_steps, one, opt_state)
-  return restart_lib.restart(tx.init(trained), later, trained)
+  return _fresh(tx, trained, later)
 
 
 def _numbers(one: adapters.Adapted) -> dict[str, int]:
@@ -623,12 +603,6 @@ def _boxes(one: adapters.Adapted, state: Any):
     for side in one.trained:
       if coins is None or bool(coins[entry]) == (side == 'right'):
         yield entry, side, boxes[side]
-
-
-def _paths(tree: Any) -> dict[str, Any]:
-  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-  names = matrices_lib.path_names([path for path, _ in flat])
-  return dict(zip(names, [leaf for _, leaf in flat], strict=True))
 
 
 def _checked_steps(num_steps: int | None) -> int:

@@ -1,9 +1,7 @@
 """Who takes part in a round, and the average of what they send.
 
-M clients are the leading axis of arrays. Where that axis is split over devices by
-`pmap` or `shard_map`, each device holds a part of M / devices clients and
-`Clients.axis_name` names the mapped axis; keys, masks and weights are always
-those of all M.
+M clients are the leading axis of arrays. To spread them over devices, shard that
+axis under `jit`: sums over it are then reductions between the devices.
 """
 
 from collections.abc import Sequence
@@ -22,42 +20,21 @@ class Clients(NamedTuple):
   """Who takes part, and how what they send is averaged."""
 
   num_clients: int
-  weights: np.ndarray | jax.Array  # (M,), of sum 1.
+  weights: tuple[float, ...] | jax.Array  # (M,), of sum 1; an array if traced.
   cohort: int | None
-  axis_name: str | None
 
 
-def numbers(stack: Any, clients: Clients) -> jax.Array:
-  """Returns the numbers of the clients that this device holds."""
-  local = jax.tree.leaves(stack)[0].shape[0]
-  first = 0
-  if clients.axis_name is not None:
-    first = jax.lax.axis_index(clients.axis_name) * local
-  return first + jnp.arange(local)
-
-
-def own_part(x: jax.Array, stack: Any, clients: Clients) -> jax.Array:
-  """Returns this device's part of an array over all clients."""
-  if clients.axis_name is None:
-    return jnp.asarray(x)
-  return jnp.take(jnp.asarray(x), numbers(stack, clients), axis=0)
-
-
-def weighted_sum(stack: Any, weights: Any, clients: Clients) -> Any:
-  """Returns sum_l w_l x_l over all clients, in the dtype of x."""
-  ours = own_part(weights, stack, clients)
+def weighted_sum(stack: Any, weights: Any) -> Any:
+  """Returns sum_l w_l x_l over the clients, in the dtype of x."""
 
   def total(x):
     wide = matrices.wide(x.dtype)
-    spread = ours.astype(wide).reshape(-1, *[1] * (x.ndim - 1))
+    spread = jnp.asarray(weights, wide).reshape(-1, *[1] * (x.ndim - 1))
     # A client of weight zero adds nothing, not NaN times zero.
     terms = jnp.where(spread == 0, 0, spread * x.astype(wide))
-    return jnp.sum(terms, axis=0)
+    return jnp.sum(terms, axis=0).astype(x.dtype)
 
-  sums = jax.tree.map(total, stack)
-  if clients.axis_name is not None:
-    sums = jax.lax.psum(sums, clients.axis_name)
-  return jax.tree.map(lambda s, x: s.astype(x.dtype), sums, stack)
+  return jax.tree.map(total, stack)
 
 
 def present(
@@ -106,7 +83,6 @@ def make_clients(
     num_clients: int,
     weights: Sequence[float] | jax.Array | None,
     cohort: int | None,
-    axis_name: str | None,
 ) -> Clients:
   """Returns `Clients`, the weights normalised.
 
@@ -126,7 +102,7 @@ def make_clients(
         f'Expected cohort in [1, {num_clients}], got cohort={cohort}.'
     )
   if isinstance(weights, jax.core.Tracer) and weights.shape == (num_clients,):
-    return Clients(num_clients, weights / jnp.sum(weights), cohort, axis_name)
+    return Clients(num_clients, weights / jnp.sum(weights), cohort)
   values = (
       np.ones(num_clients) if weights is None else np.asarray(weights, float)
   )
@@ -137,4 +113,5 @@ def make_clients(
         f'Expected weights: {num_clients} finite numbers >= 0, not all zero, got'
         f' weights={weights}.'
     )
-  return Clients(num_clients, values / values.sum(), cohort, axis_name)
+  shares = (values / values.sum()).tolist()
+  return Clients(num_clients, tuple(shares), cohort)

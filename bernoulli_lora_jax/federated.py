@@ -16,11 +16,14 @@ network would give, and `bits_up` counts real payloads.
 Symbols: f = sum_l w_l f_l, w_l the weights (1/M by default), G_l the estimate of
 client l, Q an unbiased and C a contractive compressor, q = prob of MARINA.
 
-*Devices.* Clients are an axis of the arrays: shard it, under `jit`, and the state
-of `marina` and `ef21` with it (`per_client` marks the leaves). Under `pmap` or
-`shard_map` give `axis_name`; each device then passes its own part of the stack.
-`shard_map` sums gradients of replicated params over devices: take them at
-`jax.lax.pcast(params, axis_name, to='varying')`; sums are refused.
+*Devices.* Clients are an axis of the arrays: shard it, under `jit` on a mesh whose
+axes are `jax.sharding.AxisType.Auto`, and the state of `marina` and `ef21` with it
+(`per_client` marks the leaves). Gradients stay where their clients are; sums over
+clients are all that devices exchange.
+
+    split, whole = (jax.NamedSharding(mesh, s) for s in (jax.P('clients'), jax.P()))
+    place = lambda x, is_client: jax.device_put(x, split if is_client else whole)
+    state = jax.tree.map(place, state, bl.federated.per_client(state))
 
 *Leaves.* Gradients are paired with the params by path. Leaves that are no floats
 (counters, masks) are not sent; their estimate is zero.
@@ -285,7 +288,6 @@ def qgd(
     weights: Sequence[float] | None = None,
     cohort: int | None = None,
     concatenate: bool = False,
-    axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Averages quantised client gradients (E5): G = sum_l w_l Q(grad f_l(W)).
 
@@ -298,7 +300,6 @@ def qgd(
       (M/c) sum over the cohort, unbiased.
     concatenate: whether each client sends its leaves as one vector; by default
       every leaf has a payload of its own.
-    axis_name: the mapped axis over which clients are split, if there is one.
 
   Returns:
     A transformation whose `update(updates, state, params, *, participants=None)`
@@ -319,7 +320,7 @@ def qgd(
     Khirirat et al., arXiv 1806.06573; Sokolov et al., arXiv 2508.03820.
   """
   _check_unbiased('qgd', compressor)
-  clients = clients_lib.make_clients(num_clients, weights, cohort, axis_name)
+  clients = clients_lib.make_clients(num_clients, weights, cohort)
 
   def init(params):
     estimators.check_outermost(params, 'qgd')
@@ -336,7 +337,7 @@ def qgd(
     scale = clients_lib.effective_weights(
         clients, present, participants is not None
     )
-    estimate = clients_lib.weighted_sum(arrived, scale, clients)
+    estimate = clients_lib.weighted_sum(arrived, scale)
     sent = _count_sent(state.sent, present, False)
     count = optax.safe_increment(state.count)
     return estimate, QgdState(count, state.key, sent)
@@ -353,7 +354,6 @@ def marina(
     weights: Sequence[float] | None = None,
     cohort: int | None = None,
     concatenate: bool = False,
-    axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Compresses differences of client gradients (MARINA, E6).
 
@@ -370,7 +370,6 @@ def marina(
     cohort: c, clients drawn without replacement in rounds of differences; in
       rounds of whole gradients all take part (PP-MARINA).
     concatenate: as for `qgd`.
-    axis_name: as for `qgd`.
 
   Returns:
     As for `qgd`. State: the last gradients of all clients and G.
@@ -392,7 +391,7 @@ def marina(
   _check_unbiased('marina', compressor)
   if not isinstance(prob, jax.Array) and not 0 < prob <= 1:
     raise ValueError(f'Expected prob in (0, 1], got prob={prob}.')
-  clients = clients_lib.make_clients(num_clients, weights, cohort, axis_name)
+  clients = clients_lib.make_clients(num_clients, weights, cohort)
 
   def init(params):
     estimators.check_outermost(params, 'marina')
@@ -419,7 +418,7 @@ def marina(
 
     def whole():
       scale = clients_lib.effective_weights(clients, present, True)
-      mean = clients_lib.weighted_sum(updates, scale, clients)
+      mean = clients_lib.weighted_sum(updates, scale)
       is_any = jnp.any(scale > 0)
       return jax.tree.map(
           lambda new, old: jnp.where(is_any, new, old), mean, state.estimate
@@ -429,14 +428,13 @@ def marina(
       moved = jax.tree.map(jnp.subtract, updates, state.gradients)
       arrived, _ = _transmit(compressor, clients, state, moved, (), concatenate)
       scale = clients_lib.effective_weights(clients, present, is_masked)
-      step = clients_lib.weighted_sum(arrived, scale, clients)
+      step = clients_lib.weighted_sum(arrived, scale)
       return jax.tree.map(jnp.add, state.estimate, step)
 
     estimate = jax.lax.cond(is_full, whole, difference)
     gradients = updates
     if is_masked:  # Nothing is kept of those who are absent.
-      ours = clients_lib.own_part(present, updates, clients)
-      gradients = clients_lib.where(ours, updates, state.gradients)
+      gradients = clients_lib.where(present, updates, state.gradients)
     sent = _count_sent(state.sent, present, is_full)
     count = optax.safe_increment(state.count)
     return _like_given(estimate, given), MarinaState(
@@ -455,7 +453,6 @@ def ef21(
     weights: Sequence[float] | None = None,
     cohort: int | None = None,
     concatenate: bool = False,
-    axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Compresses the error of each client's estimate (EF21, E7).
 
@@ -471,7 +468,6 @@ def ef21(
     weights: w_l >= 0, normalised to sum 1; None for 1/M.
     cohort: c, clients drawn a round without replacement; others keep their G_l.
     concatenate: as for `qgd`.
-    axis_name: as for `qgd`.
 
   Returns:
     As for `qgd`. State: the estimates of all clients.
@@ -500,7 +496,7 @@ def ef21(
         "Expected start to be 'full', 'compressed' or 'zero', got"
         f' {start!r}.'
     )
-  clients = clients_lib.make_clients(num_clients, weights, cohort, axis_name)
+  clients = clients_lib.make_clients(num_clients, weights, cohort)
 
   def init(params):
     estimators.check_outermost(params, 'ef21')
@@ -523,12 +519,11 @@ def ef21(
         clients, jax.random.fold_in(state.key, state.count), participants
     )
     is_first = (state.count == 0) & (start != 'compressed')
-    ours = clients_lib.own_part(present, updates, clients)
 
     def begin():  # A client that misses the first round starts from zero.
       if start == 'zero':
         return state.estimates, state.memory
-      return clients_lib.where(ours, updates, state.estimates), state.memory
+      return clients_lib.where(present, updates, state.estimates), state.memory
 
     def correct():
       error = jax.tree.map(jnp.subtract, updates, state.estimates)
@@ -537,12 +532,12 @@ def ef21(
       )
       moved = jax.tree.map(jnp.add, state.estimates, arrived)
       return (
-          clients_lib.where(ours, moved, state.estimates),
-          clients_lib.where(ours, memory, state.memory),
+          clients_lib.where(present, moved, state.estimates),
+          clients_lib.where(present, memory, state.memory),
       )
 
     estimates, memory = jax.lax.cond(is_first, begin, correct)
-    estimate = clients_lib.weighted_sum(estimates, clients.weights, clients)
+    estimate = clients_lib.weighted_sum(estimates, clients.weights)
     sent = _count_sent(
         state.sent, present & ~(is_first & (start == 'zero')), is_first
     )
@@ -616,7 +611,7 @@ def _transmit(
     arrived = receive(compressor, payloads, tree, concatenate=concatenate)
     return arrived, memory
 
-  return jax.vmap(one)(clients_lib.numbers(stack, clients), stack, memory)
+  return jax.vmap(one)(jnp.arange(clients.num_clients), stack, memory)
 
 
 def _count_sent(
@@ -683,27 +678,9 @@ def _check_unbiased(name: str, compressor: compressors.Compressor) -> None:
 
 def _check_stack(name: str, updates: Any, clients: clients_lib.Clients) -> None:
   """Raises unless all leaves have the leading axis of clients."""
-  size, is_checked = 1, False
-  if clients.axis_name is not None:
-    size = jax.lax.axis_size(clients.axis_name)
-    index = jax.lax.axis_index(clients.axis_name)
-    is_checked = clients.axis_name in _varying(index)
   for path, x in matrices.named_leaves(updates).items():
-    if x.ndim == 0 or x.shape[0] * size != clients.num_clients:
+    if x.ndim == 0 or x.shape[0] != clients.num_clients:
       raise ValueError(
           f'Expected client gradients of shape ({clients.num_clients}, ...) for'
-          f' {name}, got {x.shape} on each of {size} devices, in'
-          f' {path}.'
+          f' {name}, got {x.shape} in {path}.'
       )
-    if is_checked and clients.axis_name not in _varying(x):
-      raise ValueError(
-          f'Expected client gradients that vary over {clients.axis_name!r} for'
-          f' {name}, got a sum over devices: take them at jax.lax.pcast(params,'
-          f" {clients.axis_name!r}, to='varying')."
-      )
-
-
-def _varying(x: jax.Array) -> frozenset[str]:
-  """Returns the mapped axes over which `shard_map` knows an array to vary."""
-  kind = getattr(jax.typeof(x), 'manual_axis_type', None)
-  return frozenset() if kind is None else kind.varying

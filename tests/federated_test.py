@@ -1022,13 +1022,8 @@ class BitsTest(parameterized.TestCase):
       self.assertEqual(int(bits), expected)
 
 
-def spec(is_client):
-  """How a leaf is split over the devices."""
-  return jax.sharding.PartitionSpec(*['clients'] if is_client else [])
-
-
 class DevicesTest(parameterized.TestCase):
-  """One device, eight of them under jit, pmap or shard_map: one run."""
+  """One device, and clients split over eight of them under jit: one run."""
 
   num_clients, num_rounds = 16, 8
 
@@ -1044,7 +1039,7 @@ class DevicesTest(parameterized.TestCase):
         (8,), ('clients',), axis_types=(jax.sharding.AxisType.Auto,)
     )
 
-  def transformation(self, name, **kwargs):
+  def transformation(self, name):
     method, compressor, with_mask, options = {
         'qgd': ('qgd', 'randk', False, {'cohort': 5}),
         'marina': ('marina', 'randk', True, {'prob': 0.4}),
@@ -1056,16 +1051,12 @@ class DevicesTest(parameterized.TestCase):
         self.num_clients,
         weights=self.weights,
         **options,
-        **kwargs,
     )
     tx = optax.chain(estimator, optax.scale_by_learning_rate(0.05))
 
-    def step(params, state, data, present, is_shard_map=False):
+    def step(params, state, data, present):
       extra = {'participants': present} if with_mask else {}
-      # Else shard_map sums the gradients of replicated params over devices.
-      vary = lambda x: jax.lax.pcast(x, 'clients', to='varying')
-      local = jax.tree.map(vary, params) if is_shard_map else params
-      grads = self.problem.grads(local, *data)
+      grads = self.problem.grads(params, *data)
       updates, state = tx.update(grads, state, params, **extra)
       return optax.apply_updates(params, updates), state
 
@@ -1099,80 +1090,31 @@ class DevicesTest(parameterized.TestCase):
     step, params, state, data = self.transformation(name)
     alone = self.run_rounds(jax.jit(step), params, state, data)
     is_client = federated.per_client(state)
-    spec = lambda flag: jax.sharding.PartitionSpec(*['clients'] if flag else [])
-
-    with self.subTest('jit'):
-      put = lambda x, flag: jax.device_put(
-          x, jax.sharding.NamedSharding(self.mesh, spec(flag))
-      )
-
-      def check(state):
-        """Each device holds two clients, and no more."""
-        leaves, flags = map(jax.tree.leaves, (state, is_client))
-        for leaf, flag in zip(leaves, flags, strict=True):
-          if flag:
-            shapes = {s.data.shape for s in leaf.addressable_shards}
-            self.assertEqual(shapes, {(2, *leaf.shape[1:])})
-
-      sharded = self.run_rounds(
-          jax.jit(step),
-          jax.tree.map(lambda x: put(x, False), params),
-          jax.tree.map(put, state, is_client),
-          tuple(put(x, True) for x in data),
-          check,
-      )
-      self.assert_same(sharded, alone)
-
-    step, params, state, data = self.transformation(name, axis_name='clients')
-    with self.subTest('pmap'):
-      axes = jax.tree.map(lambda flag: 0 if flag else None, is_client)
-      parts = lambda x: x.reshape(8, 2, *x.shape[1:])
-      split = lambda x, flag: parts(x) if flag else x
-      mapped = jax.pmap(
-          step,
-          axis_name='clients',
-          in_axes=(None, axes, 0, None),
-          out_axes=(None, axes),
-      )
-      params_last, estimator = self.run_rounds(
-          mapped,
-          params,
-          jax.tree.map(split, state, is_client),
-          tuple(parts(x) for x in data),
-      )
-      joined = jax.tree.map(
-          lambda x, flag: x.reshape(16, *x.shape[2:]) if flag else x,
-          estimator,
-          is_client[0],
-      )
-      self.assert_same((params_last, joined), alone)
-
-    if name == 'qgd':  # Others have a cond and state as well.
-      return
-    with self.subTest('shard_map'):
-      specs = jax.tree.map(spec, is_client)
-      mapped = jax.shard_map(
-          functools.partial(step, is_shard_map=True),
-          mesh=self.mesh,
-          in_specs=(spec(False), specs, spec(True), spec(False)),
-          out_specs=(spec(False), specs),
-      )
-      same = self.run_rounds(jax.jit(mapped), params, state, data)
-      self.assert_same(same, alone)
-
-  @parameterized.parameters(*METHODS)
-  def test_gradients_that_shard_map_has_summed_are_refused(self, name):
-    # Those of replicated params are: clients would get the sum of eight.
-    step, params, state, data = self.transformation(name, axis_name='clients')
-    specs = jax.tree.map(spec, federated.per_client(state))
-    mapped = jax.shard_map(
-        step,
-        mesh=self.mesh,
-        in_specs=(spec(False), specs, spec(True), spec(False)),
-        out_specs=(spec(False), specs),
+    split, whole = (
+        jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*axes))
+        for axes in (['clients'], [])
     )
-    with self.assertRaisesRegex(ValueError, "gradients that vary over 'client"):
-      jax.eval_shape(mapped, params, state, data, jnp.asarray(self.mask[0]))
+    put = lambda x, flag: jax.device_put(x, split if flag else whole)
+
+    def check(state):
+      """Each device holds two clients, and no more."""
+      leaves, flags = map(jax.tree.leaves, (state, is_client))
+      for leaf, flag in zip(leaves, flags, strict=True):
+        place = split if flag else whole
+        self.assertTrue(leaf.sharding.is_equivalent_to(place, leaf.ndim))
+
+    args = (
+        jax.device_put(params, whole),
+        jax.tree.map(put, state, is_client),
+        jax.device_put(data, split),
+    )
+    compiled = jax.jit(step).lower(*args, jnp.asarray(self.mask[0])).compile()
+    sharded = self.run_rounds(compiled, *args, check)
+    self.assert_same(sharded, alone)
+    # Devices exchange sums over clients, and nothing of a client's.
+    text = compiled.as_text()
+    self.assertIn(' all-reduce(', text)
+    self.assertNotRegex(text, r' (all-gather|all-to-all|collective-permute)\(')
 
   def test_per_client(self):
     params = {'w': jnp.zeros((4, 6)), 'b': jnp.zeros(6)}
@@ -1479,17 +1421,6 @@ class RejectsTest(parameterized.TestCase):
       message = rf'shape \(5, \.\.\.\) for {method}, got'
       with self.assertRaisesRegex(ValueError, message):
         update(updates)
-
-  @parameterized.parameters(*METHODS)
-  def test_updates_of_the_wrong_number_of_devices(self, method):
-    tx = self.make(method, num_clients=16, axis_name='clients')
-    state = tx.init(self.params)
-    stack = jax.tree.map(lambda x: jnp.ones((2, *x.shape)), self.params)
-    update = jax.vmap(tx.update, (None, None), axis_name='clients', axis_size=4)
-    with self.assertRaisesRegex(
-        ValueError, rf'\(16, ...\) for {method}, got \(2, 3, 2\) on each of 4'
-    ):
-      jax.eval_shape(update, stack, state)
 
   @parameterized.parameters(*METHODS)
   def test_participants(self, method):

@@ -87,12 +87,20 @@ class RunTest(parameterized.TestCase):
         variant, training__parallel=driver, training__num_devices=4
     )
     many, _, program = run(config)
+    self.assertEqual(program.driver.kind, 'jit')
     # Float32 sums in another order.
     chex.assert_trees_all_close(one, many, rtol=1e-4, atol=1e-5)
     state = program.put(program.start(jax.random.key(0)))
     if variant == 'ef21':  # Each device holds its own client's estimate.
       leaf, *_ = jax.tree.leaves(state.inner[1][0].estimates)
       self.assertEqual(leaf.addressable_shards[0].data.shape[0], 1)
+
+  def test_pmap_becomes_jit(self):
+    config = small_config('bernoulli', training__parallel='pmap')
+    config.federated.num_clients = 8
+    with self.assertWarnsRegex(UserWarning, "got 'pmap': taking 'jit'"):
+      program = experiment.make_program(config)
+    self.assertEqual(program.driver.kind, 'jit')
 
   @parameterized.parameters('ef21', 'bernoulli')
   @pytest.mark.slow
@@ -277,6 +285,7 @@ class TrafficTest(parameterized.TestCase):
       ('bernoulli', {}),
       ('lora', {}),
       ('ef21', {'method.period_passes': 0.1}),  # Links of two rounds.
+      ('ef21', {'method.name': 'rac_left'}),
       ('ef21', {'federated.start': 'zero', 'federated.concatenate': True}),
   )
   @pytest.mark.slow

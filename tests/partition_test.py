@@ -289,9 +289,9 @@ class ClientsTest(parameterized.TestCase):
       chex.assert_trees_all_close(mine, expected, rtol=0, atol=atol)
     # Weighted by size, f is the mean over all examples.
     clients = clients_lib.make_clients(
-        3, partition.weights(self.parts, 'size'), None, None
+        3, partition.weights(self.parts, 'size'), None
     )
-    total = clients_lib.weighted_sum(got, clients.weights, clients)
+    total = clients_lib.weighted_sum(got, clients.weights)
     expected = exact(self.params, self.split, key)
     chex.assert_trees_all_close(total, expected, rtol=0, atol=atol)
 

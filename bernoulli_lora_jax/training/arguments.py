@@ -492,7 +492,7 @@ def make_rounds(
     task: federated or not.
     schedule: learning rate of the local steps, see `make_schedule`.
     prob: P(left).
-    **kwargs: num_clients, weights, cohort, axis_name.
+    **kwargs: num_clients, weights, cohort.
 
   Raises:
     ValueError: a field outside its range.

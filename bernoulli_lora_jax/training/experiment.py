@@ -90,7 +90,15 @@ def make_program(
   task = arguments.make_task(config) if task is None else task
   check_task(config, task)
   t = config.training
-  driver = parallel.make_driver(t.parallel, t.num_devices)
+  kind = t.parallel
+  if config.federated.num_clients and kind == 'pmap':
+    warnings.warn(
+        "Expected training.parallel 'none' or 'jit' in federated runs, got"
+        " 'pmap': taking 'jit', which shards the axis of clients.",
+        stacklevel=2,
+    )
+    kind = 'jit'
+  driver = parallel.make_driver(kind, t.num_devices)
   try:
     settings = make_settings(config, task)
     method = make_method(config, task, driver=driver)

@@ -7,6 +7,7 @@ the trained factor where a chain follows, since all know the seed.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from bernoulli_lora_jax import averaging
+from bernoulli_lora_jax import clients as clients_lib
 from bernoulli_lora_jax import compressors
 from bernoulli_lora_jax import federated
 from bernoulli_lora_jax import inject
@@ -23,6 +25,8 @@ from bernoulli_lora_jax.training import methods
 from bernoulli_lora_jax.training import parallel
 
 ESTIMATORS = ('qgd', 'marina', 'ef21')
+
+Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 class Total(NamedTuple):
@@ -46,17 +50,6 @@ class FederatedState(NamedTuple):
     return self.passes.total
 
 
-class _Method(NamedTuple):
-  init: Any
-  step: Any
-  params: Any
-  trained: Any
-  passes_per_step: Any
-  chain: Any = None
-  per_client: Any = methods.none_marked
-  frozen: Any = methods.none_marked
-
-
 class Cohort(NamedTuple):
   """Who takes part; see `federated.qgd`."""
 
@@ -69,8 +62,134 @@ class Cohort(NamedTuple):
     return (self.size or self.num_clients) / self.num_clients
 
 
+@dataclasses.dataclass(frozen=True)
+class EstimatorMethod:
+  """Moves params along an estimate of gradients; see `estimator_method`."""
+
+  loss: Loss
+  make_tx: Callable[[jax.Array], optax.GradientTransformation]
+  update_numbers: Callable[[Any, Any], jax.Array]
+  estimator: str
+  compressor: compressors.Compressor
+  cohort: Cohort
+  marina_prob: float | None
+  start: str
+  concatenate: bool
+  select: Callable[[Any], Any] | None  # params -> tree of bool; None: all.
+  driver: parallel.Driver
+  chain: None = None
+
+  @property
+  def passes_per_step(self) -> float:
+    """Returns the data passes of a step in the mean."""
+    # But for the rounds of whole gradients.
+    return self.cohort.share * (2 if self._has_differences else 1)
+
+  @property
+  def _has_differences(self) -> bool:
+    """Returns whether a cohort takes gradients at two points in most rounds."""
+    return self.estimator == 'marina' and self.cohort.size is not None
+
+  def init(self, key: jax.Array, params: Any) -> FederatedState:
+    """Returns the state at step 0."""
+    copy = jax.tree.map(jnp.copy, params)  # The loop donates the state.
+    ours = averaging.trained_part(copy, self.select)
+    return _start((copy, self._tx(key, ours).init(ours)))
+
+  def step(
+      self, state: FederatedState, batch: Any, key: jax.Array, full: Any
+  ) -> tuple[FederatedState, dict[str, jax.Array]]:
+    """Returns the next state and the metrics before it; full: not used."""
+    del full
+    params, opt_state = state.inner
+    ours = averaging.trained_part(params, self.select)
+    (value, metrics), grads = self._gradients(params, batch, key)
+    tx: Any = self._tx(jax.random.key(0), ours)
+    updates, new = tx.update(grads, opt_state, ours)
+    updates = methods.scaled(updates, state.lr_scale)
+    params = averaging.joined(params, optax.apply_updates(ours, updates))
+    state, traffic = _finish(
+        state,
+        (params, new),
+        self._bits_up(opt_state[0], new[0], ours),
+        _bits(self.update_numbers(opt_state[1], ours), ours, self.cohort),
+        self._passes(new[0]),
+    )
+    return state, {'loss': value, **metrics, **traffic}
+
+  def params(self, state: FederatedState) -> Any:
+    """Returns the weights."""
+    return state.inner[0]
+
+  def trained(self, params: Any) -> Any:
+    """Returns a tree of bool: the leaves that move."""
+    return (self.select or methods.all_true)(params)
+
+  def per_client(self, state: FederatedState) -> Any:
+    """Returns a tree of bool: the leaves with a leading axis of clients."""
+    flags, (_, opt_state) = methods.none_marked(state), state.inner
+    marks = federated.per_client(opt_state)
+    return flags._replace(inner=(flags.inner[0], marks))
+
+  def frozen(self, state: FederatedState) -> Any:
+    """Returns a tree of bool: no leaf counts as one that stays as it is."""
+    return methods.none_marked(state)
+
+  def _tx(self, key: jax.Array, ours: Any) -> optax.GradientTransformation:
+    keys = [jax.random.fold_in(key, i) for i in range(2)]
+    return optax.chain(self._first(keys[0], ours), self.make_tx(keys[1]))
+
+  def _first(self, key: jax.Array, ours: Any) -> optax.GradientTransformation:
+    common: dict[str, Any] = {
+        'compressor': self.compressor,
+        'num_clients': self.cohort.num_clients,
+        'weights': self.cohort.weights,
+        'cohort': self.cohort.size,
+        'concatenate': self.concatenate,
+    }
+    if self.estimator == 'qgd':
+      return federated.qgd(key, **common)
+    if self.estimator == 'ef21':
+      return federated.ef21(key, start=self.start, **common)
+    prob = self.marina_prob
+    if prob is None:
+      small, whole = federated.message_bits(
+          self.compressor, ours, concatenate=self.concatenate
+      )
+      prob = min(1.0, small / whole)
+    return federated.marina(key, prob=prob, **common)
+
+  def _gradients(self, params: Any, batch: Any, key: jax.Array) -> Any:
+    """Returns the mean (value, metrics) over clients, and all their gradients."""
+    ours = averaging.trained_part(params, self.select)
+    of_client = jax.value_and_grad(
+        partition.client_loss(self.loss), has_aux=True
+    )
+
+    def one(client):
+      value, grads = of_client(params, client, key)
+      return value, _pick(grads, ours)
+
+    values, grads = jax.vmap(one)(self.driver.shard(batch))
+    return clients_lib.weighted_sum(values, self.cohort.weights), grads
+
+  def _bits_up(self, old: Any, new: Any, ours: Any) -> jax.Array:
+    """Returns the bits that clients sent between two states of the estimator."""
+    return federated.bits_up(
+        new._replace(sent=new.sent - old.sent),
+        self.compressor,
+        ours,
+        concatenate=self.concatenate,
+    )
+
+  def _passes(self, new: Any) -> jax.Array:
+    """Returns the data passes of a step that led to a state of the estimator."""
+    cost = jnp.asarray(self.passes_per_step)
+    return jnp.where(new.is_full, 1.0, cost) if self._has_differences else cost
+
+
 def estimator_method(
-    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+    loss: Loss,
     make_tx: Callable[[jax.Array], optax.GradientTransformation],
     update_numbers: Callable[[Any, Any], jax.Array],
     *,
@@ -82,7 +201,7 @@ def estimator_method(
     concatenate: bool = False,
     trained: Callable[[Any], Any] | None = None,
     driver: parallel.Driver | None = None,
-) -> Any:
+) -> EstimatorMethod:
   """Returns the method that moves params along an estimate of client gradients.
 
   Args:
@@ -100,8 +219,8 @@ def estimator_method(
     driver: None for one device.
 
   Returns:
-    A `Method`; its metrics are the mean loss before the step, those of `loss`,
-    data_passes, and bits: bits_up, bits_down in total, round_bits_up,
+    A method (see `methods`); its metrics are the mean loss before the step, those
+    of `loss`, data_passes, and bits: bits_up, bits_down in total, round_bits_up,
     round_bits_down of the round.
 
   Raises:
@@ -111,97 +230,75 @@ def estimator_method(
     raise ValueError(
         f'Expected method.estimator in {ESTIMATORS}, got {estimator!r}.'
     )
-  driver = parallel.make_driver('none') if driver is None else driver
-  value_and_grad = jax.value_and_grad(partition.client_loss(loss), has_aux=True)
-
-  moving = lambda params: averaging.trained_part(params, trained)
-
-  def first(key, params):
-    common: dict[str, Any] = {
-        'compressor': compressor,
-        'num_clients': cohort.num_clients,
-        'weights': cohort.weights,
-        'cohort': cohort.size,
-        'concatenate': concatenate,
-        'axis_name': driver.axis_name,
-    }
-    if estimator == 'qgd':
-      return federated.qgd(key, **common)
-    if estimator == 'ef21':
-      return federated.ef21(key, start=start, **common)
-    prob = marina_prob
-    if prob is None:
-      small, whole = federated.message_bits(
-          compressor, params, concatenate=concatenate
-      )
-      prob = min(1.0, small / whole)
-    return federated.marina(key, prob=prob, **common)
-
-  def tx(key, params):
-    keys = [jax.random.fold_in(key, i) for i in range(2)]
-    return optax.chain(first(keys[0], params), make_tx(keys[1]))
-
-  def init(key, params):
-    copy = jax.tree.map(jnp.copy, params)  # The loop donates the state.
-    opt_state = tx(key, moving(copy)).init(moving(copy))
-    return _start((copy, opt_state))
-
-  def step(state, batch, key, full):
-    del full
-    clients = driver.shard(batch)
-    params, opt_state = state.inner
-    old_sent = opt_state[0].sent
-
-    def of_client(client):
-      (value, metrics), grads = value_and_grad(params, client, key)
-      return (value, metrics), _pick(grads, moving(params))
-
-    values, grads = jax.vmap(of_client)(clients)
-    ours = moving(params)
-    numbers = update_numbers(opt_state[1], ours)
-    updated: Any = tx(jax.random.key(0), ours).update(grads, opt_state, ours)
-    updates, new = updated
-    updates = jax.tree.map(
-        lambda u: state.lr_scale.astype(u.dtype) * u, updates
-    )
-    who = _who(cohort, driver)
-    value, metrics = federated.clients_lib.weighted_sum(
-        values, who.weights, who
-    )
-    measure = lambda s: federated.bits_up(
-        s, compressor, ours, concatenate=concatenate
-    )
-    sent = measure(new[0]._replace(sent=new[0].sent - old_sent))
-    cost = jnp.asarray(cohort.share)
-    if estimator == 'marina' and cohort.size is not None:
-      cost = jnp.where(new[0].is_full, 1.0, 2 * cohort.share)
-    params = averaging.joined(params, optax.apply_updates(ours, updates))
-    down = _bits(numbers, ours, cohort)
-    state, traffic = _finish(state, (params, new), sent, down, cost)
-    return state, {'loss': value, **metrics, **traffic}
-
-  passes = cohort.share
-  if estimator == 'marina' and cohort.size is not None:
-    passes *= 2  # But for the rounds of whole gradients.
-
-  def per_client(state):
-    flags = jax.tree.map(lambda _: False, state)
-    params, opt_state = state.inner
-    marks = federated.per_client(opt_state)
-    return flags._replace(inner=(flags.inner[0], marks))
-
-  return _Method(
-      init,
-      step,
-      lambda state: state.inner[0],
-      methods.all_true if trained is None else trained,
-      passes,
-      per_client=per_client,
+  return EstimatorMethod(
+      loss,
+      make_tx,
+      update_numbers,
+      estimator,
+      compressor,
+      cohort,
+      marina_prob,
+      start,
+      concatenate,
+      trained,
+      parallel.make_driver('none') if driver is None else driver,
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class RoundsMethod:
+  """Federated rounds of local steps; see `rounds_method`."""
+
+  rounds: averaging.Rounds
+  loss: Loss  # Of a local step.
+  cohort: Cohort
+  passes_per_step: float
+  driver: parallel.Driver
+  chain: None = None
+
+  def init(self, key: jax.Array, params: Any) -> FederatedState:
+    """Returns the state at step 0."""
+    # The key of a chain in `adapter_method`: both draw the same.
+    return _start(self.rounds.init(jax.random.fold_in(key, 1), params))
+
+  def step(
+      self, state: FederatedState, batch: Any, key: jax.Array, full: Any
+  ) -> tuple[FederatedState, dict[str, jax.Array]]:
+    """Returns the state after a round and its metrics; full: not used."""
+    del full
+    rounds, cohort = self.rounds, self.cohort
+    inner, (value, metrics) = rounds.step(
+        state.inner, self.loss, self.driver.shard(batch), key
+    )
+    numbers = rounds.sent_numbers(rounds.begin(state.inner))
+    bits = _bits(numbers, rounds.trained(inner), cohort)
+    new, traffic = _finish(
+        state, inner, cohort.share * bits, bits, self.passes_per_step
+    )
+    metrics = task_lib.metrics_of(metrics)
+    return new, {'loss': value, **metrics, **traffic}
+
+  def params(self, state: FederatedState) -> Any:
+    """Returns the merged weights."""
+    return self.rounds.params(state.inner)
+
+  def trained(self, params: Any) -> Any:
+    """Returns a tree of bool: the leaves that move."""
+    if self.rounds.chain is not None:
+      return methods.adapted_leaves(self.rounds.chain, params)
+    return (self.rounds.select or methods.all_true)(params)
+
+  def per_client(self, state: FederatedState) -> Any:
+    """Returns a tree of bool: no leaf has a leading axis of clients."""
+    return methods.none_marked(state)
+
+  def frozen(self, state: FederatedState) -> Any:
+    """Returns a tree of bool: no leaf counts as one that stays as it is."""
+    return methods.none_marked(state)
+
+
 def rounds_method(
-    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+    loss: Loss,
     make_rounds: Callable[..., averaging.Rounds],
     *,
     cohort: Cohort,
@@ -210,12 +307,12 @@ def rounds_method(
     is_adapter: bool,
     additive: bool = False,
     driver: parallel.Driver | None = None,
-) -> Any:
+) -> RoundsMethod:
   """Returns the method of federated rounds of local steps.
 
   Args:
     loss: (params, batch, key) -> (scalar mean over the batch, metrics).
-    make_rounds: (num_clients=, weights=, cohort=, axis_name=) -> `Rounds`, of
+    make_rounds: (num_clients=, weights=, cohort=) -> `Rounds`, of
       `averaging.federated_adapters` or `federated_weights`.
     cohort: who takes part.
     num_samples: N, examples of all clients.
@@ -225,52 +322,28 @@ def rounds_method(
     driver: None for one device.
 
   Returns:
-    A `Method`; a step is a round; metrics as of `estimator_method`.
+    A method (see `methods`); a step is a round; metrics as of `estimator_method`.
   """
-  driver = parallel.make_driver('none') if driver is None else driver
   rounds = make_rounds(
       num_clients=cohort.num_clients,
       weights=cohort.weights,
       cohort=cohort.size,
-      axis_name=driver.axis_name,
   )
   local_loss = minibatch_loss(loss, batch_size)
   if is_adapter:
     enter = inject.by_addition if additive else inject.by_product
     local_loss = enter(local_loss)
   local_examples = rounds.num_local_steps * batch_size * cohort.num_clients
-  passes = cohort.share * local_examples / num_samples
-
-  def init(key, params):
-    # The key of a chain in `adapter_method`: both draw the same.
-    return _start(rounds.init(jax.random.fold_in(key, 1), params))
-
-  def step(state, batch, key, full):
-    del full
-    inner, (value, metrics) = rounds.step(
-        state.inner, local_loss, driver.shard(batch), key
-    )
-    numbers = rounds.sent_numbers(rounds.begin(state.inner))
-    bits = _bits(numbers, rounds.trained(inner), cohort)
-    new, traffic = _finish(state, inner, cohort.share * bits, bits, passes)
-    metrics = task_lib.metrics_of(metrics)
-    return new, {'loss': value, **metrics, **traffic}
-
-  def trained(params):
-    if rounds.chain is None:
-      moved = rounds.trained(averaging.WeightsState(params, (), jnp.zeros([])))
-      none = lambda x: x is None
-      return jax.tree.map(lambda x: x is not None, moved, is_leaf=none)
-    return methods.adapted_leaves(rounds.chain, params)
-
-  return _Method(
-      init, step, lambda state: rounds.params(state.inner), trained, passes
+  return RoundsMethod(
+      rounds,
+      local_loss,
+      cohort,
+      cohort.share * local_examples / num_samples,
+      parallel.make_driver('none') if driver is None else driver,
   )
 
 
-def minibatch_loss(
-    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]], batch_size: int
-) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+def minibatch_loss(loss: Loss, batch_size: int) -> Loss:
   """Returns (params, client, key) -> the loss of a minibatch drawn by the key."""
 
   def sampled(params, client, key):
@@ -278,12 +351,6 @@ def minibatch_loss(
     return loss(params, batch, jax.random.fold_in(key, 1))
 
   return sampled
-
-
-def _who(cohort: Cohort, driver: parallel.Driver):
-  return federated.clients_lib.make_clients(
-      cohort.num_clients, cohort.weights, cohort.size, driver.axis_name
-  )
 
 
 def _start(inner: Any) -> FederatedState:
