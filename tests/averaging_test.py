@@ -828,6 +828,37 @@ def subjaxprs(jaxpr):
 
 class CompiledTest(parameterized.TestCase):
 
+  @parameterized.parameters('bernoulli', 'weights')
+  def test_equal_rounds_are_one_value(self, name):
+    """`jit` then compiles one program for them."""
+    tx = optax.sgd(0.1)
+    trained = lambda params: {'w': True}
+    if name == 'weights':
+      one = lambda: averaging.federated_weights(
+          tx, num_clients=2, num_local_steps=2, trained=trained
+      )
+    else:
+      one = lambda: averaging.federated_adapters(
+          POLICIES[name], tx, STACK, num_clients=2
+      )
+    self.assertEqual(one(), one())
+    self.assertEqual(hash(one()), hash(one()))
+    other = dataclasses.replace(one(), num_local_steps=7)
+    self.assertNotEqual(one(), other)
+
+  def test_traced_weights(self):
+    loss = lambda params, client, key: (params['w'] * client, None)
+
+    def run(weights):
+      rounds = averaging.federated_weights(
+          optax.sgd(1.0), num_clients=2, num_local_steps=1, weights=weights
+      )
+      state = rounds.init(None, {'w': jnp.zeros([])})
+      return rounds.step(state, loss, jnp.array([1.0, 5.0]), KEY)[0].params['w']
+
+    # The mean of the gradients 1 and 5: (3 * 1 + 1 * 5) / 4.
+    np.testing.assert_allclose(jax.jit(run)(jnp.array([3.0, 1.0])), -2.0)
+
   def test_no_recompilation_and_no_copy(self):
     """Over rounds, coins and masks; the state may be donated."""
     traces = []

@@ -18,7 +18,7 @@ from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import experiment
-from bernoulli_lora_jax.training import federated
+from bernoulli_lora_jax.training import federated_methods
 from bernoulli_lora_jax.training import figures
 from bernoulli_lora_jax.training import parties as parties_lib
 from bernoulli_lora_jax.training import reporting
@@ -337,9 +337,9 @@ class TrafficTest(parameterized.TestCase):
 
   def test_totals_lose_nothing(self):
     """Of numbers below their resolution."""
-    total = federated.Total(jnp.float32(2**24), jnp.float32(0))
+    total = federated_methods.Total(jnp.float32(2**24), jnp.float32(0))
     for _ in range(10):
-      total = federated._add(total, 1.0)
+      total = federated_methods._add(total, 1.0)
     self.assertEqual(total.total, 2**24 + 10)
 
   def test_totals_are_the_sums(self):

@@ -32,7 +32,7 @@ from bernoulli_lora_jax.tasks import partition
 from bernoulli_lora_jax.tasks import quadratic
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import config_files
-from bernoulli_lora_jax.training import federated
+from bernoulli_lora_jax.training import federated_methods as federated
 from bernoulli_lora_jax.training import fields
 from bernoulli_lora_jax.training import methods
 

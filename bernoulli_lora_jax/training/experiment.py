@@ -18,7 +18,7 @@ from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import directory
-from bernoulli_lora_jax.training import federated
+from bernoulli_lora_jax.training import federated_methods as federated
 from bernoulli_lora_jax.training import fields
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import methods
@@ -277,7 +277,7 @@ def _make_federated(
     prob: float | jax.Array,
     driver: parallel.Driver | None,
 ) -> methods.Method:
-  """Returns the federated method of a config, see `training.federated`."""
+  """Returns the federated method of a config, see `federated_methods`."""
   c, f = config.method, config.federated
   cohort = arguments.make_cohort(
       config, task, 1 if driver is None else driver.num_devices

@@ -3,7 +3,7 @@
 No transport: payloads are dicts of NumPy arrays, which a network carries, and every
 function is deterministic, so that all parties keep the same view of the server.
 `launch/federated_flower` runs them over Flower; one process runs the same by
-`training.federated`, with the same result up to rounding.
+`training.federated_methods`, with the same result up to rounding.
 
 A round t, for each party with its `view` (from `init`, the same everywhere):
 
@@ -44,7 +44,7 @@ from bernoulli_lora_jax.tasks import partition
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import experiment
-from bernoulli_lora_jax.training import federated
+from bernoulli_lora_jax.training import federated_methods
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import methods
 
@@ -58,7 +58,7 @@ class LocalRounds:
   task: task_lib.Task
   rounds: averaging.Rounds
   loss: averaging.Loss  # Of a local step.
-  cohort: federated.Cohort
+  cohort: federated_methods.Cohort
   num_rounds: int
   run_key: jax.Array
 
@@ -146,7 +146,7 @@ def _make_local_rounds(
       num_clients=cohort.num_clients,
       weights=cohort.weights,
   )
-  loss = federated.minibatch_loss(task.loss, config.task.batch_size)
+  loss = federated_methods.minibatch_loss(task.loss, config.task.batch_size)
   if rounds.chain is not None:
     is_flax = arguments.is_flax(task)
     loss = (inject.by_product if is_flax else inject.by_addition)(loss)
@@ -193,7 +193,7 @@ class Ef21:
   tx: optax.GradientTransformation  # The chain with its learning rate.
   trained: Callable[[Any], Any] | None  # params -> tree of bool.
   thin: 'Thin | None'
-  cohort: federated.Cohort
+  cohort: federated_methods.Cohort
   num_rounds: int
   run_key: jax.Array
 

@@ -292,9 +292,7 @@ class RoundsMethod:
     """Returns a tree of bool: no leaf has a leading axis of clients."""
     return methods.none_marked(state)
 
-  def frozen(self, state: FederatedState) -> Any:
-    """Returns a tree of bool: no leaf counts as one that stays as it is."""
-    return methods.none_marked(state)
+  frozen = per_client  # Nor is there one that counts as staying as it is.
 
 
 def rounds_method(
