@@ -42,6 +42,7 @@ import optax
 
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import clients as clients_lib
+from bernoulli_lora_jax import count
 from bernoulli_lora_jax import factors as factors_lib
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import parts
@@ -188,17 +189,16 @@ class AdapterRounds:
 
   def sent_numbers(self, state: Any) -> jax.Array:
     """Returns the numbers that a client sends up, and gets down; state: begun."""
-    total = jnp.zeros([], jnp.result_type(float))
-    for one in self.chain.adapted(state.params):
-      sizes = _numbers(one)
-      coin = state.coins.get(one.matrix.path)
-      if coin is None:
-        size = sum(sizes[x] for x in one.trained)
-        total += float(one.matrix.entries.size * size)  # Beyond 32 bits.
-      else:
-        right, left = float(sizes['right']), float(sizes['left'])
-        total += jnp.sum(jnp.where(coin, right, left))
-    return total
+    rows = [
+        (
+            one.matrix.entries.size,
+            _numbers(one),
+            state.coins.get(one.matrix.path),
+            one.trained,
+        )
+        for one in self.chain.adapted(state.params)
+    ]
+    return count.sent(rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -587,7 +587,7 @@ def _numbers(one: adapters.Adapted) -> dict[str, int]:
   m, r = one.matrix, one.rank
   if one.prob is None:
     return {'left': m.m * one.inner, 'right': one.inner * m.n}
-  return {'left': m.m * min(r, m.n), 'right': min(r, m.m) * m.n}
+  return count.of_factors(m.m, m.n, r)
 
 
 def _boxes(one: adapters.Adapted, state: Any):

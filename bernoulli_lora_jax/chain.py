@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bernoulli_lora_jax import count
 from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import restart as restart_lib
@@ -460,30 +461,15 @@ def sent_numbers(
   known = sum(
       math.prod(np.shape(x)) for path, x in leaves if path not in chosen
   )
-  total = jnp.zeros([], jnp.result_type(float))
-  for matrix, coin in zip(found, coins, strict=True):
-    left = min(rank, matrix.m) * matrix.n
-    right = matrix.m * min(rank, matrix.n)
-    is_left = coin is None and links_lib.known_side(prob)
-    known += math.prod(matrix.batch) * (left if is_left else right)
-    if coin is not None:
-      total += jnp.sum(coin).astype(total.dtype) * float(left - right)
-  return total + float(known)
+  sides = ['right' if links_lib.known_side(prob) else 'left']
+  rows = [
+      (m.entries.size, count.of_factors(m.m, m.n, rank), coin, sides)
+      for m, coin in zip(found, coins, strict=True)
+  ]
+  return count.sent(rows, known)
 
 
-def trained_parameters(m: int, n: int, *, rank: int, prob: float) -> float:
-  """Returns the mean number of trained parameters of one matrix a step.
-
-  Args:
-    m: length of the left side.
-    n: length of the right side.
-    rank: dimension of the subspaces.
-    prob: P(left): a left link trains the right factor.
-
-  Returns:
-    prob min(rank, m) n + (1 - prob) m min(rank, n).
-  """
-  return prob * min(rank, m) * n + (1 - prob) * m * min(rank, n)
+trained_parameters = count.mean_trained
 
 
 def describe(

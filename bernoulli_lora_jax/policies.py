@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from bernoulli_lora_jax import count
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
@@ -373,8 +374,7 @@ def trained_numbers(one: Adapted) -> Any:
   m, n = one.matrix.m, one.matrix.n
   if one.prob is None:
     return one.inner * (m + n)
-  left, right = min(one.rank, m) * n, m * min(one.rank, n)
-  return one.prob * left + (1 - one.prob) * right
+  return count.mean_trained(m, n, rank=one.rank, prob=one.prob)
 
 
 def _check_targets(
