@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import factors as factors_lib
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import links as links_lib
@@ -194,11 +195,7 @@ def make_chain(
     Coins are independent over links, matrices and layers, P(left) = prob; a flip
       compiles nothing.
   """
-  if num_micro_batches < 1:
-    raise ValueError(
-        'Expected num_micro_batches >= 1, got'
-        f' num_micro_batches={num_micro_batches}.'
-    )
+  checks.at_least(1, num_micro_batches=num_micro_batches)
   reductions = parts.check_reductions(reductions)
   for pattern in others or {}:
     matrices_lib.check_pattern('a pattern of others', pattern)

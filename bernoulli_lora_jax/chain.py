@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import count
 from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
@@ -76,7 +77,7 @@ def project(
       lmin = prob min(rank, m)/m + (1 - prob) min(rank, n)/n.
   """
   rank = _checked_rank(rank)
-  _check_prob(prob)
+  checks.within('[0, 1]', prob=prob)
   if g.ndim != 2:
     raise ValueError(f'Expected g to have shape (m, n), got {g.shape}.')
   found = matrices_lib.find({'g': g})
@@ -156,7 +157,7 @@ def scale_by_bernoulli_chain(
     Sokolov et al., Bernoulli-LoRA, arXiv 2508.03820, Algorithm 1.
   """
   rank = _checked_rank(rank)
-  _check_prob(prob)
+  checks.within('[0, 1]', prob=prob)
   _check_period(period)
   spec = _Spec(
       rank,
@@ -552,9 +553,8 @@ def _without_matrices(tree: Any, found: Sequence[Matrix]) -> Any:
 
 
 def _checked_rank(rank: Any) -> int:
-  rank = matrices_lib.static_int('rank', rank)
-  if rank < 1:
-    raise ValueError(f'Expected rank >= 1, got rank={rank}.')
+  rank = checks.static_int('rank', rank)
+  checks.at_least(1, rank=rank)
   return rank
 
 
@@ -564,13 +564,8 @@ def _check_period(period: Any) -> None:
     is_number = jnp.issubdtype(period.dtype, jnp.integer)
   if isinstance(period, bool) or not is_number:
     raise TypeError(f'Expected period to be an int, got {period!r}.')
-  if not isinstance(period, jax.Array) and period < 1:
-    raise ValueError(f'Expected period >= 1, got period={period}.')
-
-
-def _check_prob(prob: float | jax.Array) -> None:
-  if not isinstance(prob, jax.Array) and not 0 <= prob <= 1:
-    raise ValueError(f'Expected prob in [0, 1], got prob={prob}.')
+  if not isinstance(period, jax.Array):
+    checks.at_least(1, period=period)
 
 
 def _check_ranks(found: Sequence[Matrix], rank: int) -> None:

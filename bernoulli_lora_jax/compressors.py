@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import matrices
 
 Payload = dict[str, jax.Array]
@@ -244,8 +245,7 @@ def dithering(levels: int) -> Compressor:
   References:
     Alistarh et al., QSGD, arXiv 1610.02132, lemma 3.1.
   """
-  if levels < 1:
-    raise ValueError(f'Expected levels >= 1, got levels={levels}.')
+  checks.at_least(1, levels=levels)
   width = (2 * levels).bit_length()
 
   def encode(key, x):
@@ -297,8 +297,7 @@ def powersgd(rank: int, *, start: str = 'fresh') -> Compressor:
   References:
     Vogels et al., PowerSGD, arXiv 1905.13727, algorithm 1.
   """
-  if rank < 1:
-    raise ValueError(f'Expected rank >= 1, got rank={rank}.')
+  checks.at_least(1, rank=rank)
   if start not in ('svd', 'fresh', 'warm'):
     raise ValueError(
         f"Expected start to be 'svd', 'fresh' or 'warm', got {start!r}."
@@ -530,8 +529,7 @@ def _count(k: int | None, fraction: float | None) -> Callable[[int], int]:
         f'Expected one of k and fraction, got k={k}, fraction={fraction}.'
     )
   if fraction is not None:
-    if not 0 < fraction <= 1:
-      raise ValueError(f'Expected fraction in (0, 1], got fraction={fraction}.')
+    checks.within('(0, 1]', fraction=fraction)
     # 0.07 * 100 is 7.000000000000001.
     return lambda dim: math.ceil(round(fraction * dim, 9)) or min(dim, 1)
   if isinstance(k, bool) or not isinstance(k, int) or k < 1:

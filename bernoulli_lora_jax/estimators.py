@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import matrices
 from bernoulli_lora_jax import parts
 
@@ -118,8 +119,7 @@ def page(
   References:
     Li et al., PAGE, arXiv 2008.10898, Algorithm 1.
   """
-  if not isinstance(prob, jax.Array) and not 0 < prob <= 1:
-    raise ValueError(f'Expected prob in (0, 1], got prob={prob}.')
+  checks.within('(0, 1]', prob=prob)
 
   def init(params):
     check_outermost(params, 'page')
@@ -193,8 +193,7 @@ def mvr(
   References:
     Cutkosky and Orabona, STORM, arXiv 1905.10018, equation (2).
   """
-  if not isinstance(momentum, jax.Array) and not 0 <= momentum < 1:
-    raise ValueError(f'Expected momentum in [0, 1), got momentum={momentum}.')
+  checks.within('[0, 1)', momentum=momentum)
 
   def init(params):
     check_outermost(params, 'mvr')

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 import dataclasses
 import hashlib
 import math
-import operator
 import re
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import lowrank
 
 # `layers_3/...` (unrolled Linen), `layer/3/...` (lists, Hugging Face).
@@ -169,24 +169,7 @@ def check_pattern(name: str, pattern: str) -> None:
     ) from e
 
 
-def static_int(name: str, value: Any) -> int:
-  """Returns a number that gives shapes: of an int, or of an array of known value.
-
-  Raises:
-    TypeError: no integer, or one that is traced.
-  """
-  if isinstance(value, jax.core.Tracer):
-    raise TypeError(
-        f'Expected {name} to be an int, got {value}, which is traced: it gives'
-        f" shapes. Under optax.inject_hyperparams write static_args=('{name}',)."
-    )
-  try:
-    number = None if isinstance(value, bool) else operator.index(value)
-  except TypeError:
-    number = None
-  if number is None:
-    raise TypeError(f'Expected {name} to be an int, got {value!r}.')
-  return number
+static_int = checks.static_int
 
 
 def path_names(paths: Sequence[Sequence[Any]]) -> list[str]:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import matrices as matrices_lib
 
 REDUCTIONS = ('mean', 'sum', 'max', 'min', 'any', 'all')
@@ -71,11 +72,7 @@ def accumulate(
       by path.
     TypeError: a raw key (uint32) in args, whose noise would repeat.
   """
-  if num_micro_batches < 1:
-    raise ValueError(
-        'Expected num_micro_batches >= 1, got'
-        f' num_micro_batches={num_micro_batches}.'
-    )
+  checks.at_least(1, num_micro_batches=num_micro_batches)
   return functools.partial(
       _accumulated,
       grad_fn,

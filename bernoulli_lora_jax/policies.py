@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import count
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import links as links_lib
@@ -162,10 +163,7 @@ class ChainPolicy:
         'rounding': rounding_lib.MODES,
     }
     for name, values in choices.items():
-      if getattr(self, name) not in values:
-        raise ValueError(
-            f'Expected {name} in {values}, got {name}={getattr(self, name)!r}.'
-        )
+      checks.one_of(values, **{name: getattr(self, name)})
     if not all(isinstance(target, Target) for target in self.targets):
       raise TypeError(
           f'Expected targets to be a tuple of Target, got {self.targets!r}.'

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import sketches
 
 
@@ -46,7 +47,7 @@ def matrix_eigenvalues(
     ValueError: no shapes, a rank below 1, a prob outside [0, 1], or another number
       of ranks or probs.
   """
-  check(len(shapes) > 0, 'at least one shape', shapes=shapes)
+  checks.that(len(shapes) > 0, 'at least one shape', shapes=shapes)
   ranks = one_each('rank', rank, len(shapes))
   probs = one_each('prob', prob, len(shapes))
   sketch = sketches.gaussian() if sketch is None else sketch
@@ -55,10 +56,10 @@ def matrix_eigenvalues(
   )
   found = []
   for (m, n), r, p in zip(shapes, ranks, probs, strict=True):
-    check(m >= 1 and n >= 1, 'shapes of positive lengths', shape=(m, n))
+    checks.that(m >= 1 and n >= 1, 'shapes of positive lengths', shape=(m, n))
     is_whole = isinstance(r, (int, np.integer)) and not isinstance(r, bool)
-    check(bool(is_whole and r >= 1), 'rank >= 1, a whole number', rank=r)
-    check(0 <= p <= 1, 'prob in [0, 1]', prob=p)
+    checks.that(bool(is_whole and r >= 1), 'rank >= 1, a whole number', rank=r)
+    checks.that(0 <= p <= 1, 'prob in [0, 1]', prob=p)
     left, right = side(m, r), side(n, r)
     low, high = (p * left[i] + (1 - p) * right[i] for i in (0, 1))
     found.append((low, high))
@@ -97,7 +98,7 @@ def chain_eigenvalues(
 
 def gd(*, smoothness: float) -> float:
   """Returns 1/L (T1, with and without PL)."""
-  check_positive(smoothness=smoothness)
+  checks.positive(smoothness=smoothness)
   return 1 / smoothness
 
 
@@ -134,20 +135,20 @@ def sgd(
   Raises:
     ValueError: a constant outside its range.
   """
-  check_positive(smoothness=smoothness)
+  checks.positive(smoothness=smoothness)
   check_lambdas(lmin, lmax)
-  check_nonnegative(slope=slope)
+  checks.at_least(0, slope=slope)
   if bounded_variance:
-    check(1 <= growth < math.inf, 'growth >= 1 and finite', growth=growth)
+    checks.that(1 <= growth < math.inf, 'growth >= 1 and finite', growth=growth)
     bounds = [1 / (smoothness * (1 + (growth - 1) * lmax / lmin))]
   else:
-    check_positive(growth=growth)
+    checks.positive(growth=growth)
     bounds = [lmin / (smoothness * growth * lmax)]
   if slope > 0 and num_steps is not None:
-    check_positive(num_steps=num_steps)
+    checks.positive(num_steps=num_steps)
     bounds.append(1 / math.sqrt(smoothness * lmax * slope * num_steps))
   if slope > 0 and pl is not None:
-    check_positive(pl=pl)
+    checks.positive(pl=pl)
     bounds.append(pl * lmin / (2 * smoothness * slope * lmax))
   return min(bounds)
 
@@ -185,13 +186,12 @@ def page(
   Raises:
     ValueError: a constant outside its range.
   """
-  check_positive(smoothness=smoothness, batch_size=batch_size)
-  check_nonnegative(mean_smoothness=mean_smoothness)
-  check(0 < prob <= 1, 'prob in (0, 1]', prob=prob)
-  check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
+  checks.positive(smoothness=smoothness, batch_size=batch_size)
+  checks.at_least(0, mean_smoothness=mean_smoothness)
+  checks.within('(0, 1]', prob=prob, lmax=lmax)
   inverse_batch = 1 / batch_size
   if num_samples is not None:
-    check(
+    checks.that(
         batch_size <= num_samples < math.inf,
         'num_samples >= batch_size and finite',
         num_samples=num_samples,
@@ -232,10 +232,10 @@ def mvr(
   Raises:
     ValueError: a constant outside its range.
   """
-  check_positive(smoothness=smoothness)
-  check_nonnegative(mean_smoothness=mean_smoothness)
-  check(0 <= momentum < 1, 'momentum in [0, 1)', momentum=momentum)
-  check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
+  checks.positive(smoothness=smoothness)
+  checks.at_least(0, mean_smoothness=mean_smoothness)
+  checks.within('[0, 1)', momentum=momentum)
+  checks.within('(0, 1]', lmax=lmax)
   b = 1 - momentum
   factor = 2 if pl is None else 4
   root = math.sqrt(factor * lmax * momentum**2 / (b * (2 - b)))
@@ -276,7 +276,7 @@ def qgd(
   Raises:
     ValueError: a constant outside its range.
   """
-  check_nonnegative(omega=omega)
+  checks.at_least(0, omega=omega)
   pairs = clients(client_smoothness, weights)
   return sgd(
       smoothness=smoothness,
@@ -322,10 +322,9 @@ def marina(
   Raises:
     ValueError: a constant outside its range.
   """
-  check_positive(smoothness=smoothness)
-  check_nonnegative(omega=omega)
-  check(0 < prob <= 1, 'prob in (0, 1]', prob=prob)
-  check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
+  checks.positive(smoothness=smoothness)
+  checks.at_least(0, omega=omega)
+  checks.within('(0, 1]', prob=prob, lmax=lmax)
   total = sum(
       (w * each) ** 2 for w, each in clients(client_smoothness, weights)
   )
@@ -365,9 +364,9 @@ def ef21(
   Raises:
     ValueError: a constant outside its range.
   """
-  check_positive(smoothness=smoothness)
-  check(0 < beta <= 1, 'beta in (0, 1]', beta=beta)
-  check(0 < lmax <= 1, 'lmax in (0, 1]', lmax=lmax)
+  checks.positive(smoothness=smoothness)
+  checks.within('(0, 1]', beta=beta)
+  checks.within('(0, 1]', lmax=lmax)
   total = sum(w * each**2 for w, each in clients(client_smoothness, weights))
   theta = beta / (1 + math.sqrt(1 - beta))  # 1 - sqrt(1 - beta), exactly.
   factor = 1 if pl is None else 2
@@ -401,7 +400,7 @@ def nonsmooth(
   Raises:
     ValueError: a constant outside its range.
   """
-  check_positive(distance=distance, lipschitz=lipschitz, num_steps=num_steps)
+  checks.positive(distance=distance, lipschitz=lipschitz, num_steps=num_steps)
   check_lambdas(lmin, lmax)
   return distance / (lipschitz * math.sqrt(lmax * num_steps))
 
@@ -441,7 +440,7 @@ def _with_pl(
     return stepsize
   if lmin is None:
     raise ValueError('Expected lmin with pl, got lmin=None.')
-  check_positive(pl=pl, lmin=lmin)
+  checks.positive(pl=pl, lmin=lmin)
   return min(stepsize, rate / (2 * pl * lmin))
 
 
@@ -449,7 +448,7 @@ def clients(
     smoothness: Sequence[float], weights: Sequence[float] | None
 ) -> list[tuple[float, float]]:
   """Returns (w_l, L_l) of each client, the weights of sum 1."""
-  check(
+  checks.that(
       np.ndim(smoothness) == 1
       and len(smoothness) > 0
       and all(0 < each < math.inf for each in smoothness),
@@ -457,7 +456,7 @@ def clients(
       client_smoothness=smoothness,
   )
   weights = [1.0] * len(smoothness) if weights is None else weights
-  check(
+  checks.that(
       len(weights) == len(smoothness)
       and all(0 <= w < math.inf for w in weights)
       and sum(weights) > 0,
@@ -474,31 +473,12 @@ def one_each(name: str, value: Any, count: int) -> list[Any]:
   """Returns a value for each of `count` matrices."""
   if np.ndim(value) == 0:
     return [value] * count
-  check(len(value) == count, f'{count} values of {name}', **{name: value})
+  checks.that(len(value) == count, f'{count} values of {name}', **{name: value})
   return list(value)
 
 
 def check_lambdas(lmin: float, lmax: float) -> None:
   """Raises ValueError unless 0 < lmin <= lmax <= 1."""
-  check(0 < lmin <= lmax <= 1, '0 < lmin <= lmax <= 1', lmin=lmin, lmax=lmax)
-
-
-def check_positive(**values: float) -> None:
-  """Raises ValueError for a value not above zero or infinite, by its name."""
-  for name, value in values.items():
-    check(value > 0, f'{name} > 0', **{name: value})
-    check(value < math.inf, f'{name} finite', **{name: value})
-
-
-def check_nonnegative(**values: float) -> None:
-  """Raises ValueError for a value below zero or infinite, by its name."""
-  for name, value in values.items():
-    check(value >= 0, f'{name} >= 0', **{name: value})
-    check(value < math.inf, f'{name} finite', **{name: value})
-
-
-def check(condition: bool, expected: str, **values: Any) -> None:
-  """Raises ValueError('Expected ..., got name=value.') unless it holds."""
-  if not condition:
-    got = ', '.join(f'{name}={value}' for name, value in values.items())
-    raise ValueError(f'Expected {expected}, got {got}.')
+  checks.that(
+      0 < lmin <= lmax <= 1, '0 < lmin <= lmax <= 1', lmin=lmin, lmax=lmax
+  )

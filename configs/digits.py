@@ -33,6 +33,12 @@ ADAPTER_RATES = {
     'rac_right': 0.01,
     'bernoulli': 0.01,
 }
+CHAINS = ('rac_left', 'rac_right', 'bernoulli')  # In both modes.
+SMOKE = {
+    'training.num_steps': 6,
+    'training.num_evals': 2,
+    'task.pretrain_epochs': 2,
+}
 
 
 def adapter(name: str, rank: int = 1) -> dict[str, object]:
@@ -66,23 +72,14 @@ def get_config(variant: str = ''):
   config = base_config.get_config()
   config.training.num_passes = 60.0
   config.training.eval_gradient = True  # For audits.
-  names = [name for name in variant.split(',') if name]
-  chosen = adapter('bernoulli')
-  for name in names:
-    if name in ADAPTER_RATES and 'gradient' not in names:
-      chosen = adapter(name)
-    elif name == 'full' or name in ('rac_left', 'rac_right', 'bernoulli'):
-      chosen = gradient(name)
-    elif name in GRADIENT_RATES:
-      chosen = gradient('bernoulli', name)
-    elif name == 'smoke':
-      config.training.num_steps = 6
-      config.training.num_evals = 2
-      config.task.pretrain_epochs = 2
-    elif name != 'gradient':
-      known = (*ADAPTER_RATES, 'full', 'gradient', *GRADIENT_RATES)
-      raise ValueError(f'Expected variants of {known} or smoke, got {name!r}.')
-  config.update_from_flattened_dict(chosen)
+  config.update_from_flattened_dict(adapter('bernoulli'))
+  if 'gradient' in variant.split(','):
+    table = {name: gradient(name) for name in CHAINS}
+  else:
+    table = {name: adapter(name) for name in ADAPTER_RATES}
+  table |= {name: gradient('bernoulli', name) for name in GRADIENT_RATES}
+  table |= {'full': gradient('full'), 'gradient': {}, 'smoke': SMOKE}
+  base_config.set_variants(config, variant, table)
   return config
 
 

@@ -27,25 +27,12 @@ RANKS = {
     'digits': {'lora': 2, 'left': 5, 'right': 3, 'bernoulli': 4},  # 650
     'mnist': {'lora': 1, 'left': 8, 'right': 1, 'bernoulli': 2},  # 1,045
 }
-
-
-def parse(variant: str) -> tuple[str, str]:
-  """Returns the task and what is equal."""
-  names = [name for name in variant.split(',') if name]
-  tasks = [n for n in names if n in RANKS] or ['digits']
-  equal = [n for n in names if n in ('parameters', 'rank', 'flops')]
-  unknown = set(names) - {*tasks, *equal, 'smoke'}
-  if unknown or len(tasks) > 1 or len(equal) > 1:
-    raise ValueError(
-        'Expected one variant of digits, mnist, one of parameters, rank, flops,'
-        f' and smoke, got {variant!r}.'
-    )
-  return tasks[0], (equal or ['parameters'])[0]
+VARIANTS = (RANKS, ('parameters', 'rank', 'flops'), ('', 'smoke'))
 
 
 def get_config(variant: str = ''):
   """Returns the config of a variant."""
-  task, equal = parse(variant)
+  task, equal, size = base_config.choose_variants(variant, *VARIANTS)
   config = base_config.get_config()
   config.task.name = task
   config.method.mode = 'adapter'
@@ -63,7 +50,7 @@ def get_config(variant: str = ''):
     config.method.period_passes = passes / NUM_LINKS
   if equal == 'flops':
     config.training.num_full_passes = passes
-  if 'smoke' in variant:
+  if size == 'smoke':
     config.training.num_steps = 4
     config.training.num_evals = 2
     config.task.pretrain_epochs = 1
@@ -83,7 +70,7 @@ def rank(name: str, task: str, equal: str) -> int:
 
 def sweep(variant: str = ''):
   """Returns each method at each rate with ten seeds."""
-  task, equal = parse(variant)
+  task, equal, _ = base_config.choose_variants(variant, *VARIANTS)
   methods: list[dict[str, object]] = [
       {'method.mode': 'gradient', 'method.name': 'full'}
   ]

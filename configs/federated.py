@@ -43,6 +43,7 @@ RATES = {
 LOCAL_STEPS = {'digits': 5, 'mnist': 20}
 PARTITIONS = ('iid', 'dirichlet')
 NUM_SEEDS = 5
+VARIANTS = (('bernoulli', *METHODS), LOCAL_STEPS, PARTITIONS, ('', 'smoke'))
 
 
 def overrides(name: str, task: str) -> dict[str, object]:
@@ -71,29 +72,11 @@ def overrides(name: str, task: str) -> dict[str, object]:
   }
 
 
-def parse(variant: str) -> tuple[str, str, str]:
-  """Returns method, task and partition."""
-  names = [name for name in variant.split(',') if name]
-  chosen = []
-  for known, default in (
-      (METHODS, 'bernoulli'),
-      (tuple(LOCAL_STEPS), 'digits'),
-      (PARTITIONS, 'iid'),
-  ):
-    found = [name for name in names if name in known]
-    if len(found) > 1:
-      raise ValueError(f'Expected one variant of {known}, got {variant!r}.')
-    chosen += found or [default]
-  for name in names:
-    if name not in (*chosen, 'smoke'):
-      known = (*METHODS, *LOCAL_STEPS, *PARTITIONS)
-      raise ValueError(f'Expected variants of {known} or smoke, got {name!r}.')
-  return chosen[0], chosen[1], chosen[2]
-
-
 def get_config(variant: str = ''):
   """Returns the config of a variant."""
-  method, task, partition = parse(variant)
+  method, task, partition, size = base_config.choose_variants(
+      variant, *VARIANTS
+  )
   config = base_config.get_config()
   config.task.name = task
   config.method.rank = 2
@@ -106,7 +89,7 @@ def get_config(variant: str = ''):
     config.task.batch_size = 128
     config.task.dropout = 0.1
     config.task.pretrain_epochs = 10
-  if 'smoke' in variant:
+  if size == 'smoke':
     config.training.num_steps = 4
     config.training.num_evals = 2
     config.task.pretrain_epochs = 1
@@ -116,7 +99,7 @@ def get_config(variant: str = ''):
 
 def sweep(variant: str = ''):
   """Returns all methods on both partitions."""
-  _, task, _ = parse(variant)
+  _, task, *_ = base_config.choose_variants(variant, *VARIANTS)
   runs: list[dict[str, object]] = []
   for method in METHODS:
     kind = method if method in ESTIMATORS else 'local'

@@ -24,6 +24,14 @@ STEPSIZES = {
     'rac_right': 0.158,
     'bernoulli': 0.168,
 }
+SMOKE = {
+    'task.dim': 6,
+    'task.num_rows': 3,
+    'task.num_samples': 20,
+    'task.batch_size': 20,
+    'training.num_steps': 20,
+    'training.num_evals': 2,
+}
 
 
 def get_config(variant: str = ''):
@@ -40,20 +48,8 @@ def get_config(variant: str = ''):
   config.training.num_steps = 3000
   config.training.num_evals = 60
   config.training.eval_gradient = True  # For audits.
-  for name in filter(None, variant.split(',')):
-    if name in METHODS:
-      config.method.name = name
-    elif name == 'smoke':
-      config.task.dim = 6
-      config.task.num_rows = 3
-      config.task.num_samples = 20
-      config.task.batch_size = 20
-      config.training.num_steps = 20
-      config.training.num_evals = 2
-    else:
-      raise ValueError(
-          f'Expected variants of {METHODS} or smoke, got {name!r}.'
-      )
+  methods = {name: {'method.name': name} for name in METHODS}
+  base_config.set_variants(config, variant, {**methods, 'smoke': SMOKE})
   config.method.learning_rate = STEPSIZES[config.method.name]
   return config
 

@@ -14,11 +14,25 @@ mvr; paper; smoke.
 from bernoulli_lora_jax.training import base_config
 
 METHODS = ('full', 'rac_left', 'rac_right', 'bernoulli')
-ESTIMATORS = ('gd', 'sgd', 'page', 'mvr')
 # Multiples of 1/L: of 2^-7, ..., 4 the one with the smallest squared gradient
 # norm after 60 data passes (default size, seed 0; one run each: launch/train.py
 # --config.method.stepsize_factor=...).
 FACTORS = {'gd': 1.0, 'sgd': 2**-7, 'page': 0.5, 'mvr': 2**-6}
+SIZES = {
+    'paper': {
+        'task.dim': 4096,
+        'task.num_pretraining': 90_000,
+        'task.num_samples': 10_000,
+        'task.batch_size': 100,
+    },
+    'smoke': {
+        'task.dim': 16,
+        'task.num_pretraining': 50,
+        'task.num_samples': 40,
+        'training.num_steps': 10,
+        'training.num_evals': 2,
+    },
+}
 
 
 def get_config(variant: str = ''):
@@ -32,27 +46,9 @@ def get_config(variant: str = ''):
   config.training.num_passes = 60.0
   config.training.num_evals = 60
   config.training.eval_gradient = True  # For audits.
-  for name in filter(None, variant.split(',')):
-    if name in METHODS:
-      config.method.name = name
-    elif name in ESTIMATORS:
-      config.method.estimator = name
-    elif name == 'paper':
-      config.task.dim = 4096
-      config.task.num_pretraining = 90_000
-      config.task.num_samples = 10_000
-      config.task.batch_size = 100
-    elif name == 'smoke':
-      config.task.dim = 16
-      config.task.num_pretraining = 50
-      config.task.num_samples = 40
-      config.training.num_steps = 10
-      config.training.num_evals = 2
-    else:
-      raise ValueError(
-          f'Expected variants of {METHODS + ESTIMATORS}, paper or smoke, got'
-          f' {name!r}.'
-      )
+  methods = {name: {'method.name': name} for name in METHODS}
+  estimators = {name: {'method.estimator': name} for name in FACTORS}
+  base_config.set_variants(config, variant, {**methods, **estimators, **SIZES})
   config.method.stepsize_factor = FACTORS[config.method.estimator]
   return config
 
@@ -65,6 +61,6 @@ def sweep():
           'method.stepsize_factor': FACTORS[name],
           'seed': seed,
       }
-      for name in ESTIMATORS
+      for name in FACTORS
       for seed in range(3)
   ]

@@ -27,6 +27,16 @@ from bernoulli_lora_jax.training import base_config
 CHAINS = ('rac_left', 'rac_right', 'bernoulli')
 ADAPTERS = ('lora', 'cola', 'asymmetric_left', 'asymmetric_right', *CHAINS)
 ESTIMATORS = ('sgd', 'gd', 'page', 'mvr')
+OTHERS = {
+    'full': {'method.mode': 'gradient', 'method.name': 'full'},
+    'gradient': {},
+    'flipped': {'method.zero': 'left'},
+    'smoke': {
+        'training.num_steps': 6,
+        'training.num_evals': 2,
+        'task.pretrain_epochs': 1,
+    },
+}
 PROBS = (0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
 
 _LINKS = {'method.mode': 'adapter', 'method.period_passes': 1.0}
@@ -78,38 +88,25 @@ def get_config(variant: str = ''):
   config.training.eval_gradient = True  # For audits.
   config.training.patience = 10
   config.training.plateau_patience = 10
-  names = [name for name in variant.split(',') if name]
-  is_gradient = 'gradient' in names
-  for name in names:
-    if name == 'full':
-      config.method.mode, config.method.name = 'gradient', 'full'
-    elif name in CHAINS and is_gradient:
-      set_gradient(config, 'adam', 100, 2e-3)
-      config.method.name = name
-    elif name in ESTIMATORS:
-      set_gradient(config, 'sgd', 1, 0.05)
-      config.method.estimator = name
-    elif name in ADAPTERS:
-      config.method.name = name
-    elif name == 'flipped':
-      config.method.zero = 'left'
-    elif name == 'smoke':
-      config.training.num_steps = 6
-      config.training.num_evals = 2
-      config.task.pretrain_epochs = 1
-    elif name != 'gradient':
-      known = (*ADAPTERS, 'flipped', 'full', 'gradient', *ESTIMATORS)
-      raise ValueError(f'Expected variants of {known} or smoke, got {name!r}.')
+  table = {name: {'method.name': name} for name in ADAPTERS}
+  if 'gradient' in variant.split(','):
+    rates = gradient('adam', 100, 2e-3)
+    table |= {name: {**rates, 'method.name': name} for name in CHAINS}
+  plain = gradient('sgd', 1, 0.05)
+  table |= {name: {**plain, 'method.estimator': name} for name in ESTIMATORS}
+  base_config.set_variants(config, variant, {**table, **OTHERS})
   return config
 
 
-def set_gradient(config, optimizer: str, period: int, rate: float) -> None:
-  """Sets gradient mode with its optimiser in the subspace."""
-  config.method.mode = 'gradient'
-  config.method.optimizer = optimizer
-  config.method.period = period
-  config.method.period_passes = None
-  config.method.learning_rate = rate
+def gradient(optimizer: str, period: int, rate: float) -> dict[str, object]:
+  """Returns gradient mode with its optimiser in the subspace."""
+  return {
+      'method.mode': 'gradient',
+      'method.optimizer': optimizer,
+      'method.period': period,
+      'method.period_passes': None,
+      'method.learning_rate': rate,
+  }
 
 
 def sweep():

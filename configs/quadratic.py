@@ -14,9 +14,13 @@ three in gradient mode; smoke.
 """
 
 from bernoulli_lora_jax.training import base_config
+from bernoulli_lora_jax.training import methods as methods_lib
 
-CHAINS = ('rac_left', 'rac_right', 'bernoulli')
-ADAPTERS = ('lora', 'cola', 'asymmetric_left', 'asymmetric_right', *CHAINS)
+OTHERS = {
+    'full': {'method.mode': 'gradient', 'method.name': 'full'},
+    'gradient': {'method.mode': 'gradient'},
+    'smoke': {'training.num_steps': 20, 'training.num_evals': 2},
+}
 
 
 def get_config(variant: str = ''):
@@ -31,29 +35,18 @@ def get_config(variant: str = ''):
   config.training.num_steps = 6000
   config.training.num_evals = 1200  # LoRA diverges within a few steps.
   config.training.eval_gradient = True  # For audits.
-  names = [name for name in variant.split(',') if name]
-  for name in names:
-    if name in ADAPTERS:
-      config.method.name = name
-      config.method.period = 5 if name == 'cola' else 1
-    elif name == 'full':
-      config.method.mode, config.method.name = 'gradient', 'full'
-    elif name == 'gradient':
-      config.method.mode = 'gradient'
-    elif name == 'smoke':
-      config.training.num_steps = 20
-      config.training.num_evals = 2
-    else:
-      raise ValueError(
-          f'Expected variants of {(*ADAPTERS, "full", "gradient")} or smoke,'
-          f' got {name!r}.'
-      )
+  table = {
+      name: {'method.name': name, 'method.period': 1}
+      for name in methods_lib.ADAPTERS
+  }
+  table['cola']['method.period'] = 5
+  base_config.set_variants(config, variant, {**table, **OTHERS})
   return config
 
 
 def sweep():
   """Returns the family with twenty seeds."""
-  runs = [(name, 1) for name in ADAPTERS if name != 'cola']
+  runs = [(name, 1) for name in methods_lib.ADAPTERS if name != 'cola']
   runs += [('cola', period) for period in (5, 10, 50)]
   return [
       {'method.name': name, 'method.period': period, 'seed': seed}

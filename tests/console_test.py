@@ -15,6 +15,7 @@ import jax
 import pytest
 
 from bernoulli_lora_jax import cli
+from bernoulli_lora_jax import flags_of_configs
 from bernoulli_lora_jax.studies import predict
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
@@ -106,7 +107,7 @@ class CommandTest(parameterized.TestCase):
       text = blora(command, '--config=nothing', f'--workdir={folder / "x"}')
       self.assertRegex(text, "one of digits, .*quadratic, got config 'nothing'")
     a, b = (
-        cli.parse([f'--config={name}:page', '--workdir=w']).config
+        flags_of_configs.parse([f'--config={name}:page', '--workdir=w']).config
         for name in ('digits', config_files.find('digits'))
     )
     self.assertEqual(a.to_dict(), b.to_dict())

@@ -25,6 +25,7 @@ import pytest
 
 import bernoulli_lora_jax as bl
 from bernoulli_lora_jax import cli
+from bernoulli_lora_jax import flags_of_configs
 from bernoulli_lora_jax.tasks import partition
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import base_config
@@ -362,7 +363,7 @@ def check_command(words):
     path = config.removeprefix('--config=').partition(':')[0]
     if any(one.code.startswith(f'# {path}\n') for one in SNIPPETS):
       return  # A file of the reader's own, which a snippet shows.
-    cli.parse(rest)
+    flags_of_configs.parse(rest)
     return
   out = io.StringIO()
   sub = rest[:1] if name == 'theory' else []

@@ -18,6 +18,7 @@ import numpy as np
 import tqdm
 
 from bernoulli_lora_jax import chain
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.studies import constants as constants_lib
 from bernoulli_lora_jax.studies import guarantee
 from bernoulli_lora_jax.studies import runs
@@ -109,13 +110,8 @@ def audit(
   Raises:
     ValueError: a directory without a finished run, or without checkpoints.
   """
-  for name, value, least in (
-      ('points', num_points, 2),
-      ('products', num_products, 1),
-      ('batches', num_batches, 2),
-  ):
-    if value < least:
-      raise ValueError(f'Expected {name} >= {least}, got {name}={value}.')
+  checks.at_least(2, points=num_points, batches=num_batches)
+  checks.at_least(1, products=num_products)
   finished = runs.load(directory)
   measured(finished.run)  # What is missing is said before the replay.
   with jax.enable_x64(finished.config.x64):  # Others keep their own.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bernoulli_lora_jax import averaging
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.studies import runs
 from bernoulli_lora_jax.tasks import partition
 from bernoulli_lora_jax.tasks import task as task_lib
@@ -59,8 +60,7 @@ def estimate(
     num_batches: minibatches a point, >= 2.
     report: called with 1 after each point.
   """
-  if num_batches < 2:
-    raise ValueError(f'Expected batches >= 2, got batches={num_batches}.')
+  checks.at_least(2, batches=num_batches)
   key = jax.random.key(finished.config.seed)
   moving = lambda params: averaging.trained_part(params, method.trained)
   of = lambda part, params: averaging.joined(params, part)

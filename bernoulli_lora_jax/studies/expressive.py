@@ -21,6 +21,7 @@ import numpy as np
 import optax
 import tqdm
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.studies import study
 from bernoulli_lora_jax.theory import expressive
 from bernoulli_lora_jax.training import figures
@@ -72,17 +73,16 @@ def errors(
   Raises:
     ValueError: a number outside its range.
   """
-  for name, value, least in (
-      ('width', width, 2),
-      ('min(lengths)', min(lengths, default=0), 1),
-      ('target_depth', target_depth, 1),
-      ('num_seeds', num_seeds, 1),
-      ('num_samples', num_samples, 1),
-      ('linear_steps', linear_steps, 1),
-      ('net_steps', net_steps, 1),
-  ):
-    if value < least:
-      raise ValueError(f'Expected {name} >= {least}, got {name}={value}.')
+  checks.at_least(2, width=width)
+  checks.at_least(1, **{'min(lengths)': min(lengths, default=0)})
+  checks.at_least(
+      1,
+      target_depth=target_depth,
+      num_seeds=num_seeds,
+      num_samples=num_samples,
+      linear_steps=linear_steps,
+      net_steps=net_steps,
+  )
   cells = []  # One a kind, length and rank; arrays over seeds.
   cases = [(length, kind) for length in lengths for kind in KINDS]
   with jax.enable_x64(True):

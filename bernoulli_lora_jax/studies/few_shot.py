@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.theory import ntk
@@ -38,12 +39,12 @@ def few_shot(
     ValueError: more examples than there are, or no classes.
   """
   labels = np.asarray(task.data['train']['y'])
-  ntk.check(
+  checks.that(
       np.issubdtype(labels.dtype, np.integer) and labels.ndim == 1,
       "a task whose data['train']['y'] are classes",
       name=task.name,
   )
-  ntk.check(
+  checks.that(
       1 <= num_samples <= len(labels),
       f'num_samples in [1, {len(labels)}], the training examples',
       num_samples=num_samples,
@@ -96,8 +97,5 @@ def numerical_rank(delta: ntk.Delta) -> int:
 
 def check_sizes(relative_lam: float, **sizes: int) -> None:
   """Raises ValueError unless 0 < relative_lam < 1 and all sizes are >= 1."""
-  ntk.check(
-      0 < relative_lam < 1, 'relative_lam in (0, 1)', relative_lam=relative_lam
-  )
-  for name, value in sizes.items():
-    ntk.check(value >= 1, f'{name} >= 1', **{name: value})
+  checks.within('(0, 1)', relative_lam=relative_lam)
+  checks.at_least(1, **sizes)

@@ -25,6 +25,7 @@ import optax
 import tqdm
 
 from bernoulli_lora_jax import chain
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import sketches
 from bernoulli_lora_jax import stepsizes
 from bernoulli_lora_jax.studies import study
@@ -85,11 +86,8 @@ def gaps(
   Raises:
     ValueError: an argument outside its range.
   """
-  for name, value in (('num_steps', num_steps), ('num_seeds', num_seeds)):
-    if value < 2:
-      raise ValueError(f'Expected {name} >= 2, got {name}={value}.')
-  if not 0 < prob < 1:
-    raise ValueError(f'Expected prob in (0, 1), got prob={prob}.')
+  checks.at_least(2, num_steps=num_steps, num_seeds=num_seeds)
+  checks.within('(0, 1)', prob=prob)
   methods = {
       'RAC left': 1.0,
       'RAC right': 0.0,

@@ -18,6 +18,7 @@ import numpy as np
 import scipy.stats
 import tqdm
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.studies import few_shot
 from bernoulli_lora_jax.studies import study as study_lib
 from bernoulli_lora_jax.tasks import task as task_lib
@@ -72,13 +73,12 @@ def generalisation(
   """
   for relative_lam in relative_lams:
     few_shot.check_sizes(relative_lam)
-  for name, value in (('num_draws', num_draws), ('num_signs', num_signs)):
-    ntk.check(value >= 2, f'{name} >= 2', **{name: value})
+  checks.at_least(2, num_draws=num_draws, num_signs=num_signs)
   exponents.check_rising('sizes', sizes)
-  ntk.check(
+  checks.that(
       len(relative_lams) > 0, 'one relative_lam or more', relative_lams=()
   )
-  ntk.check(
+  checks.that(
       'test' in task.data, "a task with data['test']", splits=sorted(task.data)
   )
   with jax.enable_x64(True):

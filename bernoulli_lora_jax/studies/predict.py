@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import sketches
 from bernoulli_lora_jax.studies import study
 from bernoulli_lora_jax.theory import bounds
@@ -80,10 +81,7 @@ def predict(
     ValueError: a constant that is missing, unknown or outside its range; a
       stepsize above its limit, with the limit.
   """
-  if estimator not in _FUNCTIONS:
-    raise ValueError(
-        f'Expected estimator in {ESTIMATORS}, got estimator={estimator!r}.'
-    )
+  checks.one_of(ESTIMATORS, estimator=estimator)
   if not num_steps or min(num_steps) < 1:
     raise ValueError(f'Expected steps >= 1, got steps={list(num_steps)}.')
   num_steps = sorted(set(num_steps))
@@ -277,7 +275,6 @@ def _with_q(constants: dict[str, Any], estimator: str) -> dict[str, Any]:
     q = given.pop('q')
     if not takes_q:
       raise ValueError(f'Expected q with page and marina alone, got q={q}.')
-    if not 0 < q <= 1:
-      raise ValueError(f'Expected q in (0, 1], got q={q}.')
+    checks.within('(0, 1]', q=q)
     given['prob'] = q
   return given

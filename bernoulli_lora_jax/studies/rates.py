@@ -11,6 +11,7 @@ import matplotlib.figure
 import numpy as np
 import tqdm
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.studies import regression
 from bernoulli_lora_jax.studies import study
 from bernoulli_lora_jax.tasks import task as task_lib
@@ -69,23 +70,16 @@ def rates(
   Raises:
     ValueError: an argument outside its range.
   """
-  if num_seeds < 2:
-    raise ValueError(f'Expected seeds >= 2, got seeds={num_seeds}.')
-  if numpy_runs < 0:
-    raise ValueError(f'Expected numpy >= 0, got numpy={numpy_runs}.')
+  checks.at_least(2, seeds=num_seeds)
+  checks.at_least(0, numpy=numpy_runs)
   if not factors or not all(0 < factor < math.inf for factor in factors):
     raise ValueError(f'Expected factors > 0, got factors={list(factors)}.')
-  if not 0 < num_passes < math.inf:
-    raise ValueError(f'Expected passes > 0, got passes={num_passes}.')
-  if size not in regression.SIZES:
-    raise ValueError(
-        f'Expected size in {tuple(regression.SIZES)}, got size={size!r}.'
-    )
+  checks.positive(passes=num_passes)
+  checks.one_of(regression.SIZES, size=size)
   if set(claims) - set(CLAIMS):
     raise ValueError(f'Expected claims among {CLAIMS}, got claims={claims}.')
   side = math.isqrt(regression.SIZES[size].dim)
-  if not 1 <= rank <= side:
-    raise ValueError(f'Expected rank in [1, {side}], got rank={rank}.')
+  checks.within(f'[1, {side}]', rank=rank)
   with jax.enable_x64(True):
     return _rates(
         size,

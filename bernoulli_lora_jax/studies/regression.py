@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.studies import numpy_chain
 from bernoulli_lora_jax.tasks import linear_regression
 from bernoulli_lora_jax.tasks import task as task_lib
@@ -91,8 +92,7 @@ def make_tasks(
     size: str,
 ) -> tuple[linear_regression.Problem, task_lib.Task, task_lib.Task]:
   """Returns the problem of X1 at a size, its square task and its wide one."""
-  if size not in SIZES:
-    raise ValueError(f'Expected size in {tuple(SIZES)}, got size={size!r}.')
+  checks.one_of(SIZES, size=size)
   s = SIZES[size]
   problem = linear_regression.make_problem(
       dim=s.dim, num_pretraining=s.num_pretraining, num_samples=s.num_samples
@@ -264,8 +264,7 @@ def train_numpy(
   Raises:
     ValueError: num_runs < 1.
   """
-  if num_runs < 1:
-    raise ValueError(f'Expected num_runs >= 1, got num_runs={num_runs}.')
+  checks.at_least(1, num_runs=num_runs)
   x, y, b = problem.x, problem.y, task.batch_size
   (shape,) = [w.shape for w in jax.tree.leaves(task.init(jax.random.key(0)))]
   if name != 'bernoulli':

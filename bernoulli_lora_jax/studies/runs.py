@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 import numpy as np
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import loop
@@ -110,8 +111,7 @@ def replay(
     num_points: kept, >= 2, about evenly spaced, first and last included.
     report: called with the steps done.
   """
-  if num_points < 2:
-    raise ValueError(f'Expected points >= 2, got points={num_points}.')
+  checks.at_least(2, points=num_points)
   num_steps = int(finished.run.summary['step'])
   every = min(program.settings.eval_every, num_steps)
   count = math.ceil(num_steps / every)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.models import mlp
 from bernoulli_lora_jax.tasks import cache
 from bernoulli_lora_jax.tasks import task as task_lib
@@ -61,8 +62,7 @@ def make_task(
   Returns:
     A `Task` whose init returns the pre-trained weights, whatever the key.
   """
-  if not 0 <= dropout < 1:
-    raise ValueError(f'Expected dropout in [0, 1), got dropout={dropout}.')
+  checks.within('[0, 1)', dropout=dropout)
   half = images.num_classes // 2
   model = mlp.MLP(features=(*hidden, half), dropout=dropout)
 

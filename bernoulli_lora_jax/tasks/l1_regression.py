@@ -14,6 +14,7 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.tasks import cache
 from bernoulli_lora_jax.tasks import task as task_lib
 
@@ -57,10 +58,8 @@ def make_problem(
   m, n = shape
   if m < 1 or n < 1:
     raise ValueError(f'Expected shape of positive sides, got shape={shape}.')
-  if num_samples < 1:
-    raise ValueError(f'Expected num_samples >= 1, got {num_samples=}.')
-  if not 0 <= outliers <= 1:
-    raise ValueError(f'Expected outliers in [0, 1], got {outliers=}.')
+  checks.at_least(1, num_samples=num_samples)
+  checks.within('[0, 1]', outliers=outliers)
   rng = np.random.default_rng(seed)
   x = rng.normal(size=(num_samples, m * n))
   y = x @ rng.normal(size=m * n) + _NOISE * rng.normal(size=num_samples)

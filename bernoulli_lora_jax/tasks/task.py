@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import parts
 
 Batch = dict[str, jax.Array]
@@ -138,10 +139,7 @@ def from_arrays(
       'replacement': uniform_batch,
       'full': lambda _: lambda data, key, step: data['train'],
   }
-  if sampling not in kinds:
-    raise ValueError(
-        f'Expected sampling in {tuple(kinds)}, got sampling={sampling!r}.'
-    )
+  checks.one_of(kinds, sampling=sampling)
   size = len(data['train']['index'])
   if not 1 <= batch_size <= size:
     raise ValueError(

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import sketches
 from bernoulli_lora_jax import stepsizes
@@ -70,9 +71,7 @@ def spectrum(
   each = stepsizes.matrix_eigenvalues(shapes, **arguments)
   ranks = stepsizes.one_each('rank', rank, len(shapes))
   for (m, n), r in zip(shapes, ranks, strict=True):
-    stepsizes.check(
-        r <= max(m, n), f'rank <= {max(m, n)}, the longer side', rank=r
-    )
+    checks.that(r <= max(m, n), f'rank <= {max(m, n)}, the longer side', rank=r)
   lmin, lmax = stepsizes.chain_eigenvalues(
       shapes, all_trained=all_trained, **arguments
   )
@@ -116,7 +115,7 @@ def tree_spectrum(
   def each(name, value):
     if not isinstance(value, Mapping):
       return value
-    stepsizes.check(
+    checks.that(
         set(value) == set(paths), f'{name} of each of {paths}', **{name: value}
     )
     return [value[path] for path in paths]
@@ -239,7 +238,7 @@ def sgd(
   """
   steps = _steps(num_steps)
   _check_common(initial_gap, stepsize, smoothness, lmin, lmax, pl)
-  stepsizes.check_nonnegative(noise=noise)
+  checks.at_least(0, noise=noise)
   if least and pl is not None:
     raise ValueError('Expected least without pl, got least=True.')
   limit = stepsizes.sgd(
@@ -309,8 +308,8 @@ def page(
   """
   steps = _steps(num_steps)
   _check_common(initial_gap, stepsize, smoothness, lmin, lmax, pl)
-  _check_error(initial_error)
-  stepsizes.check(
+  checks.at_least(0, initial_error=initial_error)
+  checks.that(
       float(batch_size).is_integer(),
       'batch_size to be a whole number',
       batch_size=batch_size,
@@ -373,8 +372,8 @@ def mvr(
   """
   steps = _steps(num_steps)
   _check_common(initial_gap, stepsize, smoothness, lmin, lmax, pl)
-  _check_error(initial_error)
-  stepsizes.check_nonnegative(variance=variance)
+  checks.at_least(0, initial_error=initial_error)
+  checks.at_least(0, variance=variance)
   limit = stepsizes.mvr(
       smoothness=smoothness,
       mean_smoothness=mean_smoothness,
@@ -432,7 +431,7 @@ def qgd(
     ValueError: a constant outside its range; a stepsize above its limit.
   """
   _check_common(initial_gap, stepsize, smoothness, lmin, lmax, pl)
-  stepsizes.check_nonnegative(client_gap=client_gap)
+  checks.at_least(0, client_gap=client_gap)
   limit = stepsizes.qgd(
       smoothness=smoothness,
       client_smoothness=client_smoothness,
@@ -500,7 +499,7 @@ def marina(
   """
   steps = _steps(num_steps)
   _check_common(initial_gap, stepsize, smoothness, lmin, lmax, pl)
-  _check_error(initial_error)
+  checks.at_least(0, initial_error=initial_error)
   limit = stepsizes.marina(
       smoothness=smoothness,
       client_smoothness=client_smoothness,
@@ -558,7 +557,7 @@ def ef21(
   """
   steps = _steps(num_steps)
   _check_common(initial_gap, stepsize, smoothness, lmin, lmax, pl)
-  _check_error(initial_error)
+  checks.at_least(0, initial_error=initial_error)
   limit = stepsizes.ef21(
       smoothness=smoothness,
       client_smoothness=client_smoothness,
@@ -604,9 +603,7 @@ def nonsmooth(
     ValueError: a constant outside its range.
   """
   steps = _steps(num_steps)
-  stepsizes.check_positive(
-      distance=distance, stepsize=stepsize, lipschitz=lipschitz
-  )
+  checks.positive(distance=distance, stepsize=stepsize, lipschitz=lipschitz)
   stepsizes.check_lambdas(lmin, lmax)
   floor = stepsize * lipschitz**2 * (lmax / lmin) / 2
   return distance**2 / (2 * stepsize * lmin * steps) + floor
@@ -639,7 +636,7 @@ def polyak(
     ValueError: a constant outside its range.
   """
   steps = _steps(num_steps)
-  stepsizes.check_positive(distance=distance, lipschitz=lipschitz)
+  checks.positive(distance=distance, lipschitz=lipschitz)
   stepsizes.check_lambdas(lmin, lmax)
   return distance * lipschitz * np.sqrt(lmax / lmin / (lmin * steps))
 
@@ -693,7 +690,7 @@ def check_constants(
   parameters = inspect.signature(bound).parameters
   known = {k: p for k, p in parameters.items() if k not in decided}
   for k in constants:
-    stepsizes.check(
+    checks.that(
         k in known,
         f'constants of {name} among {tuple(known)}',
         **{k: constants[k]},
@@ -735,7 +732,7 @@ def _rate(
 def _steps(num_steps: Steps) -> np.ndarray:
   steps = np.asarray(num_steps, float)
   is_whole = np.isfinite(steps) & (steps >= 1) & (steps == np.floor(steps))
-  stepsizes.check(
+  checks.that(
       bool(steps.size and np.all(is_whole)),
       'num_steps >= 1, whole numbers',
       num_steps=num_steps,
@@ -751,23 +748,19 @@ def _check_common(
     lmax: float,
     pl: float | None,
 ) -> None:
-  stepsizes.check(
+  checks.that(
       0 <= initial_gap < math.inf,
       'initial_gap >= 0 and finite',
       initial_gap=initial_gap,
   )
-  stepsizes.check_positive(stepsize=stepsize, smoothness=smoothness)
+  checks.positive(stepsize=stepsize, smoothness=smoothness)
   stepsizes.check_lambdas(lmin, lmax)
   if pl is not None:
-    stepsizes.check(
+    checks.that(
         0 < pl <= smoothness * (1 + _ROUNDING),
         f'pl in (0, smoothness={smoothness}]',
         pl=pl,
     )
-
-
-def _check_error(initial_error: float) -> None:
-  stepsizes.check_nonnegative(initial_error=initial_error)
 
 
 def _check_stepsize(theorem: str, stepsize: float, limit: float) -> None:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
+from bernoulli_lora_jax import checks
+
 
 class Interval(NamedTuple):
   """An estimate with its bootstrap standard error and confidence interval."""
@@ -74,16 +76,10 @@ def fit_exponents(
     )
   if not np.all(np.isfinite(gaps)):
     raise ValueError('Expected finite gaps, got some that are not.')
-  if statistic not in ('mean', 'sd'):
-    raise ValueError(
-        f"Expected statistic 'mean' or 'sd', got statistic={statistic!r}."
-    )
-  if not 0 < level < 1:
-    raise ValueError(f'Expected level in (0, 1), got level={level}.')
-  if num_bootstraps < 2:
-    raise ValueError(
-        f'Expected num_bootstraps >= 2, got num_bootstraps={num_bootstraps}.'
-    )
+  is_known = statistic in ('mean', 'sd')
+  checks.that(is_known, "statistic 'mean' or 'sd'", statistic=repr(statistic))
+  checks.within('(0, 1)', level=level)
+  checks.at_least(2, num_bootstraps=num_bootstraps)
   num_draws = gaps.shape[-1]
   x, z = (np.log(v) - np.mean(np.log(v)) for v in (ranks, sizes))
   design = np.stack(

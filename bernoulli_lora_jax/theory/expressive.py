@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bernoulli_lora_jax import checks
+
 Pair = dict[str, np.ndarray]  # 'left': (D, R), 'right': (R, D).
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -77,8 +79,7 @@ def rank_threshold(width: int, depth: int, target_depth: int) -> int:
     Zeng and Lee, The expressive power of low-rank adaptation, arXiv 2310.17513,
     section 3.
   """
-  if width < 1:
-    raise ValueError(f'Expected width >= 1, got width={width}.')
+  checks.at_least(1, width=width)
   _check_depths(depth, target_depth)
   return math.ceil(width / (depth // target_depth))
 
@@ -104,10 +105,7 @@ def transformer_rank(embedding_size: int) -> int:
     Zeng and Lee, The expressive power of low-rank adaptation, arXiv 2310.17513,
     section 4.
   """
-  if embedding_size < 1:
-    raise ValueError(
-        f'Expected embedding_size >= 1, got embedding_size={embedding_size}.'
-    )
+  checks.at_least(1, embedding_size=embedding_size)
   return math.ceil(embedding_size / 2)
 
 
@@ -125,10 +123,8 @@ def linear_error(discrepancy: Any, rank: int, num_layers: int) -> float:
   Raises:
     ValueError: a number outside its range, or E is no finite matrix.
   """
-  if rank < 0:
-    raise ValueError(f'Expected rank >= 0, got rank={rank}.')
-  if num_layers < 1:
-    raise ValueError(f'Expected num_layers >= 1, got num_layers={num_layers}.')
+  checks.at_least(0, rank=rank)
+  checks.at_least(1, num_layers=num_layers)
   matrix = np.asarray(discrepancy, np.float64)
   if matrix.ndim != 2:
     raise ValueError(
@@ -251,8 +247,7 @@ def adapt(
   """
   frozen, target, width = _nets(frozen, target)
   _check_rank(rank, width)
-  if not 0 < bound < math.inf:
-    raise ValueError(f'Expected bound in (0, inf), got bound={bound}.')
+  checks.within('(0, inf)', bound=bound)
   parts = _parts(len(frozen), len(target))
   centre, radius = np.zeros(width), np.full(width, float(bound))
   adapters, biases, condition = [], [], 1.0

@@ -30,6 +30,7 @@ import numpy as np
 import optax
 import tqdm
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
@@ -109,8 +110,7 @@ def methods(prob: float = 0.5) -> dict[str, Method]:
   Raises:
     ValueError: prob outside [0, 1].
   """
-  if not 0 <= prob <= 1:
-    raise ValueError(f'Expected prob in [0, 1], got prob={prob}.')
+  checks.within('[0, 1]', prob=prob)
   return {
       'asymmetric, left frozen': Method(1.0, False, False),
       'asymmetric, right frozen': Method(0.0, False, False),
@@ -165,7 +165,7 @@ def make_finetune(
     Both frozen sides span a uniformly random subspace; coins have P(left) =
       prob, independent over links and matrices.
   """
-  _check_positive(
+  checks.positive(
       max_rank=max_rank,
       max_size=max_size,
       num_links=num_links,
@@ -410,7 +410,7 @@ def measure(
     ValueError: no method, a prob outside [0, 1], ranks or sizes that do not rise
       from 1 or more or exceed the program's, or counts < 1.
   """
-  _check_positive(num_draws=num_draws, chunk=chunk)
+  checks.positive(num_draws=num_draws, chunk=chunk)
   if not methods:
     raise ValueError('Expected at least one method, got none.')
   for name, method in methods.items():
@@ -475,9 +475,3 @@ def _masked(is_kept: jax.Array, x: jax.Array) -> jax.Array:
 
 def _where(condition: Any, new: Any, old: Any) -> Any:
   return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
-
-
-def _check_positive(**values: float) -> None:
-  for name, value in values.items():
-    if not value > 0:
-      raise ValueError(f'Expected {name} > 0, got {name}={value}.')

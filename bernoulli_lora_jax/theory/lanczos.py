@@ -14,6 +14,7 @@ import jax
 from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import matrices
 
 
@@ -50,8 +51,7 @@ def extremes(
   Raises:
     ValueError: num_steps < 1.
   """
-  if num_steps < 1:
-    raise ValueError(f'Expected num_steps >= 1, got num_steps={num_steps}.')
+  checks.at_least(1, num_steps=num_steps)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
   flat, unravel = ravel_pytree(zeros)
   size, dtype = flat.shape[0], flat.dtype

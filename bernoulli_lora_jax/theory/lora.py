@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.theory import lanczos
 from bernoulli_lora_jax.theory import ntk
 
@@ -50,7 +51,7 @@ def init_factors(
     ValueError: a rank outside [1, min(m, n)] or above the width.
   """
   if isinstance(rank, Mapping):
-    ntk.check(
+    checks.that(
         set(rank) == set(problem.zeros),
         f'rank of each of {list(problem.zeros)}',
         rank=dict(rank),
@@ -59,12 +60,12 @@ def init_factors(
   for i, (path, like) in enumerate(problem.zeros.items()):
     r = rank[path] if isinstance(rank, Mapping) else rank
     (m, n), columns = like.shape, r if width is None else width
-    ntk.check(
+    checks.that(
         isinstance(r, (int, np.integer)) and 1 <= r <= min(m, n),
         f'a whole rank in [1, {min(m, n)}], the shorter side of {path}',
         rank=r,
     )
-    ntk.check(r <= columns, 'width >= rank', width=width, rank=r)
+    checks.that(r <= columns, 'width >= rank', width=width, rank=r)
     normal = jax.random.normal(jax.random.fold_in(key, i), (m, r), like.dtype)
     u = jnp.zeros((m, columns), like.dtype).at[:, :r].set(normal / m**0.5)
     factors[path] = {'u': u, 'v': jnp.zeros((n, columns), like.dtype)}
@@ -133,9 +134,9 @@ def train_lora(
       shapes than the matrices.
   """
   ntk.check_lam(lam)
-  ntk.check(num_steps >= 1, 'num_steps >= 1', num_steps=num_steps)
+  checks.that(num_steps >= 1, 'num_steps >= 1', num_steps=num_steps)
   if isinstance(optimizer, str):
-    ntk.check(
+    checks.that(
         optimizer == 'lbfgs',
         "optimizer to be 'lbfgs' or of optax",
         optimizer=optimizer,
@@ -262,7 +263,7 @@ def _escape(problem, lam, factors, found):
 
 
 def _check_factors(problem: ntk.Problem, factors: Factors) -> None:
-  ntk.check(
+  checks.that(
       set(factors) == set(problem.zeros),
       f'factors of {list(problem.zeros)}',
       factors=list(factors),
@@ -272,7 +273,7 @@ def _check_factors(problem: ntk.Problem, factors: Factors) -> None:
     got = {name: jnp.shape(x) for name, x in pair.items()}
     m, n = like.shape
     rank = got.get('u', (0, 0))[-1]
-    ntk.check(
+    checks.that(
         got == {'u': (m, rank), 'v': (n, rank)} and rank > 0,
         f"factors['{path}'] of shapes u ({m}, r) and v ({n}, r)",
         factors=got,

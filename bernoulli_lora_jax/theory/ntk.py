@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax.tasks import task as task_lib
 
@@ -111,7 +112,7 @@ def linearize(
     ValueError: a task without outputs or of another criterion, a stack of
       matrices, targets that do not fit the outputs.
   """
-  check(
+  checks.that(
       task.outputs is not None and task.criterion in LOSSES,
       f'a task with outputs and a criterion among {sorted(LOSSES)}',
       name=task.name,
@@ -120,7 +121,7 @@ def linearize(
   params, batch = _cast(params), _cast(batch)
   found = matrices_lib.find(params, matrices)
   for matrix in found:
-    check(
+    checks.that(
         not matrix.batch,
         'matrices, no stacks: select others, or unstack the layers',
         path=matrix.path,
@@ -154,7 +155,7 @@ def from_gradients(
   Raises:
     ValueError: shapes that do not agree, an unknown criterion.
   """
-  check(
+  checks.that(
       criterion in LOSSES,
       f'criterion among {sorted(LOSSES)}',
       criterion=criterion,
@@ -163,12 +164,12 @@ def from_gradients(
   gradients = {path: jnp.asarray(g, dtype) for path, g in gradients.items()}
   shapes = {path: g.shape for path, g in gradients.items()}
   rows = {shape[:2] for shape in shapes.values()}
-  check(
+  checks.that(
       len(rows) == 1 and all(len(shape) == 4 for shape in shapes.values()),
       'gradients of shape (N, K, m, n) with one N and K',
       gradients=shapes,
   )
-  check(
+  checks.that(
       all(
           g.size and bool(jnp.all(jnp.isfinite(g))) for g in gradients.values()
       ),
@@ -177,7 +178,7 @@ def from_gradients(
   )
   start = jnp.zeros(rows.pop()) if start is None else start
   start = _cast(jnp.asarray(start))
-  check(
+  checks.that(
       {start.shape} == {shape[:2] for shape in shapes.values()},
       'start of shape (N, K), as in gradients',
       start=start.shape,
@@ -246,19 +247,19 @@ def rank_thresholds(
   References:
     Jang, Lee and Ryu, 2024, arXiv 2402.11867, theorems 3.2 and 4.1.
   """
-  check(
+  checks.that(
       criterion in LOSSES,
       f'criterion among {sorted(LOSSES)}',
       criterion=criterion,
   )
   is_softmax = criterion == 'cross_entropy'
   least = 2 if is_softmax else 1
-  check(
+  checks.that(
       num_outputs >= least,
       f'num_outputs >= {least} for {criterion}',
       num_outputs=num_outputs,
   )
-  check(num_samples >= 1, 'num_samples >= 1', num_samples=num_samples)
+  checks.at_least(1, num_samples=num_samples)
   equations = (num_outputs - is_softmax) * num_samples
   existence = (math.isqrt(8 * equations + 1) - 1) // 2
   return Thresholds(equations, existence, existence + 1)
@@ -291,7 +292,7 @@ def rademacher(
   Guarantees:
     Mean: Rad^, which is at most R sqrt(K/N) when ||G_k(X)||_F <= R.
   """
-  check(num_draws >= 2, 'num_draws >= 2', num_draws=num_draws)
+  checks.at_least(2, num_draws=num_draws)
   norms = _rademacher(problem, key, num_draws)
   error = jnp.std(norms, ddof=1) / num_draws**0.5
   return Estimate(jnp.mean(norms), error)
@@ -357,13 +358,12 @@ def risk_bound(
   References:
     Maurer, 2016, arXiv 1605.00251 (sqrt(2) of several outputs).
   """
-  check(average >= 0, 'average >= 0', average=average)
-  check(radius > 0, 'radius > 0', radius=radius)
-  check(num_samples >= 1, 'num_samples >= 1', num_samples=num_samples)
-  check(num_outputs >= 1, 'num_outputs >= 1', num_outputs=num_outputs)
-  check(0 < lipschitz < math.inf, 'lipschitz in (0, inf)', lipschitz=lipschitz)
-  check(loss_range >= 0, 'loss_range >= 0', loss_range=loss_range)
-  check(0 < eta < 1, 'eta in (0, 1)', eta=eta)
+  checks.that(average >= 0, 'average >= 0', average=average)
+  checks.that(radius > 0, 'radius > 0', radius=radius)
+  checks.at_least(1, num_samples=num_samples, num_outputs=num_outputs)
+  checks.within('(0, inf)', lipschitz=lipschitz)
+  checks.that(loss_range >= 0, 'loss_range >= 0', loss_range=loss_range)
+  checks.that(0 < eta < 1, 'eta in (0, 1)', eta=eta)
   factor = 2 if num_outputs == 1 else 2 * math.sqrt(2)
   tail = 3 * loss_range * math.sqrt(math.log(2 / eta) / (2 * num_samples))
   return factor * lipschitz * radius * average + tail
@@ -385,7 +385,7 @@ def check_delta(problem: Problem, delta: Delta) -> None:
   """Raises ValueError unless delta has the matrices' paths and shapes."""
   expected = {path: x.shape for path, x in problem.zeros.items()}
   got = {path: jnp.shape(x) for path, x in delta.items()}
-  check(got == expected, f'delta of shapes {expected}', delta=got)
+  checks.that(got == expected, f'delta of shapes {expected}', delta=got)
 
 
 @functools.lru_cache(maxsize=32)  # One function a task, so that jit knows it.
@@ -423,10 +423,10 @@ def _problem(model, zeros, targets, criterion) -> Problem:
     targets = targets.astype(start.dtype)
     fits = targets.shape == start.shape
     expected = f'targets of shape {start.shape}'
-  check(fits, expected, targets=(targets.shape, targets.dtype))
+  checks.that(fits, expected, targets=(targets.shape, targets.dtype))
   if criterion == 'cross_entropy':
     low, high = int(jnp.min(targets)), int(jnp.max(targets))
-    check(
+    checks.that(
         0 <= low and high < num_outputs,
         f'classes in [0, {num_outputs})',
         targets=(low, high),
@@ -445,11 +445,4 @@ def _cast(tree: Any) -> Any:
 def check_lam(lam: float | jax.Array) -> None:
   """Raises ValueError unless lam > 0 and finite, where its value is known."""
   if not isinstance(lam, jax.core.Tracer):
-    check(bool(0 < lam < math.inf), 'lam > 0 and finite', lam=lam)
-
-
-def check(condition: bool, expected: str, **values) -> None:
-  """Raises ValueError('Expected <expected>, got <name=value>.')."""
-  if not condition:
-    got = ', '.join(f'{name}={value}' for name, value in values.items())
-    raise ValueError(f'Expected {expected}, got {got}.')
+    checks.that(bool(0 < lam < math.inf), 'lam > 0 and finite', lam=lam)

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.theory import lanczos
 from bernoulli_lora_jax.theory import ntk
 
@@ -183,10 +184,9 @@ def solve(
       start of other shapes than the matrices.
   """
   ntk.check_lam(lam)
-  ntk.check(tolerance > 0, 'tolerance > 0', tolerance=tolerance)
-  ntk.check(max_steps >= 1, 'max_steps >= 1', max_steps=max_steps)
-  ntk.check(check_every >= 1, 'check_every >= 1', check_every=check_every)
-  ntk.check(
+  checks.that(tolerance > 0, 'tolerance > 0', tolerance=tolerance)
+  checks.at_least(1, max_steps=max_steps, check_every=check_every)
+  checks.that(
       sketch_rank is None or sketch_rank >= 1,
       'sketch_rank >= 1 or None',
       sketch_rank=sketch_rank,
@@ -290,7 +290,7 @@ def reduce_rank(
     Pataki, On the rank of extreme matrices in semidefinite programs, 1998.
   """
   ntk.check_delta(problem, delta)
-  ntk.check(0 <= tolerance < 1, 'tolerance in [0, 1)', tolerance=tolerance)
+  checks.that(0 <= tolerance < 1, 'tolerance in [0, 1)', tolerance=tolerance)
   left, right, basis, gram = {}, {}, {}, {}
   for path, matrix in delta.items():
     u, s, vt = np.linalg.svd(np.asarray(matrix), full_matrices=False)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.tasks import task as task_lib
 
 _CRITERIA: dict[str | None, Callable] = {
@@ -67,17 +68,10 @@ def make_teacher(
   Raises:
     ValueError: an argument outside its range.
   """
-  for name, value in (('m', m), ('n', n)):
-    if value < 1:
-      raise ValueError(f'Expected {name} >= 1, got {name}={value}.')
+  checks.at_least(1, m=m, n=n)
   shift_rank = min(m, n) if shift_rank is None else shift_rank
-  if not 1 <= shift_rank <= min(m, n):
-    raise ValueError(
-        f'Expected shift_rank in [1, {min(m, n)}], got shift_rank={shift_rank}.'
-    )
-  for name, value in (('shift', shift), ('noise', noise)):
-    if not (value >= 0 and math.isfinite(value)):
-      raise ValueError(f'Expected {name} >= 0 and finite, got {name}={value}.')
+  checks.within(f'[1, {min(m, n)}]', shift_rank=shift_rank)
+  checks.at_least(0, shift=shift, noise=noise)
   keys = jax.random.split(key, 3)
   start = jax.random.normal(keys[0], (m, n)) / math.sqrt(m)
   thin = jax.random.normal(keys[1], (m, shift_rank))
@@ -113,10 +107,9 @@ def expected_gap(teacher: Teacher, side: str, rank: int, size: int) -> float:
       infinite or the sample is interpolated.
   """
   m, n = teacher.start.shape
-  if side not in ('left', 'right'):
-    raise ValueError(f"Expected side 'left' or 'right', got side={side!r}.")
-  if rank < 1:
-    raise ValueError(f'Expected rank >= 1, got rank={rank}.')
+  is_side = side in ('left', 'right')
+  checks.that(is_side, "side 'left' or 'right'", side=repr(side))
+  checks.at_least(1, rank=rank)
   noise = float(teacher.noise) ** 2
   rank = min(rank, m if side == 'left' else n)
   delta = np.asarray(teacher.target - teacher.start, np.float64)
@@ -187,10 +180,7 @@ def task_problem(
   test = task.data[held_out[0]]
   total = test['index'].shape[0]
   num_test = total if num_test is None else num_test
-  if not 1 <= num_test <= total:
-    raise ValueError(
-        f'Expected num_test in [1, {total}], got num_test={num_test}.'
-    )
+  checks.within(f'[1, {total}]', num_test=num_test)
   init_key, test_key = jax.random.split(key)
   rows = task_lib.shuffled(test_key, jnp.arange(num_test), total)
   params = task.init(init_key)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bernoulli_lora_jax import chain
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import sketches
 from bernoulli_lora_jax import stepsizes
 from bernoulli_lora_jax.theory import bounds
@@ -73,12 +74,12 @@ def recommend(
       lacks, one outside its range, or a target below the floor that the bound
       has at every stepsize tried (2^-20 of the limit is the smallest).
   """
-  stepsizes.check(
+  checks.that(
       estimator in bounds.METHODS,
       f'estimator in {tuple(bounds.METHODS)}',
       estimator=estimator,
   )
-  stepsizes.check(0 < target < math.inf, 'target > 0', target=target)
+  checks.that(0 < target < math.inf, 'target > 0', target=target)
   bounds.check_constants(bounds.METHODS[estimator][1], estimator, constants)
   best: tuple[tuple[float, ...], Recommendation] | None = None
   if chain_prob is None:

@@ -4,6 +4,9 @@ Files in `configs/` start from here and change what their experiment needs. The
 library below `training.experiment` never sees a ConfigDict.
 """
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 from ml_collections import config_dict
 
 
@@ -138,3 +141,46 @@ def get_config() -> config_dict.ConfigDict:
   config.training.progress = True  # Progress bar.
   config.training.max_to_keep = 2  # Checkpoints.
   return config
+
+
+def set_variants(
+    config: config_dict.ConfigDict,
+    given: str,
+    table: Mapping[str, Mapping[str, Any]],
+) -> None:
+  """Sets {name: {field: value}} of variants, in the order they are given in.
+
+  Raises:
+    ValueError: a variant that is not in the table.
+  """
+  for name in _variants(given, table):
+    config.update_from_flattened_dict(table[name])
+
+
+def choose_variants(given: str, *groups: Collection[str]) -> list[str]:
+  """Returns the variant of each group, its first where none is given.
+
+  Raises:
+    ValueError: a variant of no group, or two of one.
+  """
+  names = _variants(given, [name for group in groups for name in group])
+  chosen = []
+  for group in groups:
+    mine = {name for name in names if name in group}
+    if len(mine) > 1:
+      raise ValueError(
+          f'Expected one variant of {", ".join(dict.fromkeys(group))}, got'
+          f' {given!r}.'
+      )
+    chosen += mine or [next(iter(group))]
+  return chosen
+
+
+def _variants(given: str, known: Collection[str]) -> list[str]:
+  """Returns the names that are joined by commas."""
+  names = [name for name in given.split(',') if name]
+  for name in names:
+    if name not in known:
+      listed = ', '.join(filter(None, dict.fromkeys(known)))
+      raise ValueError(f'Expected variants of {listed}, got {name!r}.')
+  return names
