@@ -30,7 +30,6 @@ import functools
 import math
 import sys
 from typing import Any, NamedTuple
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +37,7 @@ import numpy as np
 import optax
 
 from bernoulli_lora_jax import checks
+from bernoulli_lora_jax import deprecated
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
@@ -115,12 +115,14 @@ class Chain:
 
   def begin(self, state: AdapterState) -> AdapterState:
     """Deprecated: `begin_link`."""
-    _warn('Chain.begin(state)', 'adapters.begin_link(chain, state)')
+    deprecated.warn('Chain.begin(state)', 'adapters.begin_link(chain, state)')
     return begin_link(self, state)
 
   def move(self, state: AdapterState, loss, batch, *args, scale: Any = 1.0):
     """Deprecated: `move_factors`."""
-    _warn('Chain.move(state, ...)', 'adapters.move_factors(chain, state, ...)')
+    deprecated.warn(
+        'Chain.move(state, ...)', 'adapters.move_factors(chain, state, ...)'
+    )
     return move_factors(self, state, loss, batch, *args, scale=scale)
 
   def params(self, state: AdapterState) -> Any:
@@ -130,14 +132,6 @@ class Chain:
   def merge(self, state: AdapterState) -> AdapterState:
     """Returns the state with its products in the base, see `merge`."""
     return merge(self, state)
-
-
-def _warn(old: str, new: str) -> None:
-  warnings.warn(
-      f'{old} is {new} now; the old name goes with the next version.',
-      DeprecationWarning,
-      stacklevel=3,
-  )
 
 
 def make_chain(
@@ -869,6 +863,7 @@ def _without_product(
 
 # The family, and what a merge does, under one name for users.
 Target = policies.Target
+adapter_table = policies.adapter_table
 describe = policies.describe
 trained_numbers = policies.trained_numbers
 unmerge = merging.unmerge
@@ -882,7 +877,7 @@ def _renamed(old: str, new: str) -> Callable[..., ChainPolicy]:
   """Returns a member of the family under the name that it had."""
 
   def named(*args: Any, **kwargs: Any) -> ChainPolicy:
-    _warn(f'adapters.{old}', f'ChainPolicy.{new}')
+    deprecated.warn(f'adapters.{old}', f'ChainPolicy.{new}')
     return getattr(ChainPolicy, new)(*args, **kwargs)
 
   named.__doc__ = f'Deprecated: `ChainPolicy.{new}`.'

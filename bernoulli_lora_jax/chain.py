@@ -24,6 +24,7 @@ import numpy as np
 import optax
 
 from bernoulli_lora_jax import checks
+from bernoulli_lora_jax import deprecated
 from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import restart as restart_lib
@@ -443,7 +444,7 @@ def trained_parameters(m: int, n: int, *, rank: int, prob: float) -> float:
   return prob * min(rank, m) * n + (1 - prob) * m * min(rank, n)
 
 
-def describe(
+def selection_table(
     params: Any,
     *,
     rank: int,
@@ -480,6 +481,11 @@ def describe(
         }
     )
   return rows
+
+
+describe = deprecated.alias(
+    'chain.describe', 'chain.selection_table', selection_table
+)
 
 
 def _others(others: Any) -> optax.GradientTransformationExtraArgs:

@@ -134,7 +134,7 @@ def plot(
 
   Args:
     runs: finished ones of one task.
-    metric: as in metrics.jsonl; `labels.metric` has its words and axis.
+    metric: as in metrics.jsonl; `labels.metric` has its label and axis.
     axis: what is horizontal.
     by: see `reporting.groups`.
   """
@@ -164,7 +164,7 @@ def plot(
     if apart:
       panel.set_title(f'r = {rank}')
     _set_axes(panel, axis, shown.is_log)
-  panels[0].set_ylabel(shown.words)
+  panels[0].set_ylabel(shown.label)
   groups = [group for group, _ in curves.values()]
   figure.legend(
       [lines[name] for name in names],
@@ -322,7 +322,7 @@ def plot_prob(runs: Sequence[Run]) -> matplotlib.figure.Figure | None:
       x, means, halves = zip(*sorted(points), strict=True)
       panel.errorbar(x, means, halves, label=name, capsize=3, **style(i))
   panel.set_xlabel('p = P(left): the left factor is frozen, the right trained')
-  panel.set_ylabel(shown.words)
+  panel.set_ylabel(shown.label)
   panel.set_title(groups[0].caption, fontsize=11)
   panel.grid(True, linewidth=0.4, alpha=0.6)
   figure.legend(

@@ -153,7 +153,7 @@ def task_name(config: Mapping[str, Any]) -> str:
 class Metric(NamedTuple):
   """How a metric is shown."""
 
-  words: str  # With its unit.
+  label: str  # With its unit.
   scale: float  # Of the numbers that are shown.
   is_log: bool  # Whether its axis is logarithmic.
 
@@ -161,12 +161,12 @@ class Metric(NamedTuple):
 def metric(identifier: str) -> Metric:
   """Returns how a metric of any task is shown; accuracies in percent."""
   if identifier.endswith('accuracy'):
-    return Metric(f'{words(identifier)}, %', 100.0, False)
+    return Metric(f'{spaced(identifier)}, %', 100.0, False)
   text = {
       'train_gap': 'f - f*',
       'grad_norm_sq': 'squared gradient norm, trained leaves',
       'train_loss': 'training loss',
-  }.get(identifier, words(identifier))
+  }.get(identifier, spaced(identifier))
   return Metric(text, 1.0, identifier in ('train_gap', 'grad_norm_sq'))
 
 
@@ -195,10 +195,10 @@ def _assigned(field: str, c: Flat) -> str | None:
     return None
   value = c[field]
   text = _number(value) if isinstance(value, float) else str(value)
-  return f'{words(field.rpartition(".")[2])} = {text or "none"}'
+  return f'{spaced(field.rpartition(".")[2])} = {text or "none"}'
 
 
-def words(identifier: str) -> str:
+def spaced(identifier: str) -> str:
   """Returns a name with spaces; what is no name, as a path, as it is."""
   is_name = identifier.isidentifier()
   return identifier.replace('_', ' ') if is_name else identifier
@@ -215,7 +215,7 @@ def _method(c: Flat) -> str:
     return 'FedAvg of weights'
   if c['method.name'] == 'lora' and 'federated.num_clients' in c:
     return 'FedAvg of LoRA'
-  return METHODS.get(c['method.name'], words(c['method.name']))
+  return METHODS.get(c['method.name'], spaced(c['method.name']))
 
 
 def _mode(c: Flat) -> str | None:
@@ -234,7 +234,7 @@ def _zero(c: Flat) -> str | None:
 def _moves(c: Flat) -> str:
   """Returns the estimator and the optimiser, the plain ones unsaid."""
   optimizer = c['method.optimizer']
-  text = _OPTIMIZERS.get(optimizer, words(optimizer))
+  text = _OPTIMIZERS.get(optimizer, spaced(optimizer))
   estimator = c['method.estimator']
   if estimator in ('sgd', 'fedavg') or c['method.mode'] == 'adapter':
     return text
@@ -247,7 +247,7 @@ def _compressor(c: Flat) -> str | None:
   if 'federated.num_clients' not in c or is_local:
     return None
   kind, argument = c['federated.compressor'], c['federated.argument']
-  text = _COMPRESSORS.get(kind, words(kind))
+  text = _COMPRESSORS.get(kind, spaced(kind))
   if not argument:
     return text
   percent = f'{100 * argument:.12g}'
@@ -278,7 +278,7 @@ def _partition(c: Flat) -> str | None:
       'iid': 'IID' + (', unequal' if c['federated.unequal'] else ''),
       'dirichlet': f'Dirichlet({_number(c["federated.dirichlet_alpha"])})',
       'group': 'by group',
-  }.get(c['federated.partition'], words(c['federated.partition']))
+  }.get(c['federated.partition'], spaced(c['federated.partition']))
 
 
 def _rate(c: Flat) -> str:
@@ -322,7 +322,7 @@ _FACTS = (  # As they follow one another in a name.
     _Fact(RATES, _rate),
     _Fact(('federated.num_clients',), _clients, True),
     _Fact(TASK[2:], _partition, True),
-    _Fact(('task.name',), lambda c: f'on {words(c["task.name"])}', True),
+    _Fact(('task.name',), lambda c: f'on {spaced(c["task.name"])}', True),
     _Fact(
         (
             'training.num_steps',

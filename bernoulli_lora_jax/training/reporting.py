@@ -210,7 +210,7 @@ def groups(
     kept_runs = [_best_learning_rate(group) for group in members.values()]
     names, shared = labels.names([m[0].config for m in kept_runs], hidden)
     # A path of a task of one's own keeps its underscores.
-    title = ', '.join(map(labels.words, task.split(', ')))
+    title = ', '.join(map(labels.spaced, task.split(', ')))
     caption = f'{title}: {shared}'.removesuffix(': ')
     result += sorted(
         (
@@ -401,7 +401,7 @@ def _shown(
       'method': group.name,
       _rate_header(same): row['learning_rate'],
       'trained a step': row['trained'],
-      f'{labels.metric(row["metric"]).words} ({over})': Mean(
+      f'{labels.metric(row["metric"]).label} ({over})': Mean(
           row['mean'], row['std'], count
       ),
   }
