@@ -18,15 +18,7 @@ Run = reporting.Run
 
 _STYLES = ['-', '--', '-.', ':', (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
 _MARKERS = ['o', 's', '^', 'v', 'D', 'P', 'X', '<', '>', '*']
-_COLOURS = [
-    '#000000',
-    '#0072B2',
-    '#D55E00',
-    '#009E73',
-    '#CC79A7',
-    '#56B4E9',
-    '#E69F00',
-]
+_COLOURS = '#000000 #0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00'.split()
 
 
 def style(i: int) -> dict[str, Any]:
@@ -274,9 +266,8 @@ def write_figures(
     for metric in metrics:
       drawn[metric] = plot(members, metric, by=by)
       if labels.is_federated(members[0].config):
-        drawn[f'{metric}_megabytes'] = plot(
-            members, metric, axis=MEGABYTES, by=by
-        )
+        sent = plot(members, metric, axis=MEGABYTES, by=by)
+        drawn[f'{metric}_megabytes'] = sent
     drawn['prob'] = plot_prob(members)
     for what, figure in drawn.items():
       if figure is not None:

@@ -22,12 +22,7 @@ METHODS = {  # In the order of tables.
     'rac_right': 'RAC-LoRA (right frozen)',
     'bernoulli': 'Bernoulli-LoRA',
 }
-_OPTIMIZERS = {
-    'sgd': 'SGD',
-    'momentum': 'momentum',
-    'adam': 'Adam',
-    'adamw': 'AdamW',
-}
+_OPTIMIZERS = {'sgd': 'SGD', 'adam': 'Adam', 'adamw': 'AdamW'}
 _COMPRESSORS = {
     'identity': 'uncompressed',
     'randk': 'RandK',
@@ -96,9 +91,7 @@ def name(config: Mapping[str, Any], without: Collection[str] = ()) -> str:
   for fact in _FACTS:
     if set(fact.fields) <= {*without, *RATES, 'task.name'}:
       continue
-    usual = fact.say(
-        {**c, **{field: _DEFAULTS[field] for field in fact.fields}}
-    )
+    usual = fact.say(c | {field: _DEFAULTS[field] for field in fact.fields})
     said = fact.say(c)
     is_method = fact.fields[0].startswith('method.')
     if said and (fact.is_main or (is_method and said != usual)):
