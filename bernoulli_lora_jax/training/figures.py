@@ -193,14 +193,9 @@ def _draw(
     panel: Any, values: Curve, transform: Callable, i: int
 ) -> matplotlib.lines.Line2D:
   """Draws the i-th curve with its band."""
-  panel.fill_between(
-      values.x,
-      transform(values.mean - values.half),
-      transform(values.mean + values.half),
-      alpha=0.12,
-      linewidth=0,
-      color=style(i)['color'],
-  )
+  ends = (transform(values.mean + s * values.half) for s in (-1, 1))
+  color = style(i)['color']
+  panel.fill_between(values.x, *ends, alpha=0.12, linewidth=0, color=color)
   return panel.plot(
       values.x,
       transform(values.mean),

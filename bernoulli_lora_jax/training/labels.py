@@ -29,6 +29,7 @@ _COMPRESSORS = {
     'topk': 'TopK',
     'powersgd': 'PowerSGD',
 }
+_CHAINS = ('rac_left', 'rac_right', 'bernoulli')
 # Fields that make no variants of a run.
 IGNORED = frozenset(
     {
@@ -48,6 +49,9 @@ TASK = (
     'federated.partition',
     'federated.dirichlet_alpha',
     'federated.unequal',
+)
+_BUDGET = tuple(
+    f'training.{x}' for x in ('num_steps', 'num_passes', 'num_full_passes')
 )
 _DEFAULTS = checkpoint.flatten(base_config.get_config().to_dict())
 
@@ -212,7 +216,7 @@ def _method(c: Flat) -> str:
 
 
 def _mode(c: Flat) -> str | None:
-  if c['method.name'] not in ('rac_left', 'rac_right', 'bernoulli'):
+  if c['method.name'] not in _CHAINS:
     return None  # There is one.
   is_adapter = c['method.mode'] == 'adapter'
   return 'adapters' if is_adapter else 'projected gradients'
@@ -253,11 +257,9 @@ def _compressor(c: Flat) -> str | None:
 def _period(c: Flat) -> str | None:
   """Returns the steps of a link, or the local ones of a round."""
   passes = c['method.period_passes']
-  is_chain = c['method.name'] in ('cola', 'rac_left', 'rac_right', 'bernoulli')
-  if c['method.estimator'] != 'fedavg' and not (
-      is_chain
-      or (c['method.mode'] == 'adapter' and 'federated.num_clients' in c)
-  ):
+  has_links = c['method.name'] in ('cola', *_CHAINS)
+  is_local = c['method.mode'] == 'adapter' and 'federated.num_clients' in c
+  if not (has_links or is_local or c['method.estimator'] == 'fedavg'):
     return None
   if passes is None:
     return f'K = {c["method.period"]}'
@@ -316,12 +318,5 @@ _FACTS = (  # As they follow one another in a name.
     _Fact(('federated.num_clients',), _clients, True),
     _Fact(TASK[2:], _partition, True),
     _Fact(('task.name',), lambda c: f'on {spaced(c["task.name"])}', True),
-    _Fact(
-        (
-            'training.num_steps',
-            'training.num_passes',
-            'training.num_full_passes',
-        ),
-        _budget,
-    ),
+    _Fact(_BUDGET, _budget),
 )

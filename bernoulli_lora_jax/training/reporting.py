@@ -50,9 +50,7 @@ def load_runs(directories: Iterable[str | pathlib.Path]) -> list[Run]:
   return list(runs.values())
 
 
-def unfinished(
-    directories: Iterable[str | pathlib.Path],
-) -> list[pathlib.Path]:
+def unfinished(directories: Iterable[str | pathlib.Path]) -> list[pathlib.Path]:
   """Returns the directories of runs below others that have no summary."""
   found = {}
   for directory in map(pathlib.Path, directories):
@@ -336,9 +334,7 @@ def _published(
     group: Group, published: Published
 ) -> tuple[float, float | None, int]:
   flat = labels.flat(group.runs[0].config)
-  same = (
-      found for fields, found in published if fields.items() <= flat.items()
-  )
+  same = (found for key, found in published if key.items() <= flat.items())
   return next(same, (math.nan, None, 0))
 
 
@@ -402,10 +398,9 @@ def _shown(
 def count_runs(found: Sequence[Group]) -> str:
   """Returns what means are over: '3 seeds', or 'runs' that differ in more."""
   counts = {len(group.runs) for group in found}
-  noun = 'seeds'
-  for group in found:
-    if len({run.config.get('seed') for run in group.runs}) < len(group.runs):
-      noun = 'runs'
+  seeds = lambda group: {run.config.get('seed') for run in group.runs}
+  is_seeds = all(len(seeds(group)) == len(group.runs) for group in found)
+  noun = 'seeds' if is_seeds else 'runs'
   if len(counts) > 1:
     return noun
   return f'{max(counts)} {noun if counts != {1} else noun[:-1]}'
@@ -521,11 +516,8 @@ def _cell(value: Any) -> str:
 
 def _column(values: Sequence[Any]) -> list[str]:
   """Returns the cells of a column with equal decimals."""
-  means = [
-      Mean(v, math.nan) if isinstance(v, float) else v
-      for v in values
-      if isinstance(v, (float, Mean))
-  ]
+  as_mean = lambda v: Mean(v, math.nan) if isinstance(v, float) else v
+  means = [as_mean(v) for v in values if isinstance(v, (float, Mean))]
   decimals = _decimals([m for m in means if math.isfinite(m.mean)])
 
   def number(x: float, digits: int) -> str:
@@ -535,7 +527,7 @@ def _column(values: Sequence[Any]) -> list[str]:
     if not isinstance(value, (float, Mean)):
       whole = isinstance(value, int) and not isinstance(value, bool)
       return number(value, 2) if whole and means else _cell(value)
-    mean, std, _ = value if isinstance(value, Mean) else (value, math.nan, 1)
+    mean, std, _ = as_mean(value)
     if math.isnan(mean):
       return '-'
     return number(mean, 2) + ('' if math.isnan(std) else f' ± {number(std, 1)}')
