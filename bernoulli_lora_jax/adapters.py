@@ -28,13 +28,13 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any, NamedTuple
-import warnings
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from bernoulli_lora_jax import checks
+from bernoulli_lora_jax import deprecated
 from bernoulli_lora_jax import factors as factors_lib
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import links as links_lib
@@ -106,12 +106,14 @@ class Chain:
 
   def begin(self, state: AdapterState) -> AdapterState:
     """Deprecated: `begin_link`."""
-    _warn('Chain.begin(state)', 'adapters.begin_link(chain, state)')
+    deprecated.warn('Chain.begin(state)', 'adapters.begin_link(chain, state)')
     return begin_link(self, state)
 
   def move(self, state: AdapterState, loss, batch, *args, scale: Any = 1.0):
     """Deprecated: `move_factors`."""
-    _warn('Chain.move(state, ...)', 'adapters.move_factors(chain, state, ...)')
+    deprecated.warn(
+        'Chain.move(state, ...)', 'adapters.move_factors(chain, state, ...)'
+    )
     return move_factors(self, state, loss, batch, *args, scale=scale)
 
   def params(self, state: AdapterState) -> Any:
@@ -121,14 +123,6 @@ class Chain:
   def merge(self, state: AdapterState) -> AdapterState:
     """Returns the state with its products in the base, see `merge`."""
     return merge(self, state)
-
-
-def _warn(old: str, new: str) -> None:
-  warnings.warn(
-      f'{old} is {new} now; the old name goes with the next version.',
-      DeprecationWarning,
-      stacklevel=3,
-  )
 
 
 def make_chain(
@@ -626,6 +620,7 @@ def _round_keys(link_key: jax.Array, matrix: Matrix) -> jax.Array:
 Target = policies.Target
 draw_link = factors_lib.draw_link
 scaled = factors_lib.scaled
+adapter_table = policies.adapter_table
 describe = policies.describe
 trained_numbers = policies.trained_numbers
 unmerge = merging.unmerge
@@ -639,7 +634,7 @@ def _renamed(old: str, new: str) -> Callable[..., ChainPolicy]:
   """Returns a member of the family under the name that it had."""
 
   def named(*args: Any, **kwargs: Any) -> ChainPolicy:
-    _warn(f'adapters.{old}', f'ChainPolicy.{new}')
+    deprecated.warn(f'adapters.{old}', f'ChainPolicy.{new}')
     return getattr(ChainPolicy, new)(*args, **kwargs)
 
   named.__doc__ = f'Deprecated: `ChainPolicy.{new}`.'

@@ -25,6 +25,7 @@ import optax
 
 from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import count
+from bernoulli_lora_jax import deprecated
 from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import restart as restart_lib
@@ -473,7 +474,7 @@ def sent_numbers(
 trained_parameters = count.mean_trained
 
 
-def describe(
+def selection_table(
     params: Any,
     *,
     rank: int,
@@ -510,6 +511,11 @@ def describe(
         }
     )
   return rows
+
+
+describe = deprecated.alias(
+    'chain.describe', 'chain.selection_table', selection_table
+)
 
 
 def _others(others: Any) -> optax.GradientTransformationExtraArgs:

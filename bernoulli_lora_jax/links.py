@@ -120,7 +120,9 @@ def matrix_keys(key: jax.Array, found: Sequence[Matrix]) -> jax.Array:
   words = np.concatenate(
       [
           np.stack(
-              np.broadcast_arrays(*map(np.uint32, m.words), m.entries.ravel()),
+              np.broadcast_arrays(
+                  *map(np.uint32, m.path_hash), m.entries.ravel()
+              ),
               -1,
           )
           for m in found

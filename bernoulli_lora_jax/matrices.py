@@ -8,7 +8,7 @@ named `kernel` exists) the kernels are matrices, in plain trees the 2-D leaves;
 
 Every matrix has an identity made of its path without the layer index, and the
 layer index: selecting a sibling, stacking layers for a scan or unrolling them
-changes no draw (see `Matrix.words` and `Matrix.entries`).
+changes no draw (see `Matrix.path_hash` and `Matrix.entries`).
 
 Two trees of one model are paired by path (`align`), never by position.
 """
@@ -27,6 +27,7 @@ import numpy as np
 import optax
 
 from bernoulli_lora_jax import checks
+from bernoulli_lora_jax import deprecated
 from bernoulli_lora_jax import lowrank
 
 # `layers_3/...` (unrolled Linen), `layer/3/...` (lists, Hugging Face).
@@ -116,7 +117,9 @@ class Matrix(NamedTuple):
 
   index: int  # Position among the leaves of the flattened tree.
   path: str  # Normalised path.
-  words: tuple[int, int]  # 64 bits of identity, from the path without layer.
+  path_hash: tuple[
+      int, int
+  ]  # 64 bits of identity, from the path without layer.
   # Where layers of one path differ in their number of entries, of that, too.
   layer: int  # Layer index found in the path; 0 when there is none.
   perm: tuple[int, ...]  # Axes in the order batch, left, right.
@@ -125,6 +128,12 @@ class Matrix(NamedTuple):
   m: int  # Length of the left side.
   n: int  # Length of the right side.
   dtype: Any
+
+  @property
+  def words(self) -> tuple[int, int]:
+    """Deprecated: `path_hash`."""
+    deprecated.warn('Matrix.words', 'Matrix.path_hash')
+    return self.path_hash
 
   @property
   def axes(self) -> lowrank.Axes:
@@ -340,13 +349,15 @@ def _by_size(
   is_layer = lambda m: re.search(spec.layer, m.path) is not None
   sizes = collections.defaultdict(set)
   for m in filter(is_layer, (*found, *unselected)):
-    sizes[m.words].add(math.prod(m.batch))
+    sizes[m.path_hash].add(math.prod(m.batch))
 
   def told_apart(m):
-    if not is_layer(m) or len(sizes[m.words]) == 1:
+    if not is_layer(m) or len(sizes[m.path_hash]) == 1:
       return m
     size = math.prod(m.batch)
-    return m._replace(words=_words(f'{_without_layer(m.path, spec)}[{size}]'))
+    return m._replace(
+        path_hash=_path_hash(f'{_without_layer(m.path, spec)}[{size}]')
+    )
 
   return [told_apart(m) for m in found]
 
@@ -356,7 +367,7 @@ def _check_distinct(found: Sequence[Matrix]) -> None:
   owner: dict[tuple[tuple[int, int], int], str] = {}
   for matrix in found:
     for entry in matrix.entries.flat:
-      identity = (matrix.words, int(entry))
+      identity = (matrix.path_hash, int(entry))
       if identity in owner:
         raise ValueError(
             f'Expected matrices with names of their own, got'
@@ -450,7 +461,7 @@ def _without_layer(path: str, spec: Matrices) -> str:
   return path[: layer.start(1)] + path[layer.end(1) :]
 
 
-def _words(name: str) -> tuple[int, int]:
+def _path_hash(name: str) -> tuple[int, int]:
   digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
   first, second = np.frombuffer(digest, dtype='<u4')
   return int(first), int(second)
@@ -481,7 +492,7 @@ def _matrix(
   return Matrix(
       index=index,
       path=path,
-      words=_words(_without_layer(path, spec)),
+      path_hash=_path_hash(_without_layer(path, spec)),
       layer=number,
       perm=tuple(axis % ndim for axis in rule.axes),
       shape=tuple(leaf.shape),

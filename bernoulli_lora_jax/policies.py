@@ -22,6 +22,7 @@ import numpy as np
 
 from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import count
+from bernoulli_lora_jax import deprecated
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
@@ -313,7 +314,7 @@ def resolve_others(
   return chosen
 
 
-def describe(
+def adapter_table(
     params: Any,
     policy: ChainPolicy,
     matrices: Matrices | None = None,
@@ -365,6 +366,11 @@ def describe(
           }
       )
   return rows
+
+
+describe = deprecated.alias(
+    'adapters.describe', 'adapters.adapter_table', adapter_table
+)
 
 
 def trained_numbers(one: Adapted) -> Any:

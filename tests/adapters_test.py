@@ -1353,7 +1353,7 @@ class TableTest(parameterized.TestCase):
       ),
   )
   def test_describe(self, policy, expected):
-    rows = adapters.describe(self.params, policy, STACK)
+    rows = adapters.adapter_table(self.params, policy, STACK)
     shapes = {'a': '6 x 9', 'narrow': '3 x 9', 'stack': '2 x 9 x 4'}
     names = ('rank', 'P(left)', 'stored', 'trained')
     self.assertEqual(
@@ -1383,7 +1383,7 @@ class TableTest(parameterized.TestCase):
         self.assertEqual(adapters.trained_numbers(one) * entries, trained)
 
   def test_scaling_and_no_alpha(self):
-    scale = lambda **kwargs: adapters.describe(
+    scale = lambda **kwargs: adapters.adapter_table(
         self.params, adapters.ChainPolicy.lora(4, **kwargs), STACK
     )[0]['scale']
     self.assertEqual(scale(), 1.0)
@@ -1651,7 +1651,7 @@ class RejectsTest(parameterized.TestCase):
     )
     self.check_init(message, params, policy)
     with self.assertRaisesRegex(ValueError, message):
-      adapters.describe(params, policy)
+      adapters.adapter_table(params, policy)
 
   def test_targets_that_match_nothing(self):
     params = {'a': jnp.ones((3, 9)), 'b': jnp.ones((3, 4))}

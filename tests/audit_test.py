@@ -19,12 +19,12 @@ from bernoulli_lora_jax import cli
 from bernoulli_lora_jax import links as links_lib
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import sketches
-from bernoulli_lora_jax.studies import audit as study_audit
+from bernoulli_lora_jax.studies import audit_run
 from bernoulli_lora_jax.studies import constants as constants_lib
 from bernoulli_lora_jax.studies import guarantee
 from bernoulli_lora_jax.studies import runs
-from bernoulli_lora_jax.theory import audit
 from bernoulli_lora_jax.theory import bounds
+from bernoulli_lora_jax.theory import estimates
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import experiment
@@ -53,30 +53,32 @@ class EstimatorsTest(X64TestCase):
     curvature = {'a': jnp.array([[3.0, -7.0], [0.5, 0.1]]), 'b': jnp.ones(2)}
     f = lambda p: sum(jnp.sum(curvature[k] * p[k] ** 2) / 2 for k in p)
     params = jax.tree.map(jnp.ones_like, curvature)
-    find = jax.jit(lambda p, key: audit.smoothness(f, p, key, num_steps=6))
+    find = jax.jit(lambda p, key: estimates.smoothness(f, p, key, num_steps=6))
     norm, low = find(params, jax.random.key(0))
     np.testing.assert_allclose(norm, 7.0, rtol=1e-10)
     np.testing.assert_allclose(low, -7.0, rtol=1e-10)
-    few = jax.jit(lambda p, key: audit.smoothness(f, p, key, num_steps=2))
+    few = jax.jit(lambda p, key: estimates.smoothness(f, p, key, num_steps=2))
     norm, low = few(params, jax.random.key(0))
     self.assertLess(norm, 7.0)
     self.assertGreater(low, -7.0)
     with self.assertRaisesRegex(ValueError, 'num_steps >= 1'):
-      audit.smoothness(f, params, jax.random.key(0), num_steps=0)
+      estimates.smoothness(f, params, jax.random.key(0), num_steps=0)
 
   def test_local_smoothness(self):
     curvature = {'a': jnp.array([3.0, 4.0]), 'b': jnp.array([1.0])}
     grad = lambda p: jax.tree.map(jnp.multiply, curvature, p)
     zero = jax.tree.map(jnp.zeros_like, curvature)
     along = {'a': jnp.array([0.0, 2.0]), 'b': jnp.array([0.0])}
-    self.assertAlmostEqual(float(audit.local_smoothness(grad, zero, along)), 4)
+    self.assertAlmostEqual(
+        float(estimates.local_smoothness(grad, zero, along)), 4
+    )
     slant = {'a': jnp.array([1.0, 1.0]), 'b': jnp.array([1.0])}
     np.testing.assert_allclose(
-        audit.local_smoothness(grad, along, slant),
+        estimates.local_smoothness(grad, along, slant),
         math.sqrt((9 + 16 + 1) / 3),
         rtol=1e-12,
     )
-    self.assertEqual(audit.local_smoothness(grad, slant, slant), 0)
+    self.assertEqual(estimates.local_smoothness(grad, slant, slant), 0)
 
   def test_mean_smoothness_of_least_squares(self):
     rng = np.random.default_rng(0)
@@ -92,7 +94,7 @@ class EstimatorsTest(X64TestCase):
     values, vectors = np.linalg.eigh(second)
     a = rng.normal(size=4)
     find = lambda b: float(
-        audit.mean_smoothness(grad, jnp.asarray(a), jnp.asarray(b), batches)
+        estimates.mean_smoothness(grad, jnp.asarray(a), jnp.asarray(b), batches)
     )
     for i in (0, 3):
       np.testing.assert_allclose(
@@ -111,7 +113,7 @@ class EstimatorsTest(X64TestCase):
         sigma / math.sqrt(3) * jax.random.normal(jax.random.key(0), (2000, 3))
     )
     grad = lambda params, batch: {'w': full['w'] + batch}
-    found = audit.moments(grad, full, full, noise)
+    found = estimates.moments(grad, full, full, noise)
     squares = np.sum(np.asarray(noise) ** 2, axis=1)
     np.testing.assert_allclose(found.variance, squares.mean(), rtol=1e-10)
     np.testing.assert_allclose(
@@ -131,14 +133,14 @@ class EstimatorsTest(X64TestCase):
     rng = np.random.default_rng(0)
     gaps, norms = rng.uniform(0.1, 5, (2, 12))
     seconds = 2 * slope * gaps + growth * norms + noise
-    found = audit.fit_second_moment(gaps, norms, seconds)
+    found = estimates.fit_second_moment(gaps, norms, seconds)
     np.testing.assert_allclose(found, (slope, growth, noise), atol=1e-7)
 
   def test_fit_lies_above_and_touches(self):
     rng = np.random.default_rng(1)
     for scale in (1e-6, 1.0, 1e6):
       gaps, norms, seconds = scale * rng.uniform(0.1, 5, (3, 15))
-      found = audit.fit_second_moment(gaps, norms, seconds)
+      found = estimates.fit_second_moment(gaps, norms, seconds)
       self.assertGreaterEqual(min(found), 0)
       above = 2 * found.slope * gaps + found.growth * norms + found.noise
       ratio = above / seconds
@@ -153,12 +155,14 @@ class EstimatorsTest(X64TestCase):
 
   def test_fit_of_nothing(self):
     self.assertEqual(
-        audit.fit_second_moment([1.0, 2.0], [1.0, 0.0], [0.0, 0.0]),
+        estimates.fit_second_moment([1.0, 2.0], [1.0, 0.0], [0.0, 0.0]),
         (0.0, 0.0, 0.0),
     )
 
   def test_fit_with_a_point_without_noise(self):
-    found = audit.fit_second_moment([1.0, 2.0, 0.5], [1.0, 3, 1], [2.0, 3, 0])
+    found = estimates.fit_second_moment(
+        [1.0, 2.0, 0.5], [1.0, 3, 1], [2.0, 3, 0]
+    )
     self.assertGreaterEqual(2 * found.slope + found.growth + found.noise, 2)
 
   @parameterized.parameters(
@@ -169,23 +173,23 @@ class EstimatorsTest(X64TestCase):
   )
   def test_fit_rejects(self, *values):
     with self.assertRaisesRegex(ValueError, '>= 0 and finite, got gaps='):
-      audit.fit_second_moment(*values)
+      estimates.fit_second_moment(*values)
 
   def test_pl_constant(self):
     # f = (w_1^2 + 4 w_2^2) / 2, mu = 1: attained on the first axis.
     w = np.array([[3.0, 1.0], [2.0, 0.5], [2.0, 0.0], [0.0, 0.0]])
     gaps = (w[:, 0] ** 2 + 4 * w[:, 1] ** 2) / 2
     norms = w[:, 0] ** 2 + 16 * w[:, 1] ** 2
-    self.assertAlmostEqual(audit.pl_constant(gaps, norms), 1.0)
+    self.assertAlmostEqual(estimates.pl_constant(gaps, norms), 1.0)
     self.assertAlmostEqual(
-        audit.pl_constant(gaps[:2], norms[:2]), min(25 / 13, 8 / 5)
+        estimates.pl_constant(gaps[:2], norms[:2]), min(25 / 13, 8 / 5)
     )
-    self.assertEqual(audit.pl_constant([0.0], [1.0]), math.inf)
+    self.assertEqual(estimates.pl_constant([0.0], [1.0]), math.inf)
     # A gap within rounding says nothing.
-    found = audit.pl_constant([13.0, 1e-7], [25.0, 0.0], floor=1e-6)
+    found = estimates.pl_constant([13.0, 1e-7], [25.0, 0.0], floor=1e-6)
     self.assertAlmostEqual(found, 25 / 26)
     with self.assertRaises(ValueError):
-      audit.pl_constant([1.0, 2.0], [1.0])
+      estimates.pl_constant([1.0, 2.0], [1.0])
 
 
 class RealisedTest(parameterized.TestCase):
@@ -221,7 +225,7 @@ class RealisedTest(parameterized.TestCase):
     arguments = dict(
         ranks=ranks, probs=probs, sketch=sketch, shared_coin=shared
     )
-    rows = audit.realised_eigenvalues(key, num, found, **arguments)
+    rows = estimates.realised_eigenvalues(key, num, found, **arguments)
     draw = jax.jit(
         jax.vmap(
             lambda t: [
@@ -273,7 +277,7 @@ class RealisedTest(parameterized.TestCase):
 
   def test_full_rank(self):
     found = matrices_lib.find({'w': jnp.zeros((3, 3))})
-    (row,) = audit.realised_eigenvalues(
+    (row,) = estimates.realised_eigenvalues(
         jax.random.key(0),
         4,
         found,
@@ -286,7 +290,7 @@ class RealisedTest(parameterized.TestCase):
 
   def test_approaches_the_exact_one(self):
     found = matrices_lib.find({'w': jnp.zeros((3, 4))})
-    (row,) = audit.realised_eigenvalues(
+    (row,) = estimates.realised_eigenvalues(
         jax.random.key(0),
         3000,
         found,
@@ -731,7 +735,7 @@ class MeasuredTest(parameterized.TestCase):
         {'step': i, 'grad_norm_sq': n, 'loss': 0.0} for i, n in enumerate(norms)
     ]
     lines.insert(2, {'step': 2, 'loss': 1.0})  # No evaluation.
-    found = study_audit.measured(self.run_of(lines))
+    found = audit_run.measured(self.run_of(lines))
     np.testing.assert_array_equal(found.steps, [0, 1, 2, 3])
     np.testing.assert_array_equal(found.norms, norms)
     # Over t = 0 .. T - 1.
@@ -742,23 +746,23 @@ class MeasuredTest(parameterized.TestCase):
     lines = [
         {'step': s, 'grad_norm_sq': n} for s, n in ((0, 8.0), (4, 4.0), (5, 1))
     ]
-    found = study_audit.measured(self.run_of(lines))
+    found = audit_run.measured(self.run_of(lines))
     np.testing.assert_allclose(found.means, [8, 6, (4 * 6 + 4) / 5])
     self.assertFalse(found.is_exact)
 
   def test_starts_of_links(self):
     """W_0, W_4 and W_8 of links of four steps, whatever lies between."""
     lines = [{'step': s, 'grad_norm_sq': 10.0 - s} for s in range(0, 10, 2)]
-    found = study_audit.measured(self.run_of(lines), period=4)
+    found = audit_run.measured(self.run_of(lines), period=4)
     np.testing.assert_array_equal(found.steps, [0, 4, 8])
     np.testing.assert_allclose(found.means, [10, 10, (10 + 6) / 2])
     self.assertTrue(found.is_exact)
     with self.assertRaisesRegex(ValueError, 'training.num_evals=1'):
-      study_audit.measured(self.run_of(lines), period=7)
+      audit_run.measured(self.run_of(lines), period=7)
 
   def test_rejects(self):
     with self.assertRaisesRegex(ValueError, 'eval_gradient.*got 1 in'):
-      study_audit.measured(self.run_of([{'step': 0, 'grad_norm_sq': 1.0}]))
+      audit_run.measured(self.run_of([{'step': 0, 'grad_norm_sq': 1.0}]))
 
 
 class RealisedStudyTest(X64TestCase):
@@ -793,7 +797,7 @@ class RealisedStudyTest(X64TestCase):
       scale = np.linalg.norm(moved)
       self.assertLess(min(left, right), 1e-5 * scale)
       self.assertGreater(max(left, right), 1e-3 * scale)
-      (row,) = study_audit._realised(
+      (row,) = audit_run._realised(
           finished(config, 1), task, program.method, path
       )
       self.assertEqual(row['left, %'], 100.0 * (left < right))
@@ -823,7 +827,7 @@ class AuditTest(X64TestCase):
   @pytest.mark.slow
   def test_gd_of_linear_regression(self):
     folder = self.train(linear_config())
-    found = study_audit.audit(folder, **dict(QUICK, num_products=16))
+    found = audit_run.audit(folder, **dict(QUICK, num_products=16))
     values = column(found.tables['constants'], 'constant', 'value')
     task = arguments.make_task(linear_config())
     params = task.init(jax.random.key(0))
@@ -879,12 +883,12 @@ class AuditTest(X64TestCase):
     config.training.num_evals = 30
     config.training.progress = False
     folder = self.train(config)
-    found = study_audit.audit(folder, num_points=6, progress=False)
+    found = audit_run.audit(folder, num_points=6, progress=False)
     values = column(found.tables['constants'], 'constant', 'value')
     self.assertBetween(values['mu'], 0.2 * (1 - 1e-3), 0.3)
 
   def test_sgd_of_digits(self):
-    found = study_audit.audit(self.train(digits_config()), **QUICK)
+    found = audit_run.audit(self.train(digits_config()), **QUICK)
     held = self.held(found)
     self.assertEqual(held['the replay is the run'], 'yes')
     self.assertEqual(held['minibatches independent'], 'no')
@@ -899,7 +903,7 @@ class AuditTest(X64TestCase):
   @pytest.mark.slow
   def test_adapters_of_plain_steps(self):
     config = digits_config(method__mode='adapter', task__dropout=0.3)
-    found = study_audit.audit(self.train(config), **QUICK)
+    found = audit_run.audit(self.train(config), **QUICK)
     held = self.held(found)
     self.assertEqual(held['the replay is the run'], 'yes')
     self.assertEqual(held['minibatch gradients unbiased for f'], 'no')
@@ -912,7 +916,7 @@ class AuditTest(X64TestCase):
     config = digits_config(
         method__mode='adapter', method__optimizer='adamw', method__period=4
     )
-    found = study_audit.audit(self.train(config), **QUICK)
+    found = audit_run.audit(self.train(config), **QUICK)
     held = self.held(found)
     self.assertEqual(held['the replay is the run'], 'yes')
     self.assertEqual(held['a guarantee speaks of the method'], 'no')
@@ -938,7 +942,7 @@ class AuditTest(X64TestCase):
         training__num_evals=5,
     )
     folder = self.train(config)
-    found = study_audit.audit(folder, **dict(QUICK, num_products=16))
+    found = audit_run.audit(folder, **dict(QUICK, num_products=16))
     held = self.held(found)
     self.assertEqual(held['the replay is the run'], 'yes')
     shown = column(found.tables['assumptions'], 'assumption', 'found')
@@ -965,7 +969,7 @@ class AuditTest(X64TestCase):
     record['seed'] = 1
     path.write_text(json.dumps(record))
     with jax.enable_x64(False):  # Of the caller's own, for as long as it says.
-      found = study_audit.audit(folder, **QUICK)
+      found = audit_run.audit(folder, **QUICK)
     self.assertEqual(self.held(found)['the replay is the run'], 'no')
     self.assertTrue(jax.config.jax_enable_x64)
 
@@ -1012,9 +1016,9 @@ class RunsTest(X64TestCase):
     with self.assertRaisesRegex(ValueError, 'points >= 2, got points=1'):
       runs.replay(finished, program, 1)
     with self.assertRaisesRegex(ValueError, 'points >= 2, got points=1'):
-      study_audit.audit(self.folder, **dict(QUICK, num_points=1))
+      audit_run.audit(self.folder, **dict(QUICK, num_points=1))
     with self.assertRaisesRegex(ValueError, 'batches >= 2, got batches=1'):
-      study_audit.audit(self.folder, **dict(QUICK, num_batches=1))
+      audit_run.audit(self.folder, **dict(QUICK, num_batches=1))
     self.tamper(program)
     path = runs.replay(finished, program, 2)
     # The checkpoint is moved by half of what the run moved it.
@@ -1058,7 +1062,7 @@ class RunsTest(X64TestCase):
         runs, 'replay', side_effect=RuntimeError
     )
     with replay, self.assertRaisesRegex(ValueError, 'eval_gradient'):
-      study_audit.audit(self.folder, **QUICK)
+      audit_run.audit(self.folder, **QUICK)
 
   def test_unknown_field(self):
     self.change('method', 'rnak', 3)
@@ -1071,14 +1075,14 @@ class RunsTest(X64TestCase):
   def test_missing_file(self, name):
     (self.folder / name).unlink()
     with self.assertRaisesRegex(ValueError, f'finished run with {name}, got'):
-      study_audit.audit(self.folder, **QUICK)
+      audit_run.audit(self.folder, **QUICK)
 
   def test_missing_checkpoints(self):
     for path in (self.folder / 'checkpoints').iterdir():
       shutil.rmtree(path) if path.is_dir() else path.unlink()
     for _ in range(2):
       with self.assertRaisesRegex(ValueError, 'Expected checkpoints in .*none'):
-        study_audit.audit(self.folder, **QUICK)
+        audit_run.audit(self.folder, **QUICK)
       shutil.rmtree(self.folder / 'checkpoints', ignore_errors=True)
 
   def test_diverged(self):
@@ -1128,7 +1132,7 @@ class RunsTest(X64TestCase):
   def test_sizes_are_refused_by_name(self, name, value, least):
     message = f'Expected {name} >= {least}, got {name}={value}'
     with self.assertRaisesRegex(ValueError, message):
-      study_audit.audit(self.folder, **{f'num_{name}': value})
+      audit_run.audit(self.folder, **{f'num_{name}': value})
 
   def test_launch_rejects(self):
     with self.assertRaises(SystemExit) as caught:

@@ -323,7 +323,7 @@ class LawTest(parameterized.TestCase):
 
     def toss(key, matrix, entry, prob):
       if not shared_coin:
-        for word in (*matrix.words, matrix.entries[entry]):
+        for word in (*matrix.path_hash, matrix.entries[entry]):
           key = jax.random.fold_in(key, np.uint32(word))
       return jax.random.bernoulli(jax.random.fold_in(key, 0), prob)
 
@@ -417,7 +417,7 @@ class TableTest(parameterized.TestCase):
         'stack': {'kernel': jnp.ones((3, 5, 4, 9))},
     }
     rule = matrices.Rule('stack', (2,), (3,), batch=(0, 1))
-    rows = chain.describe(
+    rows = chain.selection_table(
         tree, rank=5, prob=0.25, matrices=matrices.Matrices(rules=(rule,))
     )
     self.assertEqual(

@@ -137,12 +137,12 @@ class NamesTest(parameterized.TestCase):
     self.assertLen(set(labels.names([old, make_config()])[0]), 1)
 
   def test_words(self):
-    self.assertEqual(labels.words('linear_regression'), 'linear regression')
-    self.assertEqual(labels.words('a/x_y.py:f'), 'a/x_y.py:f')
+    self.assertEqual(labels.spaced('linear_regression'), 'linear regression')
+    self.assertEqual(labels.spaced('a/x_y.py:f'), 'a/x_y.py:f')
 
   def test_metrics(self):
-    self.assertEqual(labels.metric('my_own_score').words, 'my own score')
-    self.assertEqual(labels.metric('test_accuracy').words, 'test accuracy, %')
+    self.assertEqual(labels.metric('my_own_score').label, 'my own score')
+    self.assertEqual(labels.metric('test_accuracy').label, 'test accuracy, %')
     self.assertTrue(labels.metric('train_gap').is_log)
 
 

@@ -357,7 +357,7 @@ class PathTest(parameterized.TestCase):
     # The identity that checkpoints and papers' seeds rest on.
     digest = hashlib.blake2b(b'linear/kernel', digest_size=8).digest()
     self.assertEqual(
-        matrix.words,
+        matrix.path_hash,
         (
             int.from_bytes(digest[:4], 'little'),
             int.from_bytes(digest[4:], 'little'),
@@ -428,20 +428,20 @@ class IdentityTest(parameterized.TestCase):
       tree = {part: tree}
     (matrix,) = matrices.find(tree)
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    self.assertEqual(matrix.words[0], int.from_bytes(digest[:4], 'little'))
-    self.assertEqual(matrix.words[1], int.from_bytes(digest[4:], 'little'))
+    self.assertEqual(matrix.path_hash[0], int.from_bytes(digest[:4], 'little'))
+    self.assertEqual(matrix.path_hash[1], int.from_bytes(digest[4:], 'little'))
     self.assertEqual(matrix.layer, layer)
     np.testing.assert_array_equal(matrix.entries, layer)
 
   def test_layer_expression_can_be_changed(self):
     tree = {f'stage{i}': {'kernel': spec(4, 3)} for i in range(3)}
     found = matrices.find(tree, Matrices(layer=r'stage(\d+)'))
-    self.assertLen({matrix.words for matrix in found}, 1)
+    self.assertLen({matrix.path_hash for matrix in found}, 1)
     self.assertEqual([matrix.layer for matrix in found], [0, 1, 2])
 
   def test_paths_have_different_words(self):
     tree = {name: {'kernel': spec(4, 3)} for name in ('q', 'k', 'v', 'o')}
-    self.assertLen({matrix.words for matrix in matrices.find(tree)}, 4)
+    self.assertLen({matrix.path_hash for matrix in matrices.find(tree)}, 4)
 
   @parameterized.parameters('suffix', 'keys', 'list')
   def test_scanned_and_unrolled_have_the_same_words_and_entries(self, layout):
@@ -452,7 +452,7 @@ class IdentityTest(parameterized.TestCase):
         self.unroll(layout), Matrices(rules=self.rules['unrolled'])
     )
     for stack in scanned:
-      layers = [m for m in unrolled if m.words == stack.words]
+      layers = [m for m in unrolled if m.path_hash == stack.path_hash]
       self.assertEqual([m.layer for m in layers], [0, 1, 2, 3])
       np.testing.assert_array_equal(
           stack.entries, np.stack([m.entries for m in layers])
@@ -468,12 +468,12 @@ class IdentityTest(parameterized.TestCase):
     (scanned,) = matrices.find(init(ScannedModel()), Matrices(rules=rules))
     unrolled = matrices.find(init(UnrolledModel()))
     self.assertEqual(scanned.batch, (3,))
-    self.assertEqual({m.words for m in unrolled}, {scanned.words})
+    self.assertEqual({m.path_hash for m in unrolled}, {scanned.path_hash})
     self.assertEqual([int(m.entries) for m in unrolled], [0, 1, 2])
     np.testing.assert_array_equal(scanned.entries, [0, 1, 2])
     state = nnx.state(NnxStack(nnx.Rngs(0)), nnx.Param)
     listed = matrices.find(state)
-    self.assertLen({m.words for m in listed}, 1)
+    self.assertLen({m.path_hash for m in listed}, 1)
     self.assertEqual([m.layer for m in listed], [0, 1, 2])
 
   def test_scanned_and_unrolled_get_the_very_same_updates(self):
@@ -677,7 +677,7 @@ class LayersOfDifferentSizesTest(parameterized.TestCase):
 
   def identities(self, tree, select=None):
     return {
-        (matrix.path, place): (matrix.words, int(number))
+        (matrix.path, place): (matrix.path_hash, int(number))
         for matrix in matrices.find(tree, Matrices(select, self.rules))
         for place, number in np.ndenumerate(matrix.entries)
     }
@@ -693,7 +693,9 @@ class LayersOfDifferentSizesTest(parameterized.TestCase):
     (matrix,) = matrices.find(
         stack, Matrices(rules=(Rule('kernel', (2,), (3,), (0, 1)),))
     )
-    expected = [(matrix.words, int(number)) for number in matrix.entries.flat]
+    expected = [
+        (matrix.path_hash, int(number)) for number in matrix.entries.flat
+    ]
     self.assertEqual([*self.identities(tree).values()], expected)
 
   def test_selecting_a_sibling_changes_nothing(self):

@@ -222,7 +222,7 @@ class OthersTest(parameterized.TestCase):
     self.assertEqual(optax.tree.get(state.other_states['bias'], 'count'), 5)
 
   def test_describe(self):
-    rows = bl.adapters.describe(
+    rows = bl.adapters.adapter_table(
         params(), bl.ChainPolicy.lora(2), others=['bias', 'list/0']
     )
     self.assertEqual(

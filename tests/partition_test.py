@@ -86,7 +86,7 @@ class RowsTest(parameterized.TestCase):
   def test_describe(self):
     parts = [np.array([0, 2]), np.array([1, 3, 4])]
     labels = np.array([7, 9, 7, 9, 7])
-    rows = partition.describe(parts, labels)
+    rows = partition.client_table(parts, labels)
     self.assertEqual(
         rows,
         [
@@ -95,7 +95,7 @@ class RowsTest(parameterized.TestCase):
         ],
     )
     self.assertEqual(
-        partition.describe(parts),
+        partition.client_table(parts),
         [{'client': 0, 'examples': 2}, {'client': 1, 'examples': 3}],
     )
 

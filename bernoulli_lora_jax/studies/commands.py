@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from bernoulli_lora_jax import matrices as matrices_lib
-from bernoulli_lora_jax.studies import audit as audit_lib
+from bernoulli_lora_jax.studies import audit_run
 from bernoulli_lora_jax.studies import expressive as expressive_lib
 from bernoulli_lora_jax.studies import gap as gap_lib
 from bernoulli_lora_jax.studies import nonsmooth as nonsmooth_lib
@@ -197,8 +197,8 @@ def audit(
     batches: minibatches a point.
   """
   output.show(
-      f'audit_{audit_lib.name_of(run_dir)}',
-      lambda: audit_lib.audit(
+      f'audit_{audit_run.name_of(run_dir)}',
+      lambda: audit_run.audit(
           run_dir,
           num_points=points,
           num_products=products,

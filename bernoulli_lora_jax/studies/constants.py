@@ -12,7 +12,7 @@ from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.studies import runs
 from bernoulli_lora_jax.tasks import partition
 from bernoulli_lora_jax.tasks import task as task_lib
-from bernoulli_lora_jax.theory import audit as audit_lib
+from bernoulli_lora_jax.theory import estimates
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import methods
@@ -98,9 +98,9 @@ def estimate(
     part = moving(params)
     f = lambda part: whole(part, params, data)
     value, full = jax.value_and_grad(f)(part)
-    norm, low = audit_lib.smoothness(f, part, key, num_steps=num_products)
+    norm, low = estimates.smoothness(f, part, key, num_steps=num_products)
     grad = lambda part, batch: batch_grad(part, params, batch)
-    found = audit_lib.moments(grad, full, part, batches(data, None, key))
+    found = estimates.moments(grad, full, part, batches(data, None, key))
     square = sum(jnp.vdot(g, g) for g in jax.tree.leaves(full))
     return value, square, norm, low, found
 
@@ -109,10 +109,10 @@ def estimate(
     parts = moving(a), moving(b)
     full = lambda part: jax.grad(whole)(part, a, data)
     grad = lambda part, batch: batch_grad(part, a, batch)
-    one = lambda size: audit_lib.mean_smoothness(
+    one = lambda size: estimates.mean_smoothness(
         grad, *parts, batches(data, size, key)
     )
-    return audit_lib.local_smoothness(full, *parts), one(1), one(None)
+    return estimates.local_smoothness(full, *parts), one(1), one(None)
 
   rows, pairs = [], []
   for i, params in enumerate(path.points):
@@ -128,7 +128,7 @@ def estimate(
   lower = min(values) if bound is None else bound
   best = min(values) if task.optimum is None else task.optimum
   gaps = [max(value - lower, 0.0) for value in values]
-  fitted = audit_lib.fit_second_moment(gaps, norms, variances)
+  fitted = estimates.fit_second_moment(gaps, norms, variances)
   hessian = max(float(row[2]) for row in rows)
   smoothness = max(hessian, pairs[:, 0].max())
   # Gaps below rounding have no PL ratio.
@@ -148,7 +148,7 @@ def estimate(
       slope=fitted.slope,
       growth=1 + fitted.growth,
       noise=fitted.noise,
-      pl=audit_lib.pl_constant(
+      pl=estimates.pl_constant(
           [value - best for value in values], norms, floor=floor
       ),
       initial_gap=gaps[0],
@@ -177,7 +177,7 @@ def _clients(
       f = lambda part: client_loss(
           averaging.joined(params, part), client, None
       )[0]
-      norm, _ = audit_lib.smoothness(
+      norm, _ = estimates.smoothness(
           f, part, jax.random.key(0), num_steps=num_products
       )
       square = sum(jnp.vdot(g, g) for g in jax.tree.leaves(jax.grad(f)(part)))

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bernoulli_lora_jax import deprecated
 from bernoulli_lora_jax import parts as parts_lib
 from bernoulli_lora_jax.tasks import task as task_lib
 
@@ -192,7 +193,7 @@ def sample(
   return task_lib.take(rest, rows)
 
 
-def describe(
+def client_table(
     parts: Sequence[np.ndarray], labels: np.ndarray | None = None
 ) -> list[dict[str, Any]]:
   """Returns a table of the clients: size and, of each label, the examples."""
@@ -203,6 +204,11 @@ def describe(
       row[f'label {label}'] = int(np.sum(np.asarray(labels)[part] == label))
     rows.append(row)
   return rows
+
+
+describe = deprecated.alias(
+    'partition.describe', 'partition.client_table', client_table
+)
 
 
 def _cut(rows: np.ndarray, shares: np.ndarray) -> list[np.ndarray]:

@@ -1,7 +1,8 @@
 """Guarantees as numbers: what is proved, and whether a run keeps to it."""
 
-from bernoulli_lora_jax.theory import audit
+from bernoulli_lora_jax import deprecated
 from bernoulli_lora_jax.theory import bounds
+from bernoulli_lora_jax.theory import estimates
 from bernoulli_lora_jax.theory import exponents
 from bernoulli_lora_jax.theory import expressive
 from bernoulli_lora_jax.theory import generalization
@@ -11,3 +12,5 @@ from bernoulli_lora_jax.theory import ntk
 from bernoulli_lora_jax.theory import nuclear
 from bernoulli_lora_jax.theory import problems
 from bernoulli_lora_jax.theory import recommendation
+
+__getattr__ = deprecated.modules(__name__, {'audit': 'estimates'})

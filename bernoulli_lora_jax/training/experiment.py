@@ -442,14 +442,16 @@ def selection(
   matrices = arguments.make_matrices(config, task)
   if c.mode == 'adapter':
     policy = arguments.make_policy(config, task, c.prob)
-    return adapters.describe(params, policy, matrices)
+    return adapters.adapter_table(params, policy, matrices)
   if c.name == 'full':
     return [
         {'matrix': m.path, 'shape': f'{m.m} x {m.n}', 'trained': m.m * m.n}
         for m in matrices_lib.find(params, matrices)
     ]
   prob = float(methods.chain_prob(c.name, c.prob))
-  return chain.describe(params, rank=c.rank, prob=prob, matrices=matrices)
+  return chain.selection_table(
+      params, rank=c.rank, prob=prob, matrices=matrices
+  )
 
 
 def trained_parameters(

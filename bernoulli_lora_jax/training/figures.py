@@ -18,15 +18,7 @@ Run = reporting.Run
 
 _STYLES = ['-', '--', '-.', ':', (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
 _MARKERS = ['o', 's', '^', 'v', 'D', 'P', 'X', '<', '>', '*']
-_COLOURS = [
-    '#000000',
-    '#0072B2',
-    '#D55E00',
-    '#009E73',
-    '#CC79A7',
-    '#56B4E9',
-    '#E69F00',
-]
+_COLOURS = '#000000 #0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00'.split()
 
 
 def style(i: int) -> dict[str, Any]:
@@ -134,7 +126,7 @@ def plot(
 
   Args:
     runs: finished ones of one task.
-    metric: as in metrics.jsonl; `labels.metric` has its words and axis.
+    metric: as in metrics.jsonl; `labels.metric` has its label and axis.
     axis: what is horizontal.
     by: see `reporting.groups`.
   """
@@ -164,7 +156,7 @@ def plot(
     if apart:
       panel.set_title(f'r = {rank}')
     _set_axes(panel, axis, shown.is_log)
-  panels[0].set_ylabel(shown.words)
+  panels[0].set_ylabel(shown.label)
   groups = [group for group, _ in curves.values()]
   figure.legend(
       [lines[name] for name in names],
@@ -201,14 +193,9 @@ def _draw(
     panel: Any, values: Curve, transform: Callable, i: int
 ) -> matplotlib.lines.Line2D:
   """Draws the i-th curve with its band."""
-  panel.fill_between(
-      values.x,
-      transform(values.mean - values.half),
-      transform(values.mean + values.half),
-      alpha=0.12,
-      linewidth=0,
-      color=style(i)['color'],
-  )
+  ends = (transform(values.mean + s * values.half) for s in (-1, 1))
+  color = style(i)['color']
+  panel.fill_between(values.x, *ends, alpha=0.12, linewidth=0, color=color)
   return panel.plot(
       values.x,
       transform(values.mean),
@@ -274,9 +261,8 @@ def write_figures(
     for metric in metrics:
       drawn[metric] = plot(members, metric, by=by)
       if labels.is_federated(members[0].config):
-        drawn[f'{metric}_megabytes'] = plot(
-            members, metric, axis=MEGABYTES, by=by
-        )
+        sent = plot(members, metric, axis=MEGABYTES, by=by)
+        drawn[f'{metric}_megabytes'] = sent
     drawn['prob'] = plot_prob(members)
     for what, figure in drawn.items():
       if figure is not None:
@@ -322,7 +308,7 @@ def plot_prob(runs: Sequence[Run]) -> matplotlib.figure.Figure | None:
       x, means, halves = zip(*sorted(points), strict=True)
       panel.errorbar(x, means, halves, label=name, capsize=3, **style(i))
   panel.set_xlabel('p = P(left): the left factor is frozen, the right trained')
-  panel.set_ylabel(shown.words)
+  panel.set_ylabel(shown.label)
   panel.set_title(groups[0].caption, fontsize=11)
   panel.grid(True, linewidth=0.4, alpha=0.6)
   figure.legend(

@@ -22,18 +22,14 @@ METHODS = {  # In the order of tables.
     'rac_right': 'RAC-LoRA (right frozen)',
     'bernoulli': 'Bernoulli-LoRA',
 }
-_OPTIMIZERS = {
-    'sgd': 'SGD',
-    'momentum': 'momentum',
-    'adam': 'Adam',
-    'adamw': 'AdamW',
-}
+_OPTIMIZERS = {'sgd': 'SGD', 'adam': 'Adam', 'adamw': 'AdamW'}
 _COMPRESSORS = {
     'identity': 'uncompressed',
     'randk': 'RandK',
     'topk': 'TopK',
     'powersgd': 'PowerSGD',
 }
+_CHAINS = ('rac_left', 'rac_right', 'bernoulli')
 # Fields that make no variants of a run.
 IGNORED = frozenset(
     {
@@ -53,6 +49,9 @@ TASK = (
     'federated.partition',
     'federated.dirichlet_alpha',
     'federated.unequal',
+)
+_BUDGET = tuple(
+    f'training.{x}' for x in ('num_steps', 'num_passes', 'num_full_passes')
 )
 _DEFAULTS = checkpoint.flatten(base_config.get_config().to_dict())
 
@@ -96,9 +95,7 @@ def name(config: Mapping[str, Any], without: Collection[str] = ()) -> str:
   for fact in _FACTS:
     if set(fact.fields) <= {*without, *RATES, 'task.name'}:
       continue
-    usual = fact.say(
-        {**c, **{field: _DEFAULTS[field] for field in fact.fields}}
-    )
+    usual = fact.say(c | {field: _DEFAULTS[field] for field in fact.fields})
     said = fact.say(c)
     is_method = fact.fields[0].startswith('method.')
     if said and (fact.is_main or (is_method and said != usual)):
@@ -153,7 +150,7 @@ def task_name(config: Mapping[str, Any]) -> str:
 class Metric(NamedTuple):
   """How a metric is shown."""
 
-  words: str  # With its unit.
+  label: str  # With its unit.
   scale: float  # Of the numbers that are shown.
   is_log: bool  # Whether its axis is logarithmic.
 
@@ -161,12 +158,12 @@ class Metric(NamedTuple):
 def metric(identifier: str) -> Metric:
   """Returns how a metric of any task is shown; accuracies in percent."""
   if identifier.endswith('accuracy'):
-    return Metric(f'{words(identifier)}, %', 100.0, False)
+    return Metric(f'{spaced(identifier)}, %', 100.0, False)
   text = {
       'train_gap': 'f - f*',
       'grad_norm_sq': 'squared gradient norm, trained leaves',
       'train_loss': 'training loss',
-  }.get(identifier, words(identifier))
+  }.get(identifier, spaced(identifier))
   return Metric(text, 1.0, identifier in ('train_gap', 'grad_norm_sq'))
 
 
@@ -195,10 +192,10 @@ def _assigned(field: str, c: Flat) -> str | None:
     return None
   value = c[field]
   text = _number(value) if isinstance(value, float) else str(value)
-  return f'{words(field.rpartition(".")[2])} = {text or "none"}'
+  return f'{spaced(field.rpartition(".")[2])} = {text or "none"}'
 
 
-def words(identifier: str) -> str:
+def spaced(identifier: str) -> str:
   """Returns a name with spaces; what is no name, as a path, as it is."""
   is_name = identifier.isidentifier()
   return identifier.replace('_', ' ') if is_name else identifier
@@ -215,11 +212,11 @@ def _method(c: Flat) -> str:
     return 'FedAvg of weights'
   if c['method.name'] == 'lora' and 'federated.num_clients' in c:
     return 'FedAvg of LoRA'
-  return METHODS.get(c['method.name'], words(c['method.name']))
+  return METHODS.get(c['method.name'], spaced(c['method.name']))
 
 
 def _mode(c: Flat) -> str | None:
-  if c['method.name'] not in ('rac_left', 'rac_right', 'bernoulli'):
+  if c['method.name'] not in _CHAINS:
     return None  # There is one.
   is_adapter = c['method.mode'] == 'adapter'
   return 'adapters' if is_adapter else 'projected gradients'
@@ -234,7 +231,7 @@ def _zero(c: Flat) -> str | None:
 def _moves(c: Flat) -> str:
   """Returns the estimator and the optimiser, the plain ones unsaid."""
   optimizer = c['method.optimizer']
-  text = _OPTIMIZERS.get(optimizer, words(optimizer))
+  text = _OPTIMIZERS.get(optimizer, spaced(optimizer))
   estimator = c['method.estimator']
   if estimator in ('sgd', 'fedavg') or c['method.mode'] == 'adapter':
     return text
@@ -247,7 +244,7 @@ def _compressor(c: Flat) -> str | None:
   if 'federated.num_clients' not in c or is_local:
     return None
   kind, argument = c['federated.compressor'], c['federated.argument']
-  text = _COMPRESSORS.get(kind, words(kind))
+  text = _COMPRESSORS.get(kind, spaced(kind))
   if not argument:
     return text
   percent = f'{100 * argument:.12g}'
@@ -260,11 +257,9 @@ def _compressor(c: Flat) -> str | None:
 def _period(c: Flat) -> str | None:
   """Returns the steps of a link, or the local ones of a round."""
   passes = c['method.period_passes']
-  is_chain = c['method.name'] in ('cola', 'rac_left', 'rac_right', 'bernoulli')
-  if c['method.estimator'] != 'fedavg' and not (
-      is_chain
-      or (c['method.mode'] == 'adapter' and 'federated.num_clients' in c)
-  ):
+  has_links = c['method.name'] in ('cola', *_CHAINS)
+  is_local = c['method.mode'] == 'adapter' and 'federated.num_clients' in c
+  if not (has_links or is_local or c['method.estimator'] == 'fedavg'):
     return None
   if passes is None:
     return f'K = {c["method.period"]}'
@@ -278,7 +273,7 @@ def _partition(c: Flat) -> str | None:
       'iid': 'IID' + (', unequal' if c['federated.unequal'] else ''),
       'dirichlet': f'Dirichlet({_number(c["federated.dirichlet_alpha"])})',
       'group': 'by group',
-  }.get(c['federated.partition'], words(c['federated.partition']))
+  }.get(c['federated.partition'], spaced(c['federated.partition']))
 
 
 def _rate(c: Flat) -> str:
@@ -322,13 +317,6 @@ _FACTS = (  # As they follow one another in a name.
     _Fact(RATES, _rate),
     _Fact(('federated.num_clients',), _clients, True),
     _Fact(TASK[2:], _partition, True),
-    _Fact(('task.name',), lambda c: f'on {words(c["task.name"])}', True),
-    _Fact(
-        (
-            'training.num_steps',
-            'training.num_passes',
-            'training.num_full_passes',
-        ),
-        _budget,
-    ),
+    _Fact(('task.name',), lambda c: f'on {spaced(c["task.name"])}', True),
+    _Fact(_BUDGET, _budget),
 )

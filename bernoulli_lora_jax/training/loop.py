@@ -10,13 +10,13 @@ import signal
 import sys
 import time
 from typing import Any, NamedTuple
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from bernoulli_lora_jax import deprecated
 from bernoulli_lora_jax import files
 from bernoulli_lora_jax import parts
 from bernoulli_lora_jax import recipes
@@ -235,22 +235,16 @@ def make_program(
     driver: parallel.Driver | None = None,
 ) -> Program:
   """Deprecated: `Program`."""
-  _warn('make_program', 'Program(task, method, settings, driver)')
+  deprecated.warn('loop.make_program', 'loop.Program')
   return Program(task, method, settings, driver or parallel.Driver())
 
 
 def make_params(task: task_lib.Task) -> Callable[..., Any]:
   """Deprecated: `init_params`."""
-  _warn('make_params', 'init_params(task, key, weights)')
-  return functools.partial(init_params, task)
-
-
-def _warn(old: str, new: str) -> None:
-  warnings.warn(
-      f'loop.{old} is loop.{new} now; the old name goes with the next version.',
-      DeprecationWarning,
-      stacklevel=3,
+  deprecated.warn(
+      'loop.make_params(task)(key, weights)', 'loop.init_params(...)'
   )
+  return functools.partial(init_params, task)
 
 
 def method_key(key: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import csv
 import decimal
+import itertools
 import json
 import math
 import os
@@ -49,9 +50,7 @@ def load_runs(directories: Iterable[str | pathlib.Path]) -> list[Run]:
   return list(runs.values())
 
 
-def unfinished(
-    directories: Iterable[str | pathlib.Path],
-) -> list[pathlib.Path]:
+def unfinished(directories: Iterable[str | pathlib.Path]) -> list[pathlib.Path]:
   """Returns the directories of runs below others that have no summary."""
   found = {}
   for directory in map(pathlib.Path, directories):
@@ -84,16 +83,13 @@ def _found(directory: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
 
 def _load_run(path: pathlib.Path) -> Run:
   """Returns the run of a directory, its files checked."""
+  log = path / 'metrics.jsonl'
+  lines = enumerate(_text(log).splitlines(), 1)
   run = Run(
       path,
       _mapping(path / 'config.json'),
       _mapping(path / 'summary.json'),
-      [
-          _parsed(path / 'metrics.jsonl', line, number)
-          for number, line in enumerate(
-              _text(path / 'metrics.jsonl').splitlines(), 1
-          )
-      ],
+      [_parsed(log, line, number) for number, line in lines],
   )
   for section in ('task', 'method'):
     if not isinstance(run.config.get(section), dict):
@@ -102,24 +98,20 @@ def _load_run(path: pathlib.Path) -> Run:
           f' {sorted(run.config)}.'
       )
   for number, line in enumerate(run.metrics, 1):
-    if not isinstance(line, dict) or not isinstance(
-        line.get('step'), (int, float)
-    ):
+    step = line.get('step') if isinstance(line, dict) else None
+    if not isinstance(step, (int, float)):
       raise ValueError(
-          f'Expected metrics with a step in {path / "metrics.jsonl"}, line'
-          f' {number}, got {line!r}.'
+          f'Expected metrics with a step in {log}, line {number}, got {line!r}.'
       )
   steps = [line['step'] for line in run.metrics]
-  if any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
-    raise ValueError(
-        f'Expected steps that grow in {path / "metrics.jsonl"}, got {steps}.'
-    )
+  if any(a >= b for a, b in itertools.pairwise(steps)):
+    raise ValueError(f'Expected steps that grow in {log}, got {steps}.')
   end = run.summary.get('step', 0)
   last = steps[-1] if steps else None
   if last is None or last < end:
     raise ValueError(
-        f'Expected metrics up to step {end} of the summary in'
-        f' {path / "metrics.jsonl"}, got step={last} in its last line.'
+        f'Expected metrics up to step {end} of the summary in {log}, got'
+        f' step={last} in its last line.'
     )
   return run
 
@@ -210,15 +202,10 @@ def groups(
     kept_runs = [_best_learning_rate(group) for group in members.values()]
     names, shared = labels.names([m[0].config for m in kept_runs], hidden)
     # A path of a task of one's own keeps its underscores.
-    title = ', '.join(map(labels.words, task.split(', ')))
+    title = ', '.join(map(labels.spaced, task.split(', ')))
     caption = f'{title}: {shared}'.removesuffix(': ')
-    result += sorted(
-        (
-            Group(task, caption, *pair)
-            for pair in zip(names, kept_runs, strict=True)
-        ),
-        key=_place,
-    )
+    pairs = zip(names, kept_runs, strict=True)
+    result += sorted((Group(task, caption, *p) for p in pairs), key=_place)
   return result
 
 
@@ -248,16 +235,12 @@ def _best_learning_rate(runs: list[Run]) -> list[Run]:
   for run in runs:
     rates.setdefault(learning_rate(run), []).append(run)
 
-  def loss(members):
-    values = [
-        run.summary.get(
-            'validation_loss', run.summary.get('train_loss', math.inf)
-        )
-        for run in members
-    ]
-    return sum(values) / len(values)
+  def loss(run):
+    train_loss = run.summary.get('train_loss', math.inf)
+    return run.summary.get('validation_loss', train_loss)
 
-  return min(rates.values(), key=loss)
+  mean = lambda members: sum(map(loss, members)) / len(members)
+  return min(rates.values(), key=mean)
 
 
 def final_metric(runs: Sequence[Run]) -> str:
@@ -314,6 +297,7 @@ def _statistics(
 ) -> dict[str, Any]:
   first = group.runs[0]
   flat = labels.flat(first.config)
+  is_full = flat['method.name'] == 'full'
   good = [run for run in group.runs if 'diverged' not in run.summary]
   values = labels.metric(metric).scale * np.asarray(
       [_number(run, metric) for run in good]
@@ -321,9 +305,7 @@ def _statistics(
   row: dict[str, Any] = {
       'task': group.task,
       'method': group.name,
-      'rank': '-'
-      if flat['method.name'] == 'full'
-      else str(flat['method.rank']),
+      'rank': '-' if is_full else str(flat['method.rank']),
       'learning_rate': learning_rate(first),
       'trained': first.summary.get('trained_parameters', math.nan),
       'metric': metric,
@@ -352,9 +334,7 @@ def _published(
     group: Group, published: Published
 ) -> tuple[float, float | None, int]:
   flat = labels.flat(group.runs[0].config)
-  same = (
-      found for fields, found in published if fields.items() <= flat.items()
-  )
+  same = (found for key, found in published if key.items() <= flat.items())
   return next(same, (math.nan, None, 0))
 
 
@@ -401,7 +381,7 @@ def _shown(
       'method': group.name,
       _rate_header(same): row['learning_rate'],
       'trained a step': row['trained'],
-      f'{labels.metric(row["metric"]).words} ({over})': Mean(
+      f'{labels.metric(row["metric"]).label} ({over})': Mean(
           row['mean'], row['std'], count
       ),
   }
@@ -418,10 +398,9 @@ def _shown(
 def count_runs(found: Sequence[Group]) -> str:
   """Returns what means are over: '3 seeds', or 'runs' that differ in more."""
   counts = {len(group.runs) for group in found}
-  noun = 'seeds'
-  for group in found:
-    if len({run.config.get('seed') for run in group.runs}) < len(group.runs):
-      noun = 'runs'
+  seeds = lambda group: {run.config.get('seed') for run in group.runs}
+  is_seeds = all(len(seeds(group)) == len(group.runs) for group in found)
+  noun = 'seeds' if is_seeds else 'runs'
   if len(counts) > 1:
     return noun
   return f'{max(counts)} {noun if counts != {1} else noun[:-1]}'
@@ -450,32 +429,28 @@ def traffic(
   """
   tables: dict[str, list[dict[str, Any]]] = {}
   for group in groups((r for r in runs if labels.is_federated(r.config)), by):
-    reached = []
-    for run in group.runs:
-      for line in run.metrics:
-        if line.get('validation_accuracy', 0.0) >= target:
-          reached.append(line)
-          break
-    count = group.runs[0].config['federated']['num_clients']
+    is_there = lambda line: line.get('validation_accuracy', 0.0) >= target
+    firsts = [next(filter(is_there, run.metrics), None) for run in group.runs]
+    reached = [line for line in firsts if line is not None]
     last = [run.metrics[-1] for run in group.runs]
-    mean = lambda name, lines=reached: (
-        sum(line.get(name, 0.0) for line in lines) / len(lines)
-        if lines
-        else None
+    total = lambda lines, name: sum(line.get(name, 0.0) for line in lines)
+    count = group.runs[0].config['federated']['num_clients']
+    rounds = max(1, total(last, 'step')) * count
+    # None where no run reached the target.
+    mean = lambda name, unit, lines=reached, total=total: (
+        total(lines, name) / len(lines) / unit if lines else None
     )
-    scaled = lambda bits, unit, count=count: bits and bits / count / unit
-    rounds = sum(line['step'] for line in last)
-    row: dict[str, Any] = {
+    steps = mean('step', 1)
+    row = {
         'method': group.name,
         'rate': learning_rate(group.runs[0]),
+        'kB up a round': total(last, 'bits_up') / rounds / 8e3,
+        'kB down a round': total(last, 'bits_down') / rounds / 8e3,
+        f'reached {100 * target:g}%': f'{len(reached)} of {len(group.runs)}',
+        'rounds': steps and round(steps),
+        'MB up': mean('bits_up', count * 8e6),
+        'MB down': mean('bits_down', count * 8e6),
     }
-    for name, way in (('bits_up', 'up'), ('bits_down', 'down')):
-      total = sum(line.get(name, 0.0) for line in last)
-      row[f'kB {way} a round'] = total / max(1, rounds) / count / 8e3
-    row[f'reached {100 * target:g}%'] = f'{len(reached)} of {len(group.runs)}'
-    row['rounds'] = None if (x := mean('step')) is None else round(x)
-    row['MB up'] = scaled(mean('bits_up'), 8e6)
-    row['MB down'] = scaled(mean('bits_down'), 8e6)
     tables.setdefault(group.caption, []).append(row)
   return tables
 
@@ -524,8 +499,7 @@ def table(
           'right' if any(map(is_number, column)) else 'left'
           for column in columns
       ]
-      if rows
-      else None,
+      or None,
   )
 
 
@@ -542,11 +516,8 @@ def _cell(value: Any) -> str:
 
 def _column(values: Sequence[Any]) -> list[str]:
   """Returns the cells of a column with equal decimals."""
-  means = [
-      Mean(v, math.nan) if isinstance(v, float) else v
-      for v in values
-      if isinstance(v, (float, Mean))
-  ]
+  as_mean = lambda v: Mean(v, math.nan) if isinstance(v, float) else v
+  means = [as_mean(v) for v in values if isinstance(v, (float, Mean))]
   decimals = _decimals([m for m in means if math.isfinite(m.mean)])
 
   def number(x: float, digits: int) -> str:
@@ -556,7 +527,7 @@ def _column(values: Sequence[Any]) -> list[str]:
     if not isinstance(value, (float, Mean)):
       whole = isinstance(value, int) and not isinstance(value, bool)
       return number(value, 2) if whole and means else _cell(value)
-    mean, std, _ = value if isinstance(value, Mean) else (value, math.nan, 1)
+    mean, std, _ = as_mean(value)
     if math.isnan(mean):
       return '-'
     return number(mean, 2) + ('' if math.isnan(std) else f' ± {number(std, 1)}')
@@ -570,14 +541,11 @@ def _decimals(means: Sequence[Mean]) -> int | None:
   The smallest standard error has one digit, where there is one. Else the spread of
   the column has three and the smallest number two, and none has more than four.
   """
-  errors = [m.std / math.sqrt(m.count) for m in means if m.count > 1]
   errors = [
-      error
-      for error, m in zip(
-          errors, (m for m in means if m.count > 1), strict=True
-      )
-      if error > 1e-9 * abs(m.mean)  # Else of rounding.
-  ]
+      m.std / math.sqrt(m.count)
+      for m in means
+      if m.count > 1 and m.std / math.sqrt(m.count) > 1e-9 * abs(m.mean)
+  ]  # Else rounding.
   values = [m.mean for m in means]
   sizes = [abs(value) for value in values if value]
   if not sizes:

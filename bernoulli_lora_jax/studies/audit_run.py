@@ -24,7 +24,7 @@ from bernoulli_lora_jax.studies import guarantee
 from bernoulli_lora_jax.studies import runs
 from bernoulli_lora_jax.studies import study
 from bernoulli_lora_jax.tasks import task as task_lib
-from bernoulli_lora_jax.theory import audit as audit_lib
+from bernoulli_lora_jax.theory import estimates
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import figures
@@ -183,7 +183,7 @@ def _realised(
   num_links = min(
       math.ceil(int(finished.run.summary['step']) / period), _MOST_LINKS
   )
-  rows = audit_lib.realised_eigenvalues(
+  rows = estimates.realised_eigenvalues(
       key,
       num_links,
       found,
