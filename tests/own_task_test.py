@@ -21,6 +21,7 @@ from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import loop
+from bernoulli_lora_jax.training import programs
 from bernoulli_lora_jax.training import reporting
 from bernoulli_lora_jax.training import sweep
 
@@ -166,9 +167,9 @@ class TaskTest(parameterized.TestCase):
     chex.assert_trees_all_close(found(params, task.data), expected, rtol=1e-6)
     self.assertEqual(found(params, task.data).keys(), {'loss', 'half'})
     method = experiment.make_method(make_config('gradient', 'full'), whole)
-    settings = loop.Settings(1, 1, eval_gradient=True)
+    settings = programs.Settings(1, 1, eval_gradient=True)
     gradient = lambda task: jax.jit(
-        functools.partial(loop.evaluate, task, method, settings)
+        functools.partial(programs.evaluate, task, method, settings)
     )(params, task.data)['grad_norm_sq']
     np.testing.assert_allclose(gradient(task), gradient(whole), rtol=1e-5)
 
@@ -211,21 +212,23 @@ class TaskTest(parameterized.TestCase):
     """A run that is cut trains on the batches of the unbroken one, once each."""
     config = make_config('gradient', 'full', kind, training__checkpoint_every=4)
     self.train('whole', config)
-    program, prepare = experiment.make_program(config), loop.Program.prepare
+    program, prepare = experiment.make_program(config), programs.Program.prepare
 
     def interrupted(program, state, key, start, *rest):
       if start >= 8:
         raise KeyboardInterrupt
       return prepare(program, state, key, start, *rest)
 
-    with mock.patch.object(loop.Program, 'prepare', interrupted):
+    with mock.patch.object(programs.Program, 'prepare', interrupted):
       with self.assertRaises(KeyboardInterrupt):
         self.train('cut', config)
     self.train('cut', config)
     ends = [self.end(name, config) for name in ('whole', 'cut')]
     chex.assert_trees_all_equal(*ends)
     # By hand: plain steps along the stream.
-    rows, params = Rows(0, 6), loop.init_params(program.task, jax.random.key(0))
+    rows, params = Rows(0, 6), programs.init_params(
+        program.task, jax.random.key(0)
+    )
     rate = config.method.learning_rate
     for _ in range(12):
       batch = next(rows)
@@ -380,7 +383,7 @@ def test_weights_are_no_constants():
   )
   config = make_config('gradient', 'full')
   method = experiment.make_method(config, task)
-  lowered = jax.jit(functools.partial(loop.start, task, method)).lower(
+  lowered = jax.jit(functools.partial(programs.start, task, method)).lower(
       jax.random.key(0), task.weights
   )
   assert 'dense<"0x' not in lowered.as_text()

@@ -22,8 +22,8 @@ from bernoulli_lora_jax.studies import rates
 from bernoulli_lora_jax.studies import regression
 from bernoulli_lora_jax.studies import study
 from bernoulli_lora_jax.tasks import linear_regression
-from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import methods
+from bernoulli_lora_jax.training import programs
 
 PROBS = {'rac_left': 1.0, 'rac_right': 0.0, 'bernoulli': 0.5}
 
@@ -124,8 +124,8 @@ class ChainTest(X64TestCase):
     problem, task = self.make()
     method = make_method(task, estimator, name, 0.25)
     key = jax.random.key(7)
-    start = loop.start(task, method, key)
-    steps = functools.partial(loop.steps, task, method, 1, task.data)
+    start = programs.start(task, method, key)
+    steps = functools.partial(programs.steps, task, method, 1, task.data)
 
     def body(state, t):
       return steps(state, key, t)[0], state.params['w']
@@ -241,14 +241,14 @@ class TrainTest(X64TestCase):
     @jax.jit
     def single(key, factor):
       method = make_method(task, estimator, 'bernoulli', factor)
-      steps = functools.partial(loop.steps, task, method, 1, task.data)
+      steps = functools.partial(programs.steps, task, method, 1, task.data)
 
       def body(state, t):
         grad = jax.grad(lambda p: task.loss(p, task.data['train'], None)[0])
         measured = jnp.sum(grad(state.params)['w'] ** 2), state.data_passes
         return steps(state, key, t)[0], measured
 
-      start = loop.start(task, method, key)
+      start = programs.start(task, method, key)
       norms, passes = jax.lax.scan(body, start, jnp.arange(13))[1]
       return norms[::3], passes[::3]
 

@@ -21,7 +21,7 @@ from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import experiment
-from bernoulli_lora_jax.training import loop
+from bernoulli_lora_jax.training import programs
 from bernoulli_lora_jax.training import reporting
 from bernoulli_lora_jax.training import sweep
 
@@ -497,13 +497,13 @@ class ResumeTest(parameterized.TestCase):
   def test_seconds_hold_no_compilation(self):
     """A resumed run has compiled its evaluation before the clock starts."""
     config = quadratic_config()
-    prepare, evaluate = loop.Program.prepare, loop.Program.evaluate
+    prepare, evaluate = programs.Program.prepare, programs.Program.evaluate
     cut = lambda program, state, key, start, *rest: (
         prepare(program, state, key, start, *rest)
         if start < 8
         else self.fail('cut')
     )
-    with mock.patch.object(loop.Program, 'prepare', cut):
+    with mock.patch.object(programs.Program, 'prepare', cut):
       with self.assertRaisesRegex(AssertionError, 'cut'):
         experiment.train(config, self.tmp)
     calls = []
@@ -513,7 +513,7 @@ class ResumeTest(parameterized.TestCase):
       calls.append(1)
       return evaluate(program, params)
 
-    with mock.patch.object(loop.Program, 'evaluate', slow):
+    with mock.patch.object(programs.Program, 'evaluate', slow):
       summary = experiment.train(config, self.tmp)
     self.assertLess(summary['seconds'], 1.0)
     self.assertEqual(summary['step'], 12)
@@ -523,8 +523,8 @@ class ResumeTest(parameterized.TestCase):
     key = jax.random.key(0)
     task = experiment.make_program(quadratic_config()).task
     init = lambda key: seen.append(key) or task.init(key)
-    loop.init_params(task._replace(init=init), key)
-    keys = [*seen, loop.method_key(key), loop.noise_key(key, 0)]
+    programs.init_params(task._replace(init=init), key)
+    keys = [*seen, programs.method_key(key), programs.noise_key(key, 0)]
     keys += [jax.random.fold_in(key, purpose) for purpose in (1, 2)]
     data = {tuple(np.asarray(jax.random.key_data(k))) for k in keys}
     self.assertLen(data, len(keys))

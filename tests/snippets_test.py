@@ -31,6 +31,7 @@ from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import methods
+from bernoulli_lora_jax.training import programs
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _DOCUMENTS = ('README.md', 'docs/guide.md')
@@ -147,6 +148,7 @@ def common(model):
       'optax': optax,
       'partition': partition,
       'loop': loop,
+      'programs': programs,
       'methods': methods,
       'model': model,
       'params': jax.tree.map(jnp.copy, params),

@@ -21,6 +21,7 @@ from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import methods
+from bernoulli_lora_jax.training import programs
 from bernoulli_lora_jax.training import sweep
 from bernoulli_lora_jax.training import together
 
@@ -186,7 +187,7 @@ class TogetherTest(parameterized.TestCase):
           batch_size=1,
       )
 
-    settings = loop.Settings(6, 1, patience=2, progress=False)
+    settings = programs.Settings(6, 1, patience=2, progress=False)
     rates = {'learning_rate': [0.3, 1 / quadratic.SMOOTHNESS]}
     results = dict(
         together.train_together(task, make_method, settings, [0, 0], rates)
@@ -255,7 +256,7 @@ class TogetherTest(parameterized.TestCase):
         batch_size=2,
         page_prob=0.1,
     )
-    settings = loop.Settings(40, 40, eval_gradient=False, progress=False)
+    settings = programs.Settings(40, 40, eval_gradient=False, progress=False)
     results = together.train_together(
         task,
         make,
@@ -275,7 +276,7 @@ class TogetherTest(parameterized.TestCase):
 class JudgeTest(parameterized.TestCase):
 
   def test_counts_and_drops(self):
-    settings = loop.Settings(1, 1, plateau_patience=2)
+    settings = programs.Settings(1, 1, plateau_patience=2)
     best, stale, flat = np.inf, 0, 0
     seen = []
     for loss in (3.0, 2.0, 2.5, 2.0, 2.1, 1.0):
@@ -406,7 +407,7 @@ class AdapterRunTest(parameterized.TestCase):
         training__recipe=True,
         training__checkpoint_every=8,
     )
-    program, prepare = experiment.make_program(config), loop.Program.prepare
+    program, prepare = experiment.make_program(config), programs.Program.prepare
     states = []
 
     def watched(*args):
@@ -424,12 +425,12 @@ class AdapterRunTest(parameterized.TestCase):
         raise KeyboardInterrupt
       return prepare(program, state, key, start, *rest)
 
-    with mock.patch.object(loop.Program, 'prepare', watched):
+    with mock.patch.object(programs.Program, 'prepare', watched):
       experiment.train(config, self.tmp / 'whole', program)
     recipe, replayed = self.params(program, self.tmp / 'whole')
     chex.assert_trees_all_equal(replayed, program.params(states[0]))
     self.assertLen(recipe.links, 1 if name == 'lora' else 5)  # 24 / 5.
-    with mock.patch.object(loop.Program, 'prepare', interrupted):
+    with mock.patch.object(programs.Program, 'prepare', interrupted):
       with self.assertRaises(KeyboardInterrupt):
         experiment.train(config, self.tmp / 'cut', program)
     experiment.train(config, self.tmp / 'cut', program)

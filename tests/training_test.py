@@ -31,6 +31,7 @@ from bernoulli_lora_jax.training import figures
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import methods
 from bernoulli_lora_jax.training import parallel
+from bernoulli_lora_jax.training import programs
 from bernoulli_lora_jax.training import reporting
 from bernoulli_lora_jax.training import sweep
 
@@ -283,7 +284,9 @@ class LoopTest(parameterized.TestCase):
     state, best = {'w': jnp.arange(1.0, 3.0)}, {'w': jnp.arange(3.0, 6.0)}
     progress = loop.Progress(4, 2, 0.5, 1, 1, 3.0)
     like = jax.tree.map(jnp.zeros_like, (state, best))
-    program = types.SimpleNamespace(settings=loop.Settings(8, 4, patience=1))
+    program = types.SimpleNamespace(
+        settings=programs.Settings(8, 4, patience=1)
+    )
     with checkpoint.Checkpointer(self.tmp) as saver:
       loop._save(saver, state, best, progress)
       found = loop.restore(saver, program, *like)
@@ -302,7 +305,7 @@ class LoopTest(parameterized.TestCase):
             {'batch': batch, 'noise': bits(key)},
         )
     )
-    steps = functools.partial(loop.steps, task, method)
+    steps = functools.partial(programs.steps, task, method)
     run = lambda start, num: jax.tree.map(
         np.asarray, steps(num, {'train': ()}, (), jax.random.key(0), start)[1]
     )
@@ -330,7 +333,7 @@ class LoopTest(parameterized.TestCase):
         training__num_evals=num_evals,
         training__checkpoint_every=8,
     )
-    program, prepare = experiment.make_program(config), loop.Program.prepare
+    program, prepare = experiment.make_program(config), programs.Program.prepare
     experiment.train(config, self.tmp / 'whole', program)
 
     def interrupted(program, state, key, start, *rest):
@@ -338,7 +341,7 @@ class LoopTest(parameterized.TestCase):
         raise KeyboardInterrupt
       return prepare(program, state, key, start, *rest)
 
-    with mock.patch.object(loop.Program, 'prepare', interrupted):
+    with mock.patch.object(programs.Program, 'prepare', interrupted):
       with self.assertRaises(KeyboardInterrupt):
         experiment.train(config, self.tmp / 'cut', program)
     self.assertFalse((self.tmp / 'cut' / 'summary.json').exists())

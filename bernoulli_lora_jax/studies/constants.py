@@ -14,8 +14,8 @@ from bernoulli_lora_jax.tasks import partition
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.theory import estimates
 from bernoulli_lora_jax.training import arguments
-from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import methods
+from bernoulli_lora_jax.training import programs
 
 
 class Constants(NamedTuple):
@@ -79,7 +79,7 @@ def estimate(
 
     def draw(i):
       one_key = jax.random.fold_in(key, i)
-      noise = loop.noise_key(one_key, 0)  # Apart from the batch's keys.
+      noise = programs.noise_key(one_key, 0)  # Apart from the batch's keys.
       if size == 1:
         rows = jax.random.randint(one_key, (1,), 0, task.num_samples)
         return {'batch': task_lib.take(data['train'], rows), 'key': noise}

@@ -19,8 +19,8 @@ from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.studies import numpy_chain
 from bernoulli_lora_jax.tasks import linear_regression
 from bernoulli_lora_jax.tasks import task as task_lib
-from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import methods
+from bernoulli_lora_jax.training import programs
 
 ESTIMATORS = ('gd', 'sgd', 'page', 'mvr')
 NAMES = {
@@ -196,10 +196,12 @@ def train(
       return sum(jax.tree.leaves(squares)), state.data_passes
 
     def body(state, i):
-      state, _ = loop.steps(task, method, every, data, state, key, i * every)
+      state, _ = programs.steps(
+          task, method, every, data, state, key, i * every
+      )
       return state, measure(state)
 
-    start = loop.start(task, method, key, task.weights)
+    start = programs.start(task, method, key, task.weights)
     _, rest = jax.lax.scan(body, start, jnp.arange(num_evals))
     return jax.tree.map(
         lambda a, b: jnp.concatenate([a[None], b]), measure(start), rest

@@ -14,6 +14,7 @@ from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import loop
+from bernoulli_lora_jax.training import programs
 from bernoulli_lora_jax.training import reporting
 
 
@@ -99,7 +100,7 @@ def load(directory: str | pathlib.Path) -> Finished:
 
 def replay(
     finished: Finished,
-    program: loop.Program,
+    program: programs.Program,
     num_points: int,
     report: Callable[[int], Any] = lambda steps: None,
 ) -> Path:

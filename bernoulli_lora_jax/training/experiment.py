@@ -23,6 +23,7 @@ from bernoulli_lora_jax.training import fields
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import methods
 from bernoulli_lora_jax.training import parallel
+from bernoulli_lora_jax.training import programs
 
 
 def apply_overrides(
@@ -76,7 +77,7 @@ def check_workdir(
 
 def make_program(
     config: config_dict.ConfigDict, task: task_lib.Task | None = None
-) -> loop.Program:
+) -> programs.Program:
   """Returns the compiled parts of the runs of a config, whatever the seed.
 
   Args:
@@ -110,7 +111,7 @@ def make_program(
     jax.eval_shape(method.init, key, task_lib.shapes(task))
   except ValueError as e:
     raise fields.named(e) from e
-  return loop.Program(task, method, settings, driver)
+  return programs.Program(task, method, settings, driver)
 
 
 def check_task(config: config_dict.ConfigDict, task: task_lib.Task) -> None:
@@ -132,7 +133,7 @@ def check_task(config: config_dict.ConfigDict, task: task_lib.Task) -> None:
 
 def make_settings(
     config: config_dict.ConfigDict, task: task_lib.Task
-) -> loop.Settings:
+) -> programs.Settings:
   """Returns how long a run is and what happens how often."""
   t = config.training
   if t.num_evals < 1:
@@ -152,7 +153,7 @@ def make_settings(
     wanted = _equal_flops(config, task, t.num_full_passes)
   # Whole evaluation intervals: one length of dispatch, compiled once.
   every = max(1, (t.num_steps or round(wanted)) // t.num_evals)
-  return loop.Settings(
+  return programs.Settings(
       num_steps=t.num_steps or every * max(1, round(wanted / every)),
       eval_every=every,
       checkpoint_every=t.checkpoint_every,
@@ -356,11 +357,11 @@ def step_flops(
   method = _make_method(config, task)
 
   def start(key, data, weights):
-    return loop.start(task, method, key, weights)
+    return programs.start(task, method, key, weights)
 
   def one(key, data, weights):
     state = start(key, data, weights)
-    return loop.steps(task, method, 1, data, state, key, 0)
+    return programs.steps(task, method, 1, data, state, key, 0)
 
   try:
     cpu = jax.local_devices(backend='cpu')[0]
@@ -400,7 +401,7 @@ def _equal_flops(
 def train(
     config: config_dict.ConfigDict,
     workdir: str | pathlib.Path,
-    program: loop.Program | None = None,
+    program: programs.Program | None = None,
 ) -> dict[str, Any]:
   """Trains the run of a config in a directory; see `loop.train`."""
   program = make_program(config) if program is None else program

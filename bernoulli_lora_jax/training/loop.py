@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 import contextlib
-import dataclasses
 import functools
 import math
 import pathlib
@@ -18,7 +17,6 @@ import tqdm
 
 from bernoulli_lora_jax import deprecated
 from bernoulli_lora_jax import files
-from bernoulli_lora_jax import parts
 from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import checkpoint
@@ -26,68 +24,14 @@ from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import methods
 from bernoulli_lora_jax.training import metrics_log
 from bernoulli_lora_jax.training import parallel
+from bernoulli_lora_jax.training import programs
 
-_METHOD, _BATCH, _NOISE, _INIT = range(4)  # Purposes folded into the run's key.
+Program = programs.Program
+Settings = programs.Settings
 
 
 class DivergedError(FloatingPointError):
   """The loss or a parameter is no longer finite."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """How long and how often; counts are of steps.
-
-  Attributes:
-    num_steps: T >= 1.
-    eval_every: steps between evaluations, >= 1; also after the last step.
-    checkpoint_every: steps between checkpoints; 0 saves only at the end.
-    steps_per_dispatch: most steps in one compiled loop, >= 1.
-    patience: evaluations without a lower validation loss after which the run
-      stops; 0 never stops early. The params of the lowest one are then kept.
-    plateau_patience: evaluations without a lower validation loss after which
-      the learning rate is multiplied by `plateau_factor`; 0 never.
-    plateau_factor: in (0, 1).
-    eval_gradient: whether evaluations report the squared norm of the full
-      gradient over trained leaves, at the cost of a data pass.
-    recipe: whether an adapter-mode run writes its recipe, see `recipes`.
-    progress: whether to show a progress bar.
-    max_to_keep: checkpoints kept.
-  """
-
-  num_steps: int
-  eval_every: int
-  checkpoint_every: int = 0
-  steps_per_dispatch: int = 1000
-  patience: int = 0
-  plateau_patience: int = 0
-  plateau_factor: float = 0.1
-  eval_gradient: bool = True
-  recipe: bool = False
-  progress: bool = True
-  max_to_keep: int = 2
-
-  def __post_init__(self):
-    least = {
-        'num_steps': 1,
-        'eval_every': 1,
-        'checkpoint_every': 0,
-        'steps_per_dispatch': 1,
-        'patience': 0,
-        'plateau_patience': 0,
-        'max_to_keep': 1,
-    }
-    for name, low in least.items():
-      if getattr(self, name) < low:
-        raise ValueError(
-            f'Expected training.{name} >= {low}, got'
-            f' {name}={getattr(self, name)}.'
-        )
-    if not 0 < self.plateau_factor < 1:
-      raise ValueError(
-          'Expected training.plateau_factor in (0, 1), got'
-          f' plateau_factor={self.plateau_factor}.'
-      )
 
 
 class Progress(NamedTuple):
@@ -99,133 +43,6 @@ class Progress(NamedTuple):
   stale: int  # Evaluations since then.
   flat: int  # Evaluations since then or since the learning rate dropped.
   seconds: float  # Wall time of steps and evaluations, without compilation.
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Program:
-  """What runs that differ in the seed share; compiles each part once.
-
-  Attributes:
-    task: data, model and loss.
-    method: how params move.
-    settings: how long and how often.
-    driver: where steps run.
-  """
-
-  task: task_lib.Task
-  method: methods.Method
-  settings: Settings
-  driver: parallel.Driver = parallel.Driver()
-  _compiled: dict[int, Callable[..., Any]] = dataclasses.field(
-      default_factory=dict, repr=False
-  )
-
-  @functools.cached_property
-  def data(self) -> Any:
-    """Returns the task's data where the steps read it."""
-    return self.driver.put(self.task.data)
-
-  def start(self, key: jax.Array) -> Any:
-    """Returns the state at step 0, from the run's key."""
-    return self._start(key, self.task.weights)
-
-  def prepare(
-      self, state: Any, key: jax.Array, first: int, num: int, batches: Any = ()
-  ) -> Callable[..., Any]:
-    """Returns (state, key, first, batches) -> (state, metrics of num steps).
-
-    Compiled once for each num; the state is donated. See `steps` for arguments,
-    `driver.get` for the metrics.
-    """
-    if num not in self._compiled:
-      run = functools.partial(steps, self.task, self.method, num)
-      jitted = self.driver.jit(run, state)
-      lowered = jitted.lower(self.data, state, key, first, batches)
-      self._compiled[num] = lowered.compile()
-    run = self._compiled[num]
-    return lambda *args: run(self.data, *args, *[()] * (4 - len(args)))
-
-  def put(self, state: Any) -> Any:
-    """Returns a state where the steps read it."""
-    return self.driver.put(state, self.method.per_client(state))
-
-  def get(self, state: Any) -> Any:
-    """Returns a state of the steps as at the start."""
-    return self.driver.get(state, self.method.per_client(state))
-
-  def params(self, state: Any) -> Any:
-    """Returns the merged params of a state, on one device."""
-    return self._params(self.get(state))
-
-  def evaluate(self, params: Any) -> dict[str, jax.Array]:
-    """Returns the metrics of all splits but the test split."""
-    return self._evaluate(params, self._eval_data)
-
-  def test(self, params: Any) -> dict[str, jax.Array]:
-    """Returns the metrics of the test split."""
-    split = test_split(self.task)
-    found = self._of_split(params, self._eval_data, split)
-    return {f'{split}_{name}': value for name, value in found.items()}
-
-  @functools.cached_property
-  def _eval_data(self) -> Any:
-    return self.driver.get(self.data)
-
-  @functools.cached_property
-  def _start(self) -> Callable[..., Any]:
-    return jax.jit(functools.partial(start, self.task, self.method))
-
-  @functools.cached_property
-  def _params(self) -> Callable[..., Any]:
-    return jax.jit(self.method.params)
-
-  @functools.cached_property
-  def _evaluate(self) -> Callable[..., Any]:
-    parts = self.task, self.method, self.settings
-    return jax.jit(functools.partial(evaluate, *parts))
-
-  @functools.cached_property
-  def _of_split(self) -> Callable[..., Any]:
-    return jax.jit(functools.partial(of_split, self.task), static_argnums=2)
-
-
-def steps(
-    task: task_lib.Task,
-    method: methods.Method,
-    num: int,
-    data: Any,
-    state: Any,
-    key: jax.Array,
-    first: Any,
-    batches: Any = (),
-) -> tuple[Any, dict[str, jax.Array]]:
-  """Runs num steps of a method.
-
-  Args:
-    task: of which batches are drawn.
-    method: how params move.
-    num: of steps, >= 1.
-    data: of the task, as the driver has placed it.
-    state: of the method.
-    key: of the run.
-    first: number of the first step.
-    batches: of a stream, stacked.
-
-  Returns:
-    The state and the metrics of each step, stacked.
-  """
-  if task.batch is None and not jax.tree.leaves(batches):
-    raise ValueError(f'Expected batches of the stream of {task.name}.')
-  batch_key = jax.random.fold_in(key, _BATCH)
-
-  def step(state, inputs):
-    number, batch = inputs
-    if task.batch is not None:
-      batch = task.batch(data, batch_key, number)
-    noise = noise_key(key, number)
-    return method.step(state, batch, noise, data.get('train'))
-
-  return jax.lax.scan(step, state, (first + jnp.arange(num), batches))
 
 
 def make_program(
@@ -244,82 +61,7 @@ def make_params(task: task_lib.Task) -> Callable[..., Any]:
   deprecated.warn(
       'loop.make_params(task)(key, weights)', 'loop.init_params(...)'
   )
-  return functools.partial(init_params, task)
-
-
-def method_key(key: jax.Array) -> jax.Array:
-  """Returns the key of the method's init, from the run's."""
-  return jax.random.fold_in(key, _METHOD)
-
-
-def noise_key(key: jax.Array, step: Any) -> jax.Array:
-  """Returns the key of a method's step, from the run's."""
-  return jax.random.fold_in(jax.random.fold_in(key, _NOISE), step)
-
-
-def start(
-    task: task_lib.Task,
-    method: methods.Method,
-    key: jax.Array,
-    weights: Any = None,
-) -> Any:
-  """Returns the state of the method at step 0, see `init_params`."""
-  return method.init(method_key(key), init_params(task, key, weights))
-
-
-def init_params(
-    task: task_lib.Task, key: jax.Array, weights: Any = None
-) -> Any:
-  """Returns the params at step 0.
-
-  Args:
-    task: whose weights they are.
-    key: of the run.
-    weights: task.weights, as an argument: as constants of what is compiled they
-      would be copied into the program.
-  """
-  return (
-      task.init(jax.random.fold_in(key, _INIT)) if weights is None else weights
-  )
-
-
-def test_split(task: task_lib.Task) -> str | None:
-  """Returns the split that is looked at once, at the end; None without splits."""
-  return 'test' if 'test' in task.data else 'train' if task.data else None
-
-
-def of_split(
-    task: task_lib.Task, params: Any, data: Any, split: str | None
-) -> dict[str, jax.Array]:
-  """Returns the metrics of a split, none where there is none."""
-  if split is None:
-    return {}
-  return task_lib.evaluate(task, params, data, split)
-
-
-def evaluate(
-    task: task_lib.Task,
-    method: methods.Method,
-    settings: Settings,
-    params: Any,
-    data: Any,
-) -> dict[str, jax.Array]:
-  """Returns the metrics of all splits but the test split."""
-  metrics: dict[str, Any] = {}
-  if settings.eval_gradient:
-    value = lambda p, batch: task.loss(p, batch, None)
-    grad_fn = jax.value_and_grad(value, has_aux=True)
-    _, grad = parts.chunked(grad_fn, task.chunk)(params, data['train'])
-    squares = jax.tree.map(
-        lambda moves, g: jnp.vdot(g, g) if moves else 0.0,
-        method.trained(params),
-        grad,
-    )
-    metrics['grad_norm_sq'] = sum(jax.tree.leaves(squares))
-  for split in sorted(data.keys() - {'test', 'clients'}):
-    for name, value in task_lib.evaluate(task, params, data, split).items():
-      metrics[f'{split}_{name}'] = value
-  return metrics
+  return functools.partial(programs.init_params, task)
 
 
 def judge(
@@ -500,7 +242,7 @@ def _restored(
 ) -> tuple[checkpoint.Checkpointer, Any, Any, Progress]:
   """Returns checkpoints, state, best params and progress to go on from."""
   state = program.start(key)
-  base = init_params(program.task, key, program.task.weights)
+  base = programs.init_params(program.task, key, program.task.weights)
   best = base if program.settings.patience else None
   progress = Progress(0, 0, math.inf, 0, 0, 0.0)
   saver = stack.enter_context(open_checkpoints(program, workdir, state, stream))
@@ -626,7 +368,7 @@ def _save_recipe(
     recipes.save_link(
         folder, num_links - 1, recipes.trained_factors(final, chain)
     )
-  base = init_params(program.task, key, program.task.weights)
+  base = programs.init_params(program.task, key, program.task.weights)
   links = [recipes.load_link(folder, i) for i in range(num_links)]
   recipes.save_recipe(
       folder,

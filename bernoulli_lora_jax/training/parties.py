@@ -45,8 +45,8 @@ from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import federated_methods
-from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import methods
+from bernoulli_lora_jax.training import programs
 
 Payload = wire.Arrays
 
@@ -69,7 +69,7 @@ class LocalRounds:
 
   def init(self) -> Any:
     """Returns the view before the first round, the same everywhere."""
-    key = jax.random.fold_in(loop.method_key(self.run_key), 1)
+    key = jax.random.fold_in(programs.method_key(self.run_key), 1)
     return self.rounds.init(key, _start(self.task, self.run_key))
 
   def init_client(self) -> Any:
@@ -157,7 +157,7 @@ def _make_local_rounds(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _local(rounds, loss, state, run_key, clients, number):
   """Returns what one client trained in a round."""
-  key = loop.noise_key(run_key, state.count // rounds.num_local_steps)
+  key = programs.noise_key(run_key, state.count // rounds.num_local_steps)
   client = jax.tree.map(lambda x: x[number], clients)
   key = averaging.client_key(key, number)
   return rounds.local(state, loss, client, key)[0]
@@ -305,7 +305,7 @@ class Ef21:
     return jax.eval_shape(self._compress, memory[0], memory, 0, 0)[0]
 
   def _compress(self, grads, memory, client, count):
-    key = jax.random.fold_in(loop.method_key(self.run_key), 0)
+    key = jax.random.fold_in(programs.method_key(self.run_key), 0)
     return _compressed(
         self.compressor,
         self.concatenate,
@@ -329,7 +329,7 @@ def _make_ef21(config: config_dict.ConfigDict, task: task_lib.Task) -> Ef21:
       arguments.make_compressor(config),
       config.federated.concatenate,
       config.federated.start,
-      make_tx(jax.random.fold_in(loop.method_key(key), 1)),
+      make_tx(jax.random.fold_in(programs.method_key(key), 1)),
       arguments.trained_leaves(config, task),
       _make_thin(config, task),
       arguments.make_cohort(config, task),
@@ -342,7 +342,7 @@ def _make_ef21(config: config_dict.ConfigDict, task: task_lib.Task) -> Ef21:
 def _gradient(loss, trained, params, run_key, clients, number, count):
   """Returns the gradient of a client by the leaves that move."""
   client = jax.tree.map(lambda x: x[number], clients)
-  noise = loop.noise_key(run_key, count)
+  noise = programs.noise_key(run_key, count)
 
   def value(ours):
     whole = averaging.joined(params, ours)
@@ -484,7 +484,7 @@ def _unpacked(
 
 def _start(task: task_lib.Task, run_key: jax.Array) -> Any:
   """Returns the weights at step 0."""
-  return loop.init_params(task, run_key, task.weights)
+  return programs.init_params(task, run_key, task.weights)
 
 
 def _evaluate(task: task_lib.Task, params: Any) -> dict[str, float]:

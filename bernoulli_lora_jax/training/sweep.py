@@ -26,6 +26,7 @@ from bernoulli_lora_jax.training import fields
 from bernoulli_lora_jax.training import labels
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import metrics_log
+from bernoulli_lora_jax.training import programs
 from bernoulli_lora_jax.training import together
 
 # Fields that runs of one program may differ in, with the argument they become.
@@ -289,15 +290,15 @@ def _train_in_turn(
 ) -> None:
   """Trains runs one after another; those that differ in the seed share one
   compiled program."""
-  programs: dict[str, loop.Program] = {}
+  compiled: dict[str, programs.Program] = {}
   for run in members:
     key = experiment.apply_overrides(
         run.config, {'seed': 0}
     ).to_json_best_effort()
-    if key not in programs:
-      programs = {key: experiment.make_program(run.config, task)}
+    if key not in compiled:
+      compiled = {key: experiment.make_program(run.config, task)}
     try:
-      experiment.train(run.config, run.directory, programs[key])
+      experiment.train(run.config, run.directory, compiled[key])
     except loop.DivergedError as e:
       tqdm.tqdm.write(f'{run.directory}: {e}')
     bar.update(1)

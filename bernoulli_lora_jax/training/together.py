@@ -27,6 +27,7 @@ import numpy as np
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import methods
+from bernoulli_lora_jax.training import programs
 
 # What a method is made from in each run: {'prob', 'learning_rate'} or fewer.
 Hyper = Mapping[str, jax.Array]
@@ -59,7 +60,7 @@ class _Program(NamedTuple):
 def train_together(
     task: task_lib.Task,
     make_method: Callable[[Hyper], methods.Method],
-    settings: loop.Settings,
+    settings: programs.Settings,
     seeds: Sequence[int],
     hypers: Mapping[str, Sequence[float]],
     *,
@@ -120,17 +121,19 @@ class _Parts(NamedTuple):
 
   task: task_lib.Task
   make_method: Callable[[Hyper], methods.Method]
-  settings: loop.Settings
+  settings: programs.Settings
   one_by_one: bool
 
   def start(self, key, hyper, weights):
-    return loop.start(self.task, self.make_method(hyper), key, weights)
+    return programs.start(self.task, self.make_method(hyper), key, weights)
 
   def steps(self, state, params, key, hyper, active, data, start):
     """Trains to the next evaluation; a run that has ended stays as it is."""
     method = self.make_method(hyper)
     num = self.settings.eval_every
-    new, metrics = loop.steps(self.task, method, num, data, state, key, start)
+    new, metrics = programs.steps(
+        self.task, method, num, data, state, key, start
+    )
     line = {name: value.mean() for name, value in metrics.items()}
     line |= {
         name: metrics[name][-1]
@@ -147,9 +150,11 @@ class _Parts(NamedTuple):
     """Returns (params, data) -> metrics of all splits, the test split too."""
 
     def all_splits(params, data):
-      metrics = loop.evaluate(self.task, method, self.settings, params, data)
-      split = loop.test_split(self.task)
-      found = loop.of_split(self.task, params, data, split)
+      metrics = programs.evaluate(
+          self.task, method, self.settings, params, data
+      )
+      split = programs.test_split(self.task)
+      found = programs.of_split(self.task, params, data, split)
       for name, value in found.items():
         metrics[_FINAL + name] = value
       return metrics
@@ -240,7 +245,7 @@ def _keep(chosen: jax.Array, new: Any, old: Any) -> Any:
 def _train_group(
     program: _Program,
     task: task_lib.Task,
-    settings: loop.Settings,
+    settings: programs.Settings,
     keys: jax.Array,
     hyper: Hyper,
     count: int,
@@ -251,7 +256,7 @@ def _train_group(
   size, data = len(keys), task.data
   states = program.start(keys, hyper, task.weights)
   init = jax.vmap(
-      functools.partial(loop.init_params, task), (0, None), axis_size=size
+      functools.partial(programs.init_params, task), (0, None), axis_size=size
   )
   params = jax.jit(init)(keys, task.weights)
   best = jax.tree.map(jnp.copy, params)  # `params` is donated.
@@ -333,7 +338,7 @@ def _train_group(
 
 def _summary(
     task: task_lib.Task,
-    settings: loop.Settings,
+    settings: programs.Settings,
     final: dict[str, float],
     end: Any,
     best_step: Any,
@@ -344,7 +349,7 @@ def _summary(
     return {
         'diverged': f'Expected a finite loss, got NaN or infinity at step {bad_step}.'
     }
-  split = loop.test_split(task)
+  split = programs.test_split(task)
   named = {
       name.replace(_FINAL, f'{split}_'): value for name, value in final.items()
   }
