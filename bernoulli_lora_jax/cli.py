@@ -4,7 +4,8 @@ Without an installation `python -m bernoulli_lora_jax` and `launch/*.py` are the
 same. A user's error is one line on stderr and the exit status 1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import sys
 import traceback
 from typing import Any, Literal
@@ -37,25 +38,23 @@ def main(argv: Sequence[str] | None = None) -> None:
   Raises:
     SystemExit: where it ends otherwise than well, or with a help.
   """
-  guarded(_run, list(sys.argv[1:] if argv is None else argv))
+  with guarded(list(sys.argv[1:] if argv is None else argv)) as words:
+    if words[:1] == ['--version']:
+      print(f'blora {bernoulli_lora_jax.__version__}')
+    elif not words or words[0] in _HELP:
+      print(_overview())
+      raise SystemExit(0 if words else 2)
+    elif words[0] not in _COMMANDS:
+      raise ValueError(
+          f'Expected a command of {", ".join(_COMMANDS)}, got {words[0]!r}.'
+      )
+    else:
+      _COMMANDS[words[0]](words[1:])
 
 
-def _run(argv: list[str]) -> None:
-  if argv[:1] == ['--version']:
-    print(f'blora {bernoulli_lora_jax.__version__}')
-  elif not argv or argv[0] in _HELP:
-    print(_overview())
-    raise SystemExit(0 if argv else 2)
-  elif argv[0] not in _COMMANDS:
-    raise ValueError(
-        f'Expected a command of {", ".join(_COMMANDS)}, got {argv[0]!r}.'
-    )
-  else:
-    _COMMANDS[argv[0]](argv[1:])
-
-
-def guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
-  """Runs main(argv) without --verbosity; exits 1 with one line on a user's error."""
+@contextlib.contextmanager
+def guarded(argv: list[str]) -> Iterator[list[str]]:
+  """Yields argv without --verbosity; exits 1 with one line on a user's error."""
   verbosity = logging.WARNING  # Orbax speaks at INFO.
   try:
     given, argv = flags_of_configs.take(argv, {'verbosity': verbosity})
@@ -63,7 +62,7 @@ def guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
     logging.set_verbosity(verbosity)
     if verbosity > logging.WARNING:
       logging.use_absl_handler()
-    main(argv)
+    yield argv
   except (
       ValueError,
       TypeError,

@@ -62,13 +62,10 @@ def train(workdir: str, num_steps: int) -> None:
   from bernoulli_lora_jax import cli
   from bernoulli_lora_jax.training import experiment
 
-  def main(argv):
-    del argv
+  with cli.guarded([]):
     program = experiment.make_program(make_config(num_steps))
     print(_READY, flush=True)
     experiment.train(make_config(num_steps), workdir, program)
-
-  cli.guarded(main, [])
 
 
 def start(workdir: pathlib.Path, num_steps: int) -> subprocess.Popen:

@@ -548,16 +548,9 @@ class InterruptTest(parameterized.TestCase):
     message = (
         'Exception raised in callback: Traceback\n  ...\nKeyboardInterrupt: '
     )
-
-    def main(argv):
+    with self.assertRaises(SystemExit) as caught, cli.guarded(['']):
       raise RuntimeError(message)
-
-    with self.assertRaises(SystemExit) as caught:
-      cli.guarded(main, [''])
     self.assertEqual(caught.exception.code, 130)
-
-    def other(argv):
-      raise RuntimeError('something else')
-
     with self.assertRaisesRegex(RuntimeError, 'something else'):
-      cli.guarded(other, [''])
+      with cli.guarded(['']):
+        raise RuntimeError('something else')
