@@ -107,9 +107,9 @@ def _run_round(
 class AdapterRounds:
   """Rounds of adapters, one link a round; see `federated_adapters`.
 
-  Their state is an `adapters.AdapterState`. Over a network every party keeps a state: `begin`, then clients call `local` and
-  send what it returns, the server averages, and all call `finish` with the mean.
-  `step` is all of them in one process.
+  Their state is an `adapters.AdapterState`. Over a network every party keeps one:
+  `begin`, then clients call `local` and send what it returns, the server averages,
+  and all call `finish` with the mean. `step` is all of them in one process.
   """
 
   chain: adapters.Chain
@@ -162,9 +162,8 @@ class AdapterRounds:
   def finish(self, state: Any, mean: Any) -> Any:
     """Returns the state after a round, from the mean of what clients sent."""
     start = self.trained(state)
-    moves = factors_lib.moving(
-        start, state.coins
-    )  # The frozen stay to the bit.
+    # The frozen stay to the bit.
+    moves = factors_lib.moving(start, state.coins)
     factors = factors_lib.joined(
         state.factors, factors_lib.where(moves, mean, start)
     )
