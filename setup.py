@@ -9,6 +9,15 @@ _ROOT = pathlib.Path(__file__).parent
 _INIT = (_ROOT / 'bernoulli_lora_jax' / '__init__.py').read_text()
 _VERSION = re.search(r"__version__ = '([^']+)'", _INIT)
 
+# Checkpoints of the Hugging Face hub in and out.
+_HF = [
+    'grain>=0.2.12',
+    'huggingface-hub>=0.34',
+    'jinja2>=3.1',
+    'safetensors>=0.6',
+    'tokenizers>=0.21',
+]
+
 setuptools.setup(
     name='bernoulli_lora_jax',
     version=_VERSION.group(1),
@@ -46,7 +55,11 @@ setuptools.setup(
         'federated': ['flwr>=1.41'],
         # Bases in nf4, int4, int8; LoRA of NNX models.
         'quantized': ['qwix>=0.1.8'],
+        'hf': _HF,
+        # What the reference implementations compute: `make parity`.
+        'parity': [*_HF, 'peft>=0.17', 'torch>=2.7', 'transformers>=5.0'],
         'test': [
+            *_HF,
             'chex>=0.1.90',
             'ipykernel>=6.29',  # Runs the notebooks.
             'nbclient>=0.10',

@@ -1,0 +1,205 @@
+"""Causal attention: full, windowed, over packed documents, over a cache.
+
+Shapes: queries (b, s, heads, dim), keys and values (b, t, kv_heads, dim), where
+kv_heads divides heads. On GPUs cuDNN computes what it can (half precision, heads of
+a multiple of 8); XLA's own attention, which forms the b x heads x s x s scores, does
+the rest.
+
+Packed documents: jax's public function knows no segments. `jax._src` has a call of
+cuDNN that does, which stands here alone, behind a check of what it takes and of the
+card (`packed_is_fused`). Elsewhere a mask does the same, with a warning on GPUs.
+"""
+
+from collections.abc import Callable
+import functools
+import inspect
+from typing import Any
+import warnings
+
+import jax
+import jax.numpy as jnp
+
+_HALF = (jnp.bfloat16, jnp.float16)
+# Arguments of the private call; without them it is another function.
+_TAKES = {
+    *('query', 'key', 'value', 'q_seqlen', 'kv_seqlen', 'q_offsets'),
+    *('kv_offsets', 'scale', 'mask_type', 'sliding_window_length'),
+}
+
+
+class SlowAttentionWarning(UserWarning):
+  """Attention on a GPU that forms its scores."""
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    window: int | None = None,
+    segments: jax.Array | None = None,
+    max_segments: int = 64,
+) -> jax.Array:
+  """Returns softmax(q k^T / sqrt(dim)) v over what each position may see.
+
+  Args:
+    q: (b, s, heads, dim).
+    k: (b, s, kv_heads, dim).
+    v: (b, s, kv_heads, dim).
+    window: positions that one sees, itself included, >= 1; None for all before.
+    segments: (b, s) int, equal within a document and different from the next
+      one's: nothing is seen across a border. None: a row is one document.
+    max_segments: most documents in a row, >= 1. Where a row has more and cuDNN
+      is used, the whole row becomes NaN: its documents would mix.
+
+  Returns:
+    (b, s, heads, dim), of q's dtype.
+
+  Warns:
+    SlowAttentionWarning: packed documents on a GPU without the fused call.
+  """
+  if segments is None:
+    name = 'cudnn' if _is_fused(q) else 'xla'
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=name,
+    )
+  if _is_fused(q) and packed_is_fused():
+    return _packed(q, k, v, segments, window, max_segments)
+  if jax.default_backend() == 'gpu':
+    warnings.warn(
+        f'Packed attention of {q.dtype} on this GPU and version of jax forms its'
+        ' scores, which is slow: use bfloat16 on a Hopper GPU or newer, or batches'
+        ' that are not packed.',
+        SlowAttentionWarning,
+        stacklevel=2,
+    )
+  places = jnp.arange(q.shape[1])
+  seen = segments[:, :, None] == segments[:, None, :]
+  seen &= sees(places[None, :, None], places[None, None], window)
+  return jax.nn.dot_product_attention(
+      q, k, v, mask=seen[:, None], implementation='xla'
+  )
+
+
+def attend_cache(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    window: int | None = None,
+) -> jax.Array:
+  """Returns attention of new positions over a cache.
+
+  Args:
+    q: (b, s, heads, dim) of the new positions.
+    k: (b, t, kv_heads, dim), of position j at place j; what lies after a row's own
+      position is not looked at.
+    v: (b, t, kv_heads, dim).
+    positions: (b, s) int, of q.
+    window: as in `attend`.
+  """
+  seen = sees(positions[:, :, None], jnp.arange(k.shape[1])[None, None], window)
+  return jax.nn.dot_product_attention(
+      q, k, v, mask=seen[:, None], implementation='xla'
+  )
+
+
+def sees(i: jax.Array, j: jax.Array, window: int | None) -> jax.Array:
+  """Returns whether position i looks at position j, broadcast."""
+  return (j <= i) if window is None else (j <= i) & (i - j < window)
+
+
+def _is_fused(q: jax.Array) -> bool:
+  """Returns whether cuDNN has a kernel for queries like these here."""
+  return (
+      jax.default_backend() == 'gpu'
+      and q.dtype in _HALF
+      and q.shape[-1] % 8 == 0
+      and q.shape[-1] <= (256 if _capability() >= 9 else 128)
+      and _capability() >= 8
+  )
+
+
+def _capability() -> float:
+  """Returns the compute capability of the first device, 0 where it has none."""
+  try:
+    return float(getattr(jax.devices()[0], 'compute_capability', 0))
+  except (TypeError, ValueError):
+    return 0.0
+
+
+@functools.cache
+def packed_is_fused() -> bool:
+  """Returns whether the private packed call is what it was when this was written."""
+  return _fused_call() is not None and _capability() >= 9
+
+
+def _fused_call() -> tuple[Callable[..., Any], Any] | None:
+  """Returns jax's packed attention of cuDNN and its mask, if it is there."""
+  try:
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    call, mask = fused.dot_product_attention, fused.MaskType.PADDING_CAUSAL
+  except (ImportError, AttributeError):
+    return None
+  takes = set(inspect.signature(call).parameters)
+  return (call, mask) if takes >= _TAKES else None
+
+
+def _packed(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    window: int | None,
+    max_segments: int,
+) -> jax.Array:
+  """Returns attention within segments, by cuDNN's packed layout."""
+  found = _fused_call()
+  assert found is not None
+  call, mask_type = found
+  # With one segment jax takes offsets for another layout.
+  starts, lengths, count = bounds(segments, max(2, max_segments))
+  out = call(
+      q,
+      k,
+      v,
+      q_seqlen=lengths,
+      kv_seqlen=lengths,
+      q_offsets=starts,
+      kv_offsets=starts,
+      scale=q.shape[-1] ** -0.5,
+      mask_type=mask_type,
+      sliding_window_length=window,
+  )
+  is_whole = count <= max(2, max_segments)
+  return jnp.where(is_whole[:, None, None, None], out, jnp.nan)
+
+
+def bounds(
+    segments: jax.Array, most: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns where the segments of each row start, how long they are, how many.
+
+  Args:
+    segments: (b, s) int.
+    most: segments of which the bounds are returned, >= 1.
+
+  Returns:
+    Starts (b, most + 1), the last column of no segment, and lengths (b, most), -1
+    where there is none; counts (b,). All int32.
+  """
+  size = segments.shape[1]
+  is_start = jnp.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
+  count = jnp.sum(is_start, axis=1, dtype=jnp.int32)
+  place = functools.partial(jnp.nonzero, size=most + 1, fill_value=size)
+  starts = jax.vmap(lambda row: place(row)[0])(is_start).astype(jnp.int32)
+  lengths = jnp.diff(starts, axis=1)
+  is_there = jnp.arange(most + 1)[None] < count[:, None]
+  starts = jnp.where(is_there.at[:, most].set(False), starts, -1)
+  return starts, jnp.where(is_there[:, :most], lengths, -1), count

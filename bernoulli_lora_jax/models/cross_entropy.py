@@ -1,0 +1,147 @@
+"""Cross-entropy of a large vocabulary, a chunk of positions at a time.
+
+The logits of a batch, b x s x vocabulary in float32, would be its largest array by
+far. Here those of b x chunk positions exist at once, and the forward pass leaves the
+gradient of the hidden states in their own dtype, nothing else. A head that nobody
+differentiates costs no gradient of it; one that somebody does costs its sum in
+float32. An adapter of the head is met in the products (see `follow`): its factors
+get their gradients and nothing of the head's size is formed.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bernoulli_lora_jax import follow
+
+
+def cross_entropy(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    chunk: int = 1024,
+) -> jax.Array:
+  """Returns sum over positions of weight x -log softmax(hidden head)[target].
+
+  Args:
+    hidden: (b, s, d).
+    head: (d, vocabulary).
+    targets: (b, s) int, in [0, vocabulary); where the weight is 0 anything.
+    weights: (b, s) of the positions, >= 0. They are data: not differentiated.
+    chunk: positions whose logits exist at once, over all rows; at least one a row.
+
+  Returns:
+    (), float32 or wider.
+
+  Guarantees:
+    Value and derivatives are those of the plain formula in float32, to rounding.
+  """
+  if chunk < 1:
+    raise ValueError(f'Expected chunk >= 1, got chunk={chunk}.')
+  shape = jnp.broadcast_shapes(hidden.shape[:2], targets.shape, weights.shape)
+  if not hidden.shape[:2] == targets.shape == weights.shape == shape:
+    raise ValueError(
+        'Expected targets and weights of shape (b, s) for hidden (b, s, d), got'
+        f' {targets.shape} and {weights.shape} for {hidden.shape}.'
+    )
+  rows, length, _ = hidden.shape
+  size = min(length, max(1, chunk // rows))
+  weights = jax.lax.stop_gradient(weights)
+  chunks = _chunks(size, hidden, targets, weights)
+  return _sum(chunks, head.astype(hidden.dtype))
+
+
+def _chunks(size: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """Returns (b, s, ...) as (s / size, b, size, ...), zeros at the end.
+
+  Rows stay whole, so that rows on several devices stay where they are.
+  """
+
+  def split(x):
+    missing = -x.shape[1] % size
+    x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
+
+  return tuple(map(split, arrays))
+
+
+def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+  wide = jnp.promote_types(hidden.dtype, jnp.float32)
+  return jnp.matmul(hidden, head, preferred_element_type=wide)
+
+
+def _values(
+    logits: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+  """Returns the sum of weight x (log sum exp - logit of the target)."""
+  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  return jnp.vdot(weights, jax.nn.logsumexp(logits, axis=-1) - chosen)
+
+
+def _plain(chunks: Any, head: jax.Array) -> jax.Array:
+  """The value, a chunk at a time; its own derivative forms the logits again."""
+
+  @jax.checkpoint
+  def one(hidden, head, targets, weights):
+    return _values(_logits(hidden, head), targets, weights)
+
+  def body(total, chunk):
+    hidden, targets, weights = chunk
+    return total + one(hidden, head, targets, weights), None
+
+  wide = jnp.promote_types(chunks[0].dtype, jnp.float32)
+  return jax.lax.scan(body, jnp.zeros((), wide), chunks)[0]
+
+
+_plain.__name__ = follow.EXACT
+_named = jax.jit(_plain)
+
+
+@jax.custom_vjp
+def _sum(chunks: Any, head: jax.Array) -> jax.Array:
+  return _named(chunks, head)
+
+
+def _forward(chunks: Any, head: Any) -> tuple[jax.Array, Any]:
+  """Returns the value and, with it, the derivatives that are asked for."""
+  chunks = jax.tree.map(lambda x: x.value, chunks, is_leaf=_is_primal)
+  is_moved, head = head.perturbed, head.value
+  wide = jnp.promote_types(chunks[0].dtype, jnp.float32)
+
+  def body(carry, chunk):
+    total, of_head = carry
+    hidden, targets, weights = chunk
+    logits = _logits(hidden, head)
+    total = total + _values(logits, targets, weights)
+    slope = jax.nn.softmax(logits, axis=-1)
+    slope -= jax.nn.one_hot(targets, logits.shape[-1], dtype=slope.dtype)
+    slope = (slope * weights[..., None]).astype(hidden.dtype)
+    of_hidden = jnp.matmul(slope, head.T, preferred_element_type=wide)
+    if is_moved:
+      of_head += jnp.einsum(
+          'bsd,bsv->dv', hidden, slope, preferred_element_type=wide
+      )
+    return (total, of_head), of_hidden.astype(hidden.dtype)
+
+  first = jnp.zeros(head.shape, wide) if is_moved else None
+  carry = (jnp.zeros((), wide), first)
+  (total, of_head), of_hidden = jax.lax.scan(body, carry, chunks)
+  of_head = None if of_head is None else of_head.astype(head.dtype)
+  return total, (of_hidden, of_head)
+
+
+def _backward(residuals: Any, slope: jax.Array) -> Any:
+  of_hidden, of_head = residuals
+  times = lambda x: None if x is None else (slope * x).astype(x.dtype)
+  return (times(of_hidden), None, None), times(of_head)
+
+
+def _is_primal(x: Any) -> bool:
+  return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
+
+
+_sum.defvjp(_forward, _backward, symbolic_zeros=True)

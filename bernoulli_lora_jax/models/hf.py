@@ -1,0 +1,543 @@
+"""Checkpoints of the Hugging Face hub in and out: config.json and safetensors.
+
+    checkpoint = hf.load('path/of/a/folder', scan_layers=True, remat='full')
+    loss = decoder.make_loss(checkpoint.config)
+    ...
+    hf.save('tuned', tuned_params, checkpoint)    # transformers loads it
+
+Tensors go one by one from the file to the device, in the layout, dtype and sharding
+asked for: the host holds one leaf at a time. What is missing, superfluous or of
+another shape is named and refused; pickled weights are never opened.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import importlib
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from typing import Any
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bernoulli_lora_jax import files
+from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax.models import decoder
+from bernoulli_lora_jax.models import hf_config
+
+INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
+# What a folder holds beside weights and config, copied as it is.
+BESIDE = (
+    'generation_config.json',
+    'tokenizer.json',
+    'tokenizer.model',
+    'tokenizer_config.json',
+    'special_tokens_map.json',
+    'added_tokens.json',
+    'vocab.json',
+    'merges.txt',
+    'chat_template.jinja',
+    'chat_template.json',
+    'LICENSE',
+    'LICENSE.txt',
+    'NOTICE',
+)
+
+# Path of a leaf: name of its tensor, {} for the number of the layer. The kernels of
+# projections are transposed: theirs are (out, in), ours (in, out).
+_TOP = {
+    'embed_tokens/embedding': 'model.embed_tokens.weight',
+    'norm/scale': 'model.norm.weight',
+    'lm_head/kernel': 'lm_head.weight',
+}
+_NORMS = {
+    f'{name}/scale': f'model.layers.{{}}.{name}.weight'
+    for name in ('input_layernorm', 'post_attention_layernorm')
+}
+_LINEAR = {
+    f'{room}/{name}/{leaf}': f'model.layers.{{}}.{room}.{name}.{theirs}'
+    for room, names in (
+        ('self_attn', ('q_proj', 'k_proj', 'v_proj', 'o_proj')),
+        ('mlp', ('gate_proj', 'up_proj', 'down_proj')),
+    )
+    for name in names
+    for leaf, theirs in (('kernel', 'weight'), ('bias', 'bias'))
+}
+_HEAD_NORMS = {
+    f'self_attn/{name}/scale': f'model.layers.{{}}.self_attn.{name}.weight'
+    for name in ('q_norm', 'k_norm')
+}
+_LLAMA = {**_TOP, **_NORMS, **_LINEAR}
+NAMES: dict[str, dict[str, str]] = {
+    'llama': _LLAMA,
+    'mistral': _LLAMA,
+    'qwen2': _LLAMA,
+    'qwen3': {**_LLAMA, **_HEAD_NORMS},
+}
+# Tables that old files store and that are made anew.
+_MADE_ANEW = re.compile(r'\.rotary_emb\.inv_freq$')
+_CHUNK = 2 << 20  # Bytes read at a time: what is mapped counts as memory.
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """A folder as a model.
+
+  Attributes:
+    config: of the decoder.
+    params: its weights; None once they are given away, see `load`.
+    family: see `hf_config.FAMILIES`.
+    raw: content of config.json.
+    folder: where it came from; None for a model of one's own.
+    dtypes: {name of a tensor: its dtype in the files}.
+  """
+
+  config: decoder.DecoderConfig
+  params: Any
+  family: str
+  raw: Mapping[str, Any]
+  folder: pathlib.Path | None
+  dtypes: Mapping[str, str]
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    sharding: Callable[[str, jax.ShapeDtypeStruct], Any] | Any = None,
+    **run: Any,
+) -> Checkpoint:
+  """Returns the model of a folder, or of a name on the hub.
+
+  Args:
+    source: a folder with config.json and safetensors, or 'owner/name', which is
+      downloaded through `huggingface_hub` (and found again offline).
+    dtype: of the weights; None for that of the files.
+    sharding: where each leaf goes: a `Sharding` or device for all, or (path, shape)
+      -> `Sharding`, see `sharding_rules`; None for the default device.
+    **run: fields of `DecoderConfig` that say how it is run: scan_layers, remat,
+      dtype of the computation as `compute_dtype`, max_segments.
+
+  Raises:
+    FileNotFoundError: no such folder or name, a shard that the index names.
+    ValueError: what is not supported, or does not fit, by name.
+  """
+  folder = find(source)
+  raw = _read_json(folder, 'config.json')
+  where = str(folder / 'config.json')
+  run['dtype'] = run.pop('compute_dtype', None)
+  config = hf_config.from_dict(raw, where, **run)
+  family = hf_config.family_of(raw, where)
+  tensors = _tensors(folder)
+  shapes = param_shapes(config)
+  wanted = {path: _sources(family, config, path) for path in shapes}
+  _check_names(config, tensors, wanted, folder)
+  leaves = {}
+  for path, shape in shapes.items():
+    stored = [tensors[name] for name in wanted[path]]
+    leaf = _read_leaf(path, shape.shape, stored, dtype, config)
+    place = sharding(path, jax.typeof(leaf)) if callable(sharding) else sharding
+    leaves[path] = jax.block_until_ready(jax.device_put(leaf, place))
+    del leaf
+  params = traverse_util.unflatten_dict(leaves, sep='/')
+  if config.tied and 'lm_head.weight' in tensors:
+    _check_tied(tensors, folder)
+  dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+  return Checkpoint(config, params, family, raw, folder, dtypes)
+
+
+def find(source: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns the folder of a checkpoint, downloaded where it is a name on the hub."""
+  folder = pathlib.Path(source).expanduser()
+  if folder.is_dir():
+    return folder
+  if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)) or folder.exists():
+    raise FileNotFoundError(
+        f'Expected a folder, or the name of a model on the hub, got {source}.'
+    )
+  hub = _import('huggingface_hub')
+  try:
+    patterns = ['*.safetensors', INDEX, 'config.json', *BESIDE]
+    return pathlib.Path(
+        hub.snapshot_download(str(source), allow_patterns=patterns)
+    )
+  except Exception as e:  # Of the network, of rights, of names.
+    line = str(e).strip().partition('\n')[0]
+    raise FileNotFoundError(
+        f'Expected a folder, or the name of a model on the hub, got {source}, which'
+        f' is no folder and could not be downloaded: {line}'
+    ) from e
+
+
+def param_shapes(
+    config: decoder.DecoderConfig,
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns {path: shape} of a decoder's weights, computing nothing."""
+  model = decoder.Decoder(config)
+  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  tree = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
+  return matrices_lib.named_leaves(tree)
+
+
+def describe(
+    config: decoder.DecoderConfig, params: Any, dtype: str = 'float32'
+) -> Checkpoint:
+  """Returns a model that came from no folder as a checkpoint, for `save`.
+
+  Args:
+    config: of the decoder.
+    params: its weights.
+    dtype: name of the dtype that is saved: 'float32', 'bfloat16' or 'float16'.
+  """
+  raw = hf_config.to_dict(config, dtype)
+  stored = {np.dtype(d).name: name for name, d in _DTYPES.items()}
+  if dtype not in stored:
+    raise ValueError(f'Expected dtype in {sorted(stored)}, got {dtype!r}.')
+  names = _targets(raw['model_type'], config)
+  dtypes = dict.fromkeys(names, stored[dtype])
+  return Checkpoint(config, params, raw['model_type'], raw, None, dtypes)
+
+
+def save(
+    folder: str | os.PathLike[str],
+    params: Any,
+    checkpoint: Checkpoint,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> pathlib.Path:
+  """Writes a folder that `transformers` loads, as the one the model came from.
+
+  Config, tokenizer, chat template and generation config are copied.
+
+  Args:
+    folder: that is not there yet; it appears whole or not at all.
+    params: weights, layers stacked or not.
+    checkpoint: what they came from; its own weights are not looked at.
+    dtype: 'float32', 'bfloat16' or 'float16'; None for that of each tensor in the
+      files it came from.
+    max_shard_bytes: most bytes of one file, where a tensor allows it.
+
+  Returns:
+    The folder.
+
+  Raises:
+    FileExistsError: the folder is there: nothing is ever overwritten.
+    ValueError: weights of other paths or shapes than the checkpoint's, or that are
+      not finite in the dtype they are saved in.
+  """
+  folder = pathlib.Path(folder)
+  if folder.exists():
+    raise FileExistsError(
+        f'Expected a folder that is not there yet, got {folder}: nothing is'
+        ' overwritten.'
+    )
+  leaves = matrices_lib.named_leaves(params)
+  is_scanned = any(path.startswith('layers/') for path in leaves)
+  config = dataclasses.replace(checkpoint.config, scan_layers=is_scanned)
+  _check_params(leaves, param_shapes(config))
+  targets = _targets(checkpoint.family, config)
+  dtypes = {}
+  for name, (path, _) in targets.items():
+    kept = _DTYPES.get(checkpoint.dtypes.get(name, ''), leaves[path].dtype)
+    dtypes[name] = np.dtype(kept if dtype is None else jnp.dtype(dtype))
+  sizes = {
+      name: dtypes[name].itemsize
+      * leaves[path].size
+      // (1 if i is None else config.num_layers)
+      for name, (path, i) in targets.items()
+  }
+  shards = _shards(sizes, max_shard_bytes)
+  raw = {**checkpoint.raw, 'vocab_size': config.vocab_size}
+  if dtype is not None:
+    raw.pop('torch_dtype', None)
+    raw['dtype'] = dtype
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  scratch = pathlib.Path(
+      tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent)
+  )
+  try:
+    files.write_json(scratch / 'config.json', raw)
+    if checkpoint.folder is not None:
+      for name in BESIDE:
+        if (checkpoint.folder / name).is_file():
+          shutil.copyfile(checkpoint.folder / name, scratch / name)
+    numpy = _import('safetensors.numpy')
+    for file, names in shards.items():
+      tensors = {n: _to_host(leaves, n, targets[n], dtypes[n]) for n in names}
+      numpy.save_file(tensors, scratch / file, metadata={'format': 'pt'})
+    if len(shards) > 1:
+      files.write_json(
+          scratch / INDEX,
+          {
+              'metadata': {'total_size': sum(sizes.values())},
+              'weight_map': {
+                  n: f for f, names in shards.items() for n in names
+              },
+          },
+      )
+    os.chmod(scratch, 0o755)
+    os.rename(scratch, folder)  # Fails where something has appeared there.
+  except BaseException:
+    shutil.rmtree(scratch, ignore_errors=True)
+    raise
+  return folder
+
+
+_DTYPES = {
+    'F64': np.dtype(np.float64),
+    'F32': np.dtype(np.float32),
+    'F16': np.dtype(np.float16),
+    'BF16': jnp.dtype(jnp.bfloat16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+  """A tensor in a file."""
+
+  file: pathlib.Path
+  name: str
+  shape: tuple[int, ...]
+  dtype: str  # As safetensors calls it.
+
+  def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields the tensor by its rows."""
+    row = max(1, _DTYPES[self.dtype].itemsize * int(np.prod(self.shape[1:])))
+    step = max(1, _CHUNK // row)
+    for start in range(0, self.shape[0], step):
+      rows = slice(start, min(self.shape[0], start + step))
+      with _open(self.file) as f:  # Each time anew: what is mapped counts.
+        yield rows, f.get_slice(self.name)[rows]
+
+
+@contextlib.contextmanager
+def _open(file: pathlib.Path):
+  """Yields an open file of tensors; a damaged one is named."""
+  safetensors = _import('safetensors')
+  try:
+    opened = safetensors.safe_open(file, framework='numpy')
+  except safetensors.SafetensorError as e:
+    raise ValueError(
+        f'Expected {file} to be a whole safetensors file: {e}.'
+    ) from e
+  with opened as f:
+    yield f
+
+
+def _tensors(folder: pathlib.Path) -> dict[str, _Stored]:
+  """Returns {name: tensor} of all files of a folder, reading headers alone."""
+  named: dict[str, str] | None = None
+  if (folder / INDEX).is_file():
+    named = _read_json(folder, INDEX).get('weight_map')
+    if not isinstance(named, dict) or not named:
+      raise ValueError(f'Expected a weight_map in {folder / INDEX}.')
+    names = sorted(set(named.values()))
+  elif (folder / SINGLE).is_file():
+    names = [SINGLE]
+  else:
+    pickled = sorted(p.name for p in folder.glob('*.bin'))
+    pickled += sorted(p.name for p in folder.glob('*.pt*'))
+    why = (
+        f'; {pickled[0]} is pickled, which runs code when it is read: save the'
+        ' model with safe_serialization=True'
+        if pickled
+        else ''
+    )
+    raise FileNotFoundError(f'Expected {SINGLE} or {INDEX} in {folder}{why}.')
+  found: dict[str, _Stored] = {}
+  for name in names:
+    file = folder / name
+    if not file.is_file() or pathlib.PurePath(name).name != name:
+      raise FileNotFoundError(
+          f'Expected {name}, named in {INDEX}, in {folder}.'
+      )
+    with _open(file) as f:
+      for key in f.keys():
+        part = f.get_slice(key)
+        shape, dtype = tuple(part.get_shape()), part.get_dtype()
+        if key in found:
+          raise ValueError(
+              f'Expected {key} in one file, got {found[key].file} and {file}.'
+          )
+        found[key] = _Stored(file, key, shape, dtype)
+  for key, name in (named or {}).items():
+    if key not in found or found[key].file.name != name:
+      raise ValueError(f'Expected {key} in {folder / name}, as {INDEX} says.')
+  return found
+
+
+def _sources(
+    family: str, config: decoder.DecoderConfig, path: str
+) -> list[str]:
+  """Returns the names of the tensors that a leaf is made of."""
+  name = re.sub(r'^layers(_\d+)?/', '', path)
+  pattern = NAMES[family][name]
+  if name == path:
+    return [pattern]
+  layer = re.match(r'layers_(\d+)/', path)
+  layers = [layer.group(1)] if layer else range(config.num_layers)
+  return [pattern.format(i) for i in layers]
+
+
+def _targets(
+    family: str, config: decoder.DecoderConfig
+) -> dict[str, tuple[str, int | None]]:
+  """Returns {name of a tensor: (path of its leaf, its layer if it is stacked)}."""
+  found = {}
+  for path in param_shapes(config):
+    names = _sources(family, config, path)
+    is_stacked = path.startswith('layers/')
+    for i, name in enumerate(names):
+      found[name] = (path, i if is_stacked else None)
+  return found
+
+
+def _check_names(
+    config: decoder.DecoderConfig,
+    tensors: Mapping[str, _Stored],
+    wanted: Mapping[str, Sequence[str]],
+    folder: pathlib.Path,
+) -> None:
+  """Raises for tensors that are missing, superfluous or of no float."""
+  expected = {name for names in wanted.values() for name in names}
+  missing = sorted(expected - tensors.keys())
+  if missing:
+    raise ValueError(
+        f'Expected {missing[0]} in {folder}; {len(missing)} of'
+        f' {len(expected)} tensors are missing.'
+    )
+  others = tensors.keys() - expected
+  others -= {name for name in others if _MADE_ANEW.search(name)}
+  others -= {'lm_head.weight'} if config.tied else set()
+  if others:
+    raise ValueError(
+        f'Expected no tensor {sorted(others)[0]} in {folder}: config.json describes'
+        f' no such part; {len(others)} are superfluous.'
+    )
+  for name in sorted(expected):
+    if tensors[name].dtype not in _DTYPES:
+      raise ValueError(
+          f'Expected {name} of a dtype in {sorted(_DTYPES)}, got'
+          f' {tensors[name].dtype} in {tensors[name].file}.'
+      )
+
+
+def _read_leaf(
+    path: str,
+    shape: tuple[int, ...],
+    stored: Sequence[_Stored],
+    dtype: Any,
+    config: decoder.DecoderConfig,
+) -> np.ndarray:
+  """Returns a leaf in host memory, its layers stacked where they are."""
+  if dtype is None:
+    dtype = jnp.result_type(*{_DTYPES[tensor.dtype] for tensor in stored})
+  if jnp.dtype(dtype) != jax.dtypes.canonicalize_dtype(dtype):
+    raise ValueError(
+        f'Expected jax_enable_x64 for {path} of {jnp.dtype(dtype)}: set it, or give'
+        ' load(dtype=).'
+    )
+  is_kernel = path.endswith('/kernel')
+  own = shape[1:] if path.startswith('layers/') else shape
+  leaf = np.empty((len(stored), *own), jnp.dtype(dtype))
+  for i, tensor in enumerate(stored):
+    theirs = own[::-1] if is_kernel else own
+    if tensor.shape != theirs:
+      raise ValueError(
+          f'Expected {tensor.name} of shape {theirs}, as config.json says, got'
+          f' {tensor.shape} in {tensor.file}.'
+      )
+    for rows, values in tensor.chunks():
+      if is_kernel:
+        leaf[i, :, rows] = values.T
+      else:
+        leaf[i, rows] = values
+  return leaf.reshape(shape)
+
+
+def _check_tied(tensors: Mapping[str, _Stored], folder: pathlib.Path) -> None:
+  """Raises where a tied head is stored and is not the embedding."""
+  head, table = tensors['lm_head.weight'], tensors['model.embed_tokens.weight']
+  same = head.shape == table.shape and all(
+      np.array_equal(a, b)
+      for (_, a), (_, b) in zip(head.chunks(), table.chunks(), strict=True)
+  )
+  if not same:
+    raise ValueError(
+        f'Expected lm_head.weight in {folder} to be the embedding, since config.json'
+        ' says tie_word_embeddings: they differ.'
+    )
+
+
+def _check_params(
+    leaves: Mapping[str, Any], shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> None:
+  """Raises for weights that are not those of the config."""
+  for path in (*shapes, *leaves):
+    got = tuple(leaves[path].shape) if path in leaves else None
+    expected = shapes[path].shape if path in shapes else None
+    if got != expected:
+      raise ValueError(f'Expected {path} of shape {expected}, got {got}.')
+
+
+def _shards(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
+  """Returns {file: names of its tensors}, in order."""
+  groups: list[list[str]] = [[]]
+  filled = 0
+  for name, size in sizes.items():
+    if groups[-1] and filled + size > most:
+      groups.append([])
+      filled = 0
+    groups[-1].append(name)
+    filled += size
+  if len(groups) == 1:
+    return {SINGLE: groups[0]}
+  count = len(groups)
+  return {
+      f'model-{i + 1:05d}-of-{count:05d}.safetensors': group
+      for i, group in enumerate(groups)
+  }
+
+
+def _to_host(
+    leaves: Mapping[str, Any],
+    name: str,
+    target: tuple[str, int | None],
+    dtype: np.dtype,
+) -> np.ndarray:
+  """Returns a tensor as it is stored."""
+  path, layer = target
+  leaf = leaves[path] if layer is None else leaves[path][layer]
+  x = np.asarray(leaf).astype(dtype)
+  if not np.isfinite(x).all():
+    raise ValueError(f'Expected finite weights, got NaN or infinity in {name}.')
+  return np.ascontiguousarray(x.T if path.endswith('/kernel') else x)
+
+
+def _read_json(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
+  """Returns an object of a JSON file of the folder."""
+  folder = pathlib.Path(folder)
+  if not (folder / name).is_file():
+    raise FileNotFoundError(f'Expected {name} in {folder}.')
+  value = files.read_json(folder / name)
+  if not isinstance(value, dict):
+    raise ValueError(f'Expected an object in {folder / name}, got {value!r}.')
+  return value
+
+
+def _import(name: str) -> Any:
+  """Returns a module of the extra `hf`."""
+  try:
+    return importlib.import_module(name)
+  except ImportError as e:
+    raise ImportError(
+        f'Expected {name}, which is not installed: pip install'
+        " 'bernoulli_lora_jax[hf]'."
+    ) from e
