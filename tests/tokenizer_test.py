@@ -369,6 +369,11 @@ class LoadTest(Folder):
       ('tokenizer.json', '{"a', 'JSON in .*tokenizer.json'),
       ('tokenizer.json', '[]', 'tokenizer.json to be a JSON object'),
       ('tokenizer_config.json', '{"a', 'JSON in .*tokenizer_config.json'),
+      (
+          'tokenizer_config.json',
+          '{"added_tokens_decoder": {"x": {}}}',
+          'ids as the keys',
+      ),
       ('tokenizer_config.json', '[]', 'tokenizer_config.json to be a JSON'),
       ('tokenizer_config.json', '{"bos_token": 1}', 'tokens in the JSON'),
       (
@@ -390,6 +395,13 @@ class LoadTest(Folder):
     (self.dir / name).write_text(content)
     with self.assertRaisesRegex(ValueError, message):
       tokenizer.load(self.dir)
+
+  def test_refuses_what_is_no_utf8(self):
+    self.load()
+    for name in ('chat_template.jinja', 'tokenizer_config.json'):
+      (self.dir / name).write_bytes(b'\xff')
+      with self.assertRaisesRegex(ValueError, f'{name} in UTF-8'):
+        tokenizer.load(self.dir)
 
   def test_refuses_a_folder_without_the_file(self):
     with self.assertRaisesRegex(FileNotFoundError, 'got none: save_pretrained'):
@@ -511,7 +523,7 @@ class ChatTest(Folder):
         else message
         for message in DONE
     ]
-    with self.assertRaisesRegex(ValueError, r'text of messages\[:2\]'):
+    with self.assertRaisesRegex(ValueError, "messages.:1. .*turns='last'"):
       chat.encode_chat(found, turns)
     texts = []
     for k in (1, 3):
@@ -585,6 +597,14 @@ class ChatTest(Folder):
     with self.assertRaisesRegex(ValueError, 'roles must alternate'):
       chat.encode_chat(found, [USER, USER, ANSWER])
 
+  def test_thoughts_that_the_prompt_excludes_are_refused(self):
+    found = self.load(chat_templates.QWEN3)
+    answer = {**ANSWER, 'reasoning_content': 'Hm.'}
+    with self.assertRaisesRegex(ValueError, 'anew: mark {% generation %}'):
+      chat.encode_chat(
+          found, [USER, answer], turns='last', enable_thinking=False
+      )
+
   def test_refuses_templates_that_tell_nothing(self):
     cases = {
         # No prompt for generation: the header would be trained on.
@@ -593,11 +613,11 @@ class ChatTest(Folder):
         ),
         # A text that is closed after its last turn.
         '{% for m in messages %}{{ m.content }}{% endfor %}</s>': (
-            'begins the text of all'
+            'writes them anew: call'
         ),
         # Newest first.
         '{% for m in messages | reverse %}{{ m.content }}{% endfor %}': (
-            'begins the text of all'
+            'writes them anew: call'
         ),
         '{% generation %}{% endgeneration %}{% for m in messages %}'
         '{{ m.content }}{% endfor %}': 'a token of the assistant',

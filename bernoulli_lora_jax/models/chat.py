@@ -92,8 +92,9 @@ def encode_chat(
   else:
     text = write(messages)
     _check_opening(write, messages)
+    ends = _special_tokens(tokenizer)
     spans = [
-        _without_space_after(end_tokens(tokenizer), text, span)
+        _without_space_after(ends, text, span)
         for span in _by_prefixes(write, messages, text, turns)
     ]
   encoding = tokenizer.backend.encode(text, add_special_tokens=False)
@@ -102,8 +103,7 @@ def encode_chat(
   return encoding.ids, mask
 
 
-def end_tokens(tokenizer: tokenizer_lib.Tokenizer) -> tuple[str, ...]:
-  """Returns the special tokens, any of which may end a turn."""
+def _special_tokens(tokenizer: tokenizer_lib.Tokenizer) -> tuple[str, ...]:
   added = tokenizer.backend.get_added_tokens_decoder().values()
   return tuple(token.content for token in added if token.special)
 
@@ -146,7 +146,7 @@ def _check_messages(messages: Sequence[Message]) -> None:
 def _check_kept(write: Callable[..., str], messages: Sequence[Message]) -> None:
   """Refuses messages whose content the template leaves out, for their role say."""
   marks = {
-      i: f'\ufdd0{i}\ufdd1'  # No text has these two, by the rules of Unicode.
+      i: f'xqzj{i}jzqx'  # Plain letters, which no filter escapes.
       for i, message in enumerate(messages)
       if not message.get('tool_calls')  # Which some templates write alone.
   }
@@ -201,11 +201,14 @@ def _by_prefixes(
     before = write(messages[:k], add_generation_prompt=True)
     after = write(messages[: k + 1])
     if not (text.startswith(after) and after.startswith(before)):
+      advice = (
+          "call encode_chat(messages[: k + 1], turns='last') for each of them"
+      )
       raise ValueError(
-          f'Expected a template whose text of messages[:{k + 1}] begins the text'
-          ' of all after the prompt for it, got one that writes them anew: call'
-          " encode_chat(messages[: k + 1], turns='last') for each turn k of the"
-          ' assistant, or mark {% generation %} in the template.'
+          f'Expected a template that continues its text of messages[:{k}] with'
+          " the assistant's turn, got one that writes them anew:"
+          f' {advice + ", or " if turns == "all" else ""}mark'
+          ' {% generation %} in the template.'
       )
     spans.append((len(before), len(after)))
   return spans

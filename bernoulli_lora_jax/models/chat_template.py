@@ -144,7 +144,7 @@ def render_spans(
 @functools.lru_cache
 def has_generation(template: str) -> bool:
   """Tells whether a template marks what the assistant wrote."""
-  tree = _parse(template)
+  tree = _compiled(template).environment.parse(template)
   return any(
       node.identifier == _Generation.identifier
       for node in tree.find_all(nodes.ExtensionAttribute)
@@ -152,9 +152,9 @@ def has_generation(template: str) -> bool:
 
 
 def _render(template: str, values: Mapping[str, Any]) -> str:
-  _parse(template)
+  compiled = _compiled(template)
   try:
-    return _compiled(template).render(values)
+    return compiled.render(values)
   except Exception as e:  # Of the template, with what it chose to raise.
     raise ValueError(
         f'Expected messages that the chat template can render, got: {e}'
@@ -162,16 +162,11 @@ def _render(template: str, values: Mapping[str, Any]) -> str:
 
 
 @functools.lru_cache
-def _parse(template: str) -> nodes.Template:
+def _compiled(template: str) -> jinja2.Template:
   try:
-    return _environment().parse(template)
+    return _environment().from_string(template)
   except jinja2.TemplateError as e:
     raise ValueError(f'Expected a chat template in Jinja, got: {e}') from e
-
-
-@functools.lru_cache
-def _compiled(template: str) -> jinja2.Template:
-  return _environment().from_string(template)
 
 
 @functools.cache

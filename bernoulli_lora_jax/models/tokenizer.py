@@ -215,9 +215,19 @@ def _warn_of_class(
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
   """Returns the object of a JSON file, empty where there is no file."""
-  value = files.read_json(path) if path.is_file() else {}
+  try:
+    value = json.loads(_text(path)) if path.is_file() else {}
+  except json.JSONDecodeError as e:
+    raise ValueError(f'Expected JSON in {path}, got {e}.') from e
   checks.that(isinstance(value, dict), f'{path} to be a JSON object', got=value)
   return value
+
+
+def _text(path: pathlib.Path) -> str:
+  try:
+    return path.read_text(encoding='utf-8')
+  except UnicodeDecodeError as e:
+    raise ValueError(f'Expected {path} in UTF-8, got: {e}.') from e
 
 
 def _add_tokens(
@@ -226,10 +236,13 @@ def _add_tokens(
     folder: pathlib.Path,
 ) -> dict[str, str]:
   """Adds what the vocabulary lacks; returns the special tokens by their names."""
-  declared = {
-      int(i): _token(x)
-      for i, x in config.get('added_tokens_decoder', {}).items()
-  }
+  listed = config.get('added_tokens_decoder', {})
+  checks.that(
+      all(i.isdigit() for i in listed),
+      f'ids as the keys of added_tokens_decoder in {folder}',
+      got=list(listed),
+  )
+  declared = {int(i): _token(x) for i, x in listed.items()}
   if 'added_tokens_decoder' not in config:  # Files of before 2023.
     config |= _read(folder / 'special_tokens_map.json')
   extra = config.get('extra_special_tokens')
@@ -291,11 +304,11 @@ def _chat_templates(
 ) -> dict[str, str]:
   """Returns {name: template}; files take the place of all in the config."""
   found = {
-      path.stem: path.read_text(encoding='utf-8')
+      path.stem: _text(path)
       for path in (folder / 'additional_chat_templates').glob('*.jinja')
   }
   if (folder / 'chat_template.jinja').is_file():
-    found['default'] = (folder / 'chat_template.jinja').read_text('utf-8')
+    found['default'] = _text(folder / 'chat_template.jinja')
   template = config.get('chat_template')
   if found or template is None:
     return found
@@ -316,6 +329,8 @@ def _chat_templates(
 
 def _conflict(found: Tokenizer, config: dict[str, Any]) -> str:
   """Tells in which special tokens the config contradicts tokenizer.json."""
+  if {config.get('add_bos_token'), config.get('add_eos_token')} == {None}:
+    return ''
   bare = found.backend.encode('a', add_special_tokens=False).ids
   ids = found.backend.encode('a', add_special_tokens=True).ids
   starts = [i for i in range(len(ids)) if ids[i : i + len(bare)] == bare]

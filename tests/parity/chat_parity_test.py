@@ -6,6 +6,7 @@ tests/chat_templates.py. That library tells the assistant's tokens by
 template with the tag put in by hand.
 """
 
+import dataclasses
 import itertools
 import pathlib
 import random
@@ -143,6 +144,25 @@ class ChatParityTest(parameterized.TestCase):
     self.assertGreater(compared, 80)
     print(f'{name}, {kind}: {compared} texts compared, {refused} refused alike')
 
+  @parameterized.parameters(*chat_templates.ALL)
+  def test_mask_of_generation(self, name):
+    marked = chat_templates.marked(name)
+    ours, oracle = self.load('byte_level_whole_offsets', marked)
+    compared = 0
+    for messages in draw_chats(2):
+      try:
+        ids, mask = chat.encode_chat(ours, messages)
+      except ValueError:  # Without an assistant, or refused by the template.
+        continue
+      want = oracle.apply_chat_template(
+          messages, return_assistant_tokens_mask=True
+      )
+      self.assertEqual(ids, want['input_ids'])
+      self.assertEqual(mask, [bool(x) for x in want['assistant_masks']])
+      compared += 1
+    self.assertGreater(compared, 12)
+    print(f'{name}: {compared} masks of generations compared')
+
   @parameterized.product(name=list(chat_templates.ALL), kind=list(TOKENIZERS))
   def test_mask(self, name, kind):
     ours, _ = self.load(kind, chat_templates.ALL[name])
@@ -154,6 +174,7 @@ class ChatParityTest(parameterized.TestCase):
     compared = {'all': 0, 'last': 0}
     refused = {'all': 0, 'last': 0}
     chats = [x for x in [*draw_chats(1), CALLS] if len(x) > 2]
+    tagged = dataclasses.replace(ours, chat_template=marked)
     for messages, turns in itertools.product(chats, compared):
       tools = TOOLS if name == 'qwen3' and messages is CALLS else None
       try:
@@ -178,6 +199,10 @@ class ChatParityTest(parameterized.TestCase):
       if turns == 'last':
         masked = last_run(masked)
       self.assertEqual(mask, [bool(x) for x in masked], messages)
+      options = {'tools': tools, 'turns': turns}
+      self.assertEqual(
+          chat.encode_chat(tagged, messages, **options), (ids, mask)
+      )
       compared[turns] += 1
     self.assertGreater(compared['last'], 10)
     self.assertGreater(compared['all'], 3)
