@@ -39,6 +39,17 @@ def byte_level(trim_offsets: bool = True) -> tokenizers.Tokenizer:
   return tokenizer
 
 
+def byte_level_with_bos() -> tokenizers.Tokenizer:
+  """The same with <s> before a text, as Llama 3 writes it down."""
+  tokenizer = _byte_level()
+  bos = processors.TemplateProcessing(
+      single='<s> $A', pair='<s> $A <s> $B', special_tokens=[('<s>', 0)]
+  )
+  trim = processors.ByteLevel(trim_offsets=True)
+  tokenizer.post_processor = processors.Sequence([trim, bos])
+  return tokenizer
+
+
 @_trained_once
 def _byte_level():
   tokenizer = tokenizers.Tokenizer(models.BPE())

@@ -294,6 +294,16 @@ class LoadTest(Folder):
     self.assertEqual(found.decode(ids[1:]), 'Hello é🙂')
     self.assertNotIn(0, ids)  # Nothing is unknown: bytes stand in.
 
+  def test_nothing_is_truncated_or_padded(self):
+    def make():
+      backend = tokenizer_folders.byte_level()
+      backend.enable_truncation(3)
+      backend.enable_padding(length=64)
+      return backend
+
+    ids = self.load(make=make).encode('Once upon a time, there.')
+    self.assertEqual(ids, self.load().encode('Once upon a time, there.'))
+
   def test_a_token_of_the_config_joins_the_vocabulary(self):
     before = self.load().vocab_size
     found = self.load(pad_token='<pad2>')
@@ -483,12 +493,13 @@ class ChatTest(Folder):
     self.assertEqual([tokens[i] for i in ids], ['u', 'x', ':y', 'x', 'yu', 'x'])
     self.assertEqual(mask, [False, False, True, True, True, False])
 
-  @parameterized.parameters(True, False)
-  def test_spaces_and_nothing(self, trim_offsets):
-    found = self.load(
-        chat_templates.QWEN2,
-        lambda: tokenizer_folders.byte_level(trim_offsets),
-    )
+  @parameterized.parameters(
+      lambda: tokenizer_folders.byte_level(trim_offsets=True),
+      lambda: tokenizer_folders.byte_level(trim_offsets=False),
+      tokenizer_folders.byte_level_with_bos,
+  )
+  def test_spaces_and_nothing(self, make):
+    found = self.load(chat_templates.QWEN2, make)
     for content in ('', ' ', '\n', '  x  ', '🙂\u0301', 'é'):
       messages = [USER, {'role': 'assistant', 'content': content}, CHAT[2]]
       ids, mask = chat.encode_chat(found, messages)

@@ -56,7 +56,7 @@ class TokenizerParityTest(parameterized.TestCase):
 
   @parameterized.product(
       cls=['PreTrainedTokenizerFast', 'LlamaTokenizerFast'],
-      kind=['byte_level', 'metaspace'],
+      kind=['byte_level', 'byte_level_with_bos', 'metaspace'],
       bos=[None, False, True],
       eos=[None, False, True],
   )
@@ -65,6 +65,7 @@ class TokenizerParityTest(parameterized.TestCase):
     config = {key: x for key, x in config.items() if x is not None}
     make = {
         'byte_level': tokenizer_folders.byte_level,
+        'byte_level_with_bos': tokenizer_folders.byte_level_with_bos,
         'metaspace': lambda: tokenizer_folders.metaspace('first'),
     }[kind]
     ours, _ = self.assert_same(
@@ -73,7 +74,7 @@ class TokenizerParityTest(parameterized.TestCase):
         **config,
         **({'unk_token': '<unk>'} if kind == 'metaspace' else {}),
     )
-    adds_bos = kind == 'metaspace'
+    adds_bos = kind != 'byte_level'
     agrees = bos in (None, adds_bos) and eos in (None, False)
     self.assertEqual(not ours.conflict, agrees)
 
