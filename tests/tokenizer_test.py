@@ -622,6 +622,11 @@ class ChatTest(Folder):
         chat_templates.QWEN2.split('{% if add_generation_prompt')[0]: (
             r"opening='<\|im_start\|>assistant\\n'"
         ),
+        # A prompt after a user alone: the second of two answers has a header.
+        chat_templates.QWEN2.replace(
+            'if add_generation_prompt',
+            'if add_generation_prompt and messages[-1].role == "user"',
+        ): r"opening='<\|im_start\|>assistant\\n'",
         # A text that is closed after its last turn.
         '{% for m in messages %}{{ m.content }}{% endfor %}</s>': (
             'writes them anew: call'
@@ -636,7 +641,7 @@ class ChatTest(Folder):
     for template, message in cases.items():
       found = self.load(template)
       with self.assertRaisesRegex(ValueError, message):
-        chat.encode_chat(found, DONE)
+        chat.encode_chat(found, [*DONE, ANSWER])
     with self.assertRaisesRegex(ValueError, 'with a chat template, got none'):
       chat.encode_chat(self.load(), DONE)
     with self.assertRaisesRegex(ValueError, 'Expected turns in'):

@@ -51,14 +51,16 @@ def encode_chat(
   What the assistant wrote is what the template puts inside of {% generation %}.
   A template without that tag is asked for prefixes: a turn is what
   `messages[: k + 1]` has beyond `messages[:k]` with the prompt for generation,
-  its end-of-turn token included and spaces after that one left out. Prefixes that
-  do not begin the text of the whole conversation (a template that strips thoughts
-  from earlier turns, moves the system prompt, closes the text) tell nothing of it
-  and are refused: with `turns='last'`, `encode_chat(messages[: k + 1])` for every
-  assistant's turn k is what the model sees when it writes that turn.
+  its end-of-turn token included and spaces after that one left out. Where a turn
+  has no such token (GLM-4, whose next role ends it), nothing teaches to stop.
+  Prefixes that do not begin the text of the whole conversation (a template that
+  strips thoughts from earlier turns, moves the system prompt, closes the text)
+  tell nothing of it and are refused: with `turns='last'`,
+  `encode_chat(messages[: k + 1])` for every assistant's turn k is what the model
+  sees when it writes that turn.
 
-  A token is the assistant's if any of its characters is. One that straddles the
-  border (a space of the prompt that belongs to the first word) counts.
+  A token is the assistant's if any of its characters is: one that straddles the
+  border (a space of the prompt that begins the first word) counts.
 
   Args:
     tokenizer: of `tokenizer.load`.
@@ -79,23 +81,26 @@ def encode_chat(
   """
   checks.one_of(_TURNS, turns=turns)
   _check_messages(messages)
+  asked = [i for i, x in enumerate(messages) if x['role'] == 'assistant']
   if turns == 'last':
-    messages = messages[: _assistant(messages)[-1] + 1]
+    asked = asked[-1:]
+    messages = messages[: asked[0] + 1]
   template, options = _template(tokenizer, tools, variables)
   write = functools.partial(chat_template.render, template, **options)
   _check_kept(write, messages)
   if chat_template.has_generation(template):
     text, spans = chat_template.render_spans(template, messages, **options)
     if turns == 'last':
-      ((start, _),) = _by_prefixes(write, messages, text, turns)
+      ((start, _),) = _by_prefixes(write, messages, text, asked)
       spans = [span for span in spans if span[1] > start]
   else:
     text = write(messages)
-    _check_opening(write, messages)
+    for k in asked:
+      _check_opening(write, messages[:k])
     ends = _special_tokens(tokenizer)
     spans = [
         _without_space_after(ends, text, span)
-        for span in _by_prefixes(write, messages, text, turns)
+        for span in _by_prefixes(write, messages, text, asked)
     ]
   encoding = tokenizer.backend.encode(text, add_special_tokens=False)
   mask = _mask(encoding.offsets, spans, len(text))
@@ -167,19 +172,17 @@ def _check_kept(write: Callable[..., str], messages: Sequence[Message]) -> None:
 
 
 def _check_opening(
-    write: Callable[..., str], messages: Sequence[Message]
+    write: Callable[..., str], before: Sequence[Message]
 ) -> None:
   """Refuses a template that opens a turn but has no prompt for generation."""
-  k = _assistant(messages)[0]
-  before = write(messages[:k], add_generation_prompt=True)
-  if before != write(messages[:k]):
+  prompt = write(before, add_generation_prompt=True)
+  if prompt != write(before):
     return
-  opening = os.path.commonprefix(
-      [
-          write([*messages[:k], {'role': 'assistant', 'content': content}])
-          for content in ('A', 'B')
-      ]
-  )[len(before) :]
+  texts = [
+      write([*before, {'role': 'assistant', 'content': content}])
+      for content in ('A', 'B')
+  ]
+  opening = os.path.commonprefix(texts)[len(prompt) :]
   checks.that(
       not opening.strip(),
       'a template that opens a turn with add_generation_prompt, or one with'
@@ -192,10 +195,9 @@ def _by_prefixes(
     write: Callable[..., str],
     messages: Sequence[Message],
     text: str,
-    turns: str,
+    asked: Sequence[int],
 ) -> list[chat_template.Span]:
-  """Returns what each turn of the assistant adds to the text before it."""
-  asked = _assistant(messages)[-1 if turns == 'last' else 0 :]
+  """Returns what the turns that are asked for add to the text before them."""
   spans = []
   for k in asked:
     before = write(messages[:k], add_generation_prompt=True)
@@ -207,15 +209,11 @@ def _by_prefixes(
       raise ValueError(
           f'Expected a template that continues its text of messages[:{k}] with'
           " the assistant's turn, got one that writes them anew:"
-          f' {advice + ", or " if turns == "all" else ""}mark'
+          f' {advice + ", or " if k + 1 < len(messages) else ""}mark'
           ' {% generation %} in the template.'
       )
     spans.append((len(before), len(after)))
   return spans
-
-
-def _assistant(messages):
-  return [i for i, x in enumerate(messages) if x['role'] == 'assistant']
 
 
 def _without_space_after(
