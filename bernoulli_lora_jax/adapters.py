@@ -360,7 +360,10 @@ def _begun(chain: Chain, state: AdapterState) -> AdapterState:
     return state
   is_due = (state.count > 0) & (state.count % period == 0)
   next_link = functools.partial(_placed, _next_link, chain)
-  return jax.lax.cond(is_due, next_link, lambda s: s, state)
+  # A loop of one turn or none: it moves the weights in place, where the branches
+  # of a cond would have a copy of them.
+  turns = is_due.astype(jnp.int32)
+  return jax.lax.fori_loop(0, turns, lambda _, s: next_link(s), state)
 
 
 def _next_link(chain: Chain, state: AdapterState) -> AdapterState:
@@ -591,9 +594,9 @@ def _merge(chain: Chain, state: AdapterState) -> AdapterState:
     weight, pair = jax.lax.optimization_barrier(
         (m.view(leaves[m.index]), products[m.path])
     )
-    total, rest = rounding_lib.add(
+    total, rest = _with_product(
         weight,
-        merging.product(pair),
+        pair,
         remainders.get(m.path),
         _round_keys(link_key, m),
         policy.rounding,
@@ -608,6 +611,40 @@ def _merge(chain: Chain, state: AdapterState) -> AdapterState:
   return state._replace(
       params=treedef.unflatten(leaves), factors=factors, remainders=remainders
   )
+
+
+def _with_product(
+    weight: jax.Array,
+    pair: inject.Pair,
+    remainder: jax.Array | None,
+    keys: jax.Array,
+    mode: str,
+) -> tuple[jax.Array, jax.Array | None]:
+  """Returns W + L R and its remainder, see `rounding.add`, an entry at a time.
+
+  The product of a whole stack of layers would be a second W.
+  """
+  shape = weight.shape
+  if len(shape) == 2:
+    return rounding_lib.add(
+        weight, merging.product(pair), remainder, keys, mode
+    )
+  flat = lambda x: x.reshape(-1, *x.shape[-2:])
+  left, right, keys = flat(pair['left']), flat(pair['right']), keys.reshape(-1)
+
+  def turn(i, moved):
+    weight, *rest = (x[i] for x in moved)
+    update = merging.product({'left': left[i], 'right': right[i]})
+    made = rounding_lib.add(
+        weight, update, rest[0] if rest else None, keys[i], mode
+    )
+    made = [x for x in made if x is not None]
+    return [x.at[i].set(y) for x, y in zip(moved, made, strict=True)]
+
+  moved = [flat(x) for x in (weight, remainder) if x is not None]
+  moved = jax.lax.fori_loop(0, len(left), turn, moved)
+  total, *rest = (x.reshape(shape) for x in moved)
+  return total, rest[0] if rest else None
 
 
 def _round_keys(link_key: jax.Array, matrix: Matrix) -> jax.Array:

@@ -405,6 +405,28 @@ class ChainTest(parameterized.TestCase):
     chex.assert_trees_all_close(ours, merged, rtol=1e-5)
     self.assertGreater(abs(float(plain - merged)), 1e-3)
 
+  @parameterized.parameters('nearest', 'stochastic')
+  def test_no_second_copy_of_the_weights(self, rounding):
+    """Beside state and batch a step holds less than half of the weights again."""
+    config = decoder.DecoderConfig(64, 128, 512, 16, 4, 2, 32, remat='full')
+    shapes = jax.eval_shape(
+        decoder.Decoder(config).init,
+        jax.random.key(0),
+        jnp.zeros((1, 2), jnp.int32),
+    )['params']
+    policy = bl.ChainPolicy(rank=4, side='left', period=2, rounding=rounding)
+    chain = bl.adapters.make_chain(
+        policy, optax.sgd(0.1), decoder.matrices(config)
+    )
+    loss = inject.by_product(decoder.make_loss(config, chunk=16))
+    step = jax.jit(lambda s, b: chain.step(s, loss, b), donate_argnums=0)
+    state = jax.eval_shape(chain.init, jax.random.key(0), shapes)
+    batch = {'tokens': jax.ShapeDtypeStruct((1, 16), jnp.int32)}
+    used = step.lower(state, batch).compile().memory_analysis()
+    weights = sum(4 * x.size for x in jax.tree.leaves(shapes))
+    self.assertGreater(used.alias_size_in_bytes, weights)
+    self.assertLess(used.temp_size_in_bytes, weights / 2)
+
   @pytest.mark.slow
   def test_modes_and_layouts_take_the_same_steps(self):
     """20 steps, float64: gradient and adapter mode, scanned and unrolled."""
