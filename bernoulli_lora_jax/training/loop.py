@@ -142,10 +142,12 @@ def train(
       if progress.step == 0:
         log.write(0, first)
       while (num := _num_next(program, progress)) > 0:
-        batches = _stacked(stream, num)
-        run = program.prepare(state, key, progress.step, num, batches)
+        args = program.data, state, key, progress.step, _stacked(stream, num)
+        if num not in program.compiled:  # Here, for a short way to a fault.
+          lowered = program.jit(num, state).lower(*args)
+          program.compiled[num] = lowered.compile()
         since = time.perf_counter()
-        state, metrics = run(state, key, progress.step, batches)
+        state, metrics = program.compiled[num](*args)
         line = _means(program.driver.get(metrics), progress.step)
         step = progress.step + num
         if step % settings.eval_every == 0 or step == settings.num_steps:
