@@ -408,11 +408,7 @@ def _adapted(matrix: Matrix, policy: ChainPolicy) -> Adapted:
       )
     values[name] = given.pop() if given else getattr(policy, name)
   rank, alpha = values['rank'], values['alpha']
-  if rank > max(matrix.m, matrix.n):
-    raise ValueError(
-        f'Expected rank <= {max(matrix.m, matrix.n)}, the longer side of'
-        f' {matrix.path} ({matrix.m} x {matrix.n}), got rank={rank}.'
-    )
+  matrices_lib.check_rank(matrix, rank)
   root = rank if policy.scaling == 'rank' else math.sqrt(rank)
   prob = {'left': 1.0, 'right': 0.0, None: None}.get(
       policy.side, values['prob']
