@@ -448,6 +448,8 @@ class LoopTest(parameterized.TestCase):
     best = min((s for s in losses if s > 0), key=losses.get)
     self.assertEqual(summary['best_step'], best)
     self.assertEqual(summary['step'], best + 9)
+    with checkpoint.Checkpointer(self.tmp) as saver:
+      self.assertEqual(saver.latest(), summary['step'])
     np.testing.assert_allclose(summary['validation_loss'], losses[best])
 
   def test_seeds_share_a_program_and_differ(self):
@@ -459,8 +461,12 @@ class LoopTest(parameterized.TestCase):
         for seed in (0, 1)
     ]
     self.assertNotEqual(*losses)
-    alone = experiment.train(small_config(seed=1), self.tmp / 'alone')
+    with mock.patch.object(
+        programs.Program, 'jit', autospec=True, side_effect=programs.Program.jit
+    ) as jit:
+      alone = experiment.train(small_config(seed=1), self.tmp / 'alone')
     self.assertEqual(alone['train_loss'], losses[1])
+    jit.assert_called_once()  # One length of four dispatches.
 
 
 class SignalTest(parameterized.TestCase):
