@@ -9,6 +9,7 @@ import types as _types
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import averaging
 from bernoulli_lora_jax import compressors
+from bernoulli_lora_jax import devices
 from bernoulli_lora_jax import federated
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import matrices

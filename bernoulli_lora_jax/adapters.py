@@ -35,6 +35,7 @@ import optax
 
 from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import deprecated
+from bernoulli_lora_jax import devices
 from bernoulli_lora_jax import factors as factors_lib
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import links as links_lib
@@ -81,7 +82,7 @@ class Chain:
   tx: optax.GradientTransformationExtraArgs
   matrices: Matrices | None = None
   num_micro_batches: int = 1
-  average: Callable[[Any], Any] | str | None = None
+  average: Callable[[Any], Any] | None = None
   reductions: tuple[tuple[str, str], ...] = ()
   # (pattern, optimiser) of what trains at full size.
   other_txs: tuple[tuple[str, optax.GradientTransformationExtraArgs], ...] = ()
@@ -149,9 +150,10 @@ def make_chain(
     num_micro_batches: parts of a batch whose gradients are averaged in float32,
       one after another, by the weight that a loss returns (`parts.Weighted` in
       place of aux), else as equal parts; see `parts.accumulate`.
-    average: name of the mapped axis of data-parallel devices, whose parts are
-      combined likewise, or a function, the mean over them of ((value, aux),
-      gradients), where aux holds nothing but means.
+    average: mean over data-parallel devices, each of which has a part of the
+      batch: `devices.Mapped`, by which parts are combined likewise, or another
+      function of ((value, aux), gradients), where aux holds nothing but means.
+      The name of a mapped axis is deprecated.
     reductions: {pattern of a path in aux: 'mean', 'sum', 'max', 'min', 'any' or
       'all'}, how the parts of what a loss returns are combined.
     others: {regular expression searched in a path: transformation} of leaves that
@@ -190,6 +192,9 @@ def make_chain(
       compiles nothing.
   """
   checks.at_least(1, num_micro_batches=num_micro_batches)
+  if isinstance(average, str):
+    deprecated.warn('average=name', 'average=devices.Mapped(name)')
+    average = devices.Mapped(average)
   reductions = parts.check_reductions(reductions)
   for pattern in others or {}:
     matrices_lib.check_pattern('a pattern of others', pattern)
@@ -413,8 +418,11 @@ def _moved_factors(
       )
     return result
 
-  value_and_grad = _combined_over_parts(
-      chain, jax.value_and_grad(value_of, has_aux=True)
+  value_and_grad = parts.accumulate(
+      jax.value_and_grad(value_of, has_aux=True),
+      chain.num_micro_batches,
+      dict(chain.reductions),
+      average=chain.average,
   )
   value, grads = value_and_grad((trained, rest), batch, *args)
   state = sharded.automatic(
@@ -426,22 +434,6 @@ def _moved_factors(
       out=lambda: sharded.specs(state),
   )
   return state, value
-
-
-def _combined_over_parts(
-    chain: Chain, value_and_grad: Callable[..., Any]
-) -> Callable[..., Any]:
-  """Returns the gradient of a batch from those of micro-batches and devices."""
-  average = chain.average
-  value_and_grad = parts.accumulate(
-      value_and_grad,
-      chain.num_micro_batches,
-      dict(chain.reductions),
-      average if isinstance(average, str) else None,
-  )
-  if callable(average):
-    value_and_grad = parts.averaged(value_and_grad, average)
-  return value_and_grad
 
 
 def _moved_by(

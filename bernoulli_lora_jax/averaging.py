@@ -31,7 +31,7 @@ Reference: McMahan et al., FedAvg, arXiv 1602.05629; Malinovsky et al., RAC-LoRA
 (Fed-RAC-LoRA), arXiv 2410.08305; Sokolov et al., arXiv 2508.03820.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
@@ -464,15 +464,12 @@ def to_wire(rounds: Rounds, state: Any, trained: Any) -> dict[str, np.ndarray]:
   if rounds.chain is None:
     # No view of a donated buffer.
     return wire.flatten(trained, lambda x: np.array(x).reshape(-1))
-  arrays = {}
-  for one in rounds.chain.adapted(state.params):
-    path = one.matrix.path
-    parts = [
-        np.asarray(trained[path][side][entry])[box].reshape(-1)
-        for entry, side, box in _boxes(one, state)
-    ]
-    arrays[path] = np.concatenate(parts)
-  return arrays
+  return {
+      one.matrix.path: wire.packed(
+          trained[one.matrix.path], _places(one, state)
+      )
+      for one in rounds.chain.adapted(state.params)
+  }
 
 
 def from_wire(rounds: Rounds, state: Any, arrays: dict[str, np.ndarray]) -> Any:
@@ -490,15 +487,12 @@ def from_wire(rounds: Rounds, state: Any, arrays: dict[str, np.ndarray]) -> Any:
   wire.check(like, arrays)
   if rounds.chain is None:
     return wire.unflatten(arrays, rounds.trained(state))
-  trained = jax.tree.map(np.array, rounds.trained(state))
+  trained = dict(rounds.trained(state))
   for one in rounds.chain.adapted(state.params):
-    flat, offset = arrays[one.matrix.path], 0
-    for entry, side, box in _boxes(one, state):
-      target = trained[one.matrix.path][side][entry][box]
-      part = flat[offset : offset + target.size]
-      trained[one.matrix.path][side][entry][box] = part.reshape(target.shape)
-      offset += target.size
-  return jax.tree.map(jnp.asarray, trained)
+    path = one.matrix.path
+    places = _places(one, state)
+    trained[path] = wire.unpacked(arrays[path], trained[path], places)
+  return trained
 
 
 def _mean_values(values: Any) -> Any:
@@ -589,8 +583,8 @@ def _numbers(one: adapters.Adapted) -> dict[str, int]:
   return count.of_factors(m.m, m.n, r)
 
 
-def _boxes(one: adapters.Adapted, state: Any):
-  """Yields (entry, side, slices) of what trains, an entry of a stack at a time."""
+def _places(one: adapters.Adapted, state: Any) -> Iterator[tuple[str, Any]]:
+  """Yields (side, index) of what trains, an entry of a stack at a time."""
   m = one.matrix
   coins = state.coins.get(m.path)
   sizes = _numbers(one)
@@ -601,7 +595,7 @@ def _boxes(one: adapters.Adapted, state: Any):
   for entry in np.ndindex(*m.batch):
     for side in one.trained:
       if coins is None or bool(coins[entry]) == (side == 'right'):
-        yield entry, side, boxes[side]
+        yield side, (*entry, *boxes[side])
 
 
 def _checked_steps(num_steps: int | None) -> int:

@@ -576,8 +576,4 @@ def _check_period(period: Any) -> None:
 
 def _check_ranks(found: Sequence[Matrix], rank: int) -> None:
   for matrix in found:
-    if rank > max(matrix.m, matrix.n):
-      raise ValueError(
-          f'Expected rank <= {max(matrix.m, matrix.n)}, the longer side of'
-          f' {matrix.path} ({matrix.m} x {matrix.n}), got rank={rank}.'
-      )
+    matrices_lib.check_rank(matrix, rank)

@@ -6,6 +6,7 @@ import operator
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def that(condition: bool, expected: str, **values: Any) -> None:
@@ -20,6 +21,14 @@ def at_least(low: float, **values: float) -> None:
   for name, value in values.items():
     that(value >= low, f'{name} >= {low}', **{name: value})
     that(value < math.inf, f'{name} finite', **{name: value})
+
+
+def integers(low: int, **values: Any) -> None:
+  """Raises for what is no int of Python or NumPy, or below `low`, by its name."""
+  for name, value in values.items():
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+      raise TypeError(f'Expected {name} to be an int, got {value!r}.')
+    at_least(low, **{name: int(value)})
 
 
 def positive(**values: float) -> None:

@@ -102,7 +102,7 @@ def train(argv: list[str]) -> None:
       f'{labels.name(config.to_dict())} on {config.task.name}:'
       f' {program.settings.num_steps} steps on {jax.devices()[0].device_kind}'
   )
-  summary = experiment.train(config, workdir, program)
+  summary = loop.train(*experiment.run_of(config, workdir, program))
   print(
       reporting.table([{'result': k, 'value': v} for k, v in summary.items()])
   )

@@ -242,42 +242,17 @@ def _zero_unchosen(
   }
 
 
-def to_wire(
-    link: Link, s: dict[str, Any], batch: tuple[int, ...]
-) -> np.ndarray:
-  """Returns the chosen entries of `compress`, in one dimension, to be sent.
+def chosen(link: Link, batch: tuple[int, ...]) -> list[tuple[str, Any]]:
+  """Returns (side, entry) of what `compress` keeps, an entry of a stack at a time.
 
   Args:
     link: concrete draws of this matrix.
-    s: as `compress` returns.
     batch: the matrix's.
   """
-  parts = [
-      np.asarray(s[side][entry]).reshape(-1)
-      for entry, side in _chosen(link, batch)
-  ]
-  return np.concatenate(parts)
-
-
-def from_wire(
-    link: Link, array: np.ndarray, like: dict[str, Any], batch: tuple[int, ...]
-) -> dict[str, np.ndarray]:
-  """Returns what `to_wire` was given; `like` has its shapes (see `zero_factors`)."""
-  s = {side: np.zeros(x.shape, x.dtype) for side, x in like.items()}
-  offset = 0
-  for entry, side in _chosen(link, batch):
-    size = s[side][entry].size
-    s[side][entry] = array[offset : offset + size].reshape(s[side][entry].shape)
-    offset += size
-  return s
-
-
-def _chosen(link: Link, batch: tuple[int, ...]) -> list[tuple[Any, str]]:
-  """Returns (entry, side) of what trains, an entry of a stack at a time."""
   is_left = link.is_left if link.coin is None else np.asarray(link.coin)
   flags = np.broadcast_to(np.asarray(is_left), batch)
   return [
-      (entry, 'left' if flags[entry] else 'right')
+      ('left' if flags[entry] else 'right', entry)
       for entry in np.ndindex(*batch)
   ]
 

@@ -181,6 +181,16 @@ def check_pattern(name: str, pattern: str) -> None:
 static_int = checks.static_int
 
 
+def check_rank(matrix: Matrix, rank: int) -> None:
+  """Raises ValueError for a rank above both sides of a matrix."""
+  longest = max(matrix.m, matrix.n)
+  if rank > longest:
+    raise ValueError(
+        f'Expected rank <= {longest}, the longer side of {matrix.path}'
+        f' ({matrix.m} x {matrix.n}), got rank={rank}.'
+    )
+
+
 def path_names(paths: Sequence[Sequence[Any]]) -> list[str]:
   """Returns key paths as `a/b/kernel`, without wrappers.
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import matrices as matrices_lib
-from bernoulli_lora_jax import policies
 from bernoulli_lora_jax import sharded
 
 Matrices = matrices_lib.Matrices
@@ -64,7 +64,7 @@ def extract(
   Raises:
     ValueError: paths or shapes that differ, with the path and both.
   """
-  policies.check_field('rank', rank)
+  checks.integers(1, rank=rank)
   check_shapes(base, tuned)
   tuned = matrices_lib.align(base, tuned, ('base', 'tuned'))
   old, new = jax.tree.leaves(base), jax.tree.leaves(tuned)

@@ -1,6 +1,6 @@
 """Gradients of the parts of a batch, combined into the gradient of the batch.
 
-Parts follow one another (micro-batches) or lie on devices (a mapped axis). A loss
+Parts follow one another (micro-batches) or lie on devices. A loss
 is a mean over the examples of its batch, or over another weight (tokens, examples
 that are no padding), which it then returns:
 
@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from bernoulli_lora_jax import checks
+from bernoulli_lora_jax import deprecated
+from bernoulli_lora_jax import devices as devices_lib
 from bernoulli_lora_jax import matrices as matrices_lib
 
 REDUCTIONS = ('mean', 'sum', 'max', 'min', 'any', 'all')
@@ -40,6 +42,8 @@ def accumulate(
     num_micro_batches: int,
     reductions: Mapping[str, str] | None = None,
     axis_name: str | None = None,
+    *,
+    average: Callable[[Any], Any] | None = None,
 ) -> Callable[..., Any]:
   """Averages a gradient over micro-batches, one after another.
 
@@ -53,8 +57,10 @@ def accumulate(
       'max', 'min', 'any' or 'all'} for what follows no example. Where none is
       given, integers are summed, floats averaged, booleans and keys refused: a
       sum in floating point must be declared.
-    axis_name: the mapped axis whose devices hold parts of the batch, if there is
-      one; their parts are combined likewise.
+    axis_name: deprecated: average=devices.Mapped(axis_name).
+    average: where devices hold parts of the batch, the mean over them. Of
+      `devices.Mapped` they are combined likewise; of another function see
+      `averaged`.
 
   Returns:
     (params, batch, *args) -> what grad_fn returns for the whole batch: floats are
@@ -73,26 +79,33 @@ def accumulate(
     TypeError: a raw key (uint32) in args, whose noise would repeat.
   """
   checks.at_least(1, num_micro_batches=num_micro_batches)
-  return functools.partial(
+  if axis_name is not None:
+    deprecated.warn('axis_name=name', 'average=devices.Mapped(name)')
+    average = devices_lib.Mapped(axis_name)
+  is_mapped = isinstance(average, devices_lib.Mapped)
+  combined = functools.partial(
       _accumulated,
       grad_fn,
       num_micro_batches,
       check_reductions(reductions),
-      axis_name,
+      average if is_mapped else None,
   )
+  if average is None or is_mapped:
+    return combined
+  return averaged(combined, average)
 
 
 def _accumulated(
     grad_fn: Callable[..., Any],
     num: int,
     reductions: Mapping[str, str],
-    axis_name: str | None,
+    devices: devices_lib.Mapped | None,
     params: Any,
     batch: Any,
     *args: Any,
 ) -> Any:
-  devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-  if num * devices == 1:
+  count = num if devices is None else num * devices.count()
+  if count == 1:
     return grad_fn(params, batch, *args)
   size = batch_size(batch)
   if size % num:
@@ -102,24 +115,24 @@ def _accumulated(
     )
   part, arrays = size // num, _arrays(batch)
   of_part = functools.partial(_of_part, grad_fn, batch, args)
-  sizes = part, part * num * devices
+  sizes = part, part * count
   shapes, kinds = _kinds(of_part, params, arrays, sizes, reductions)
   flat, treedef = jax.tree.flatten(shapes)
   place = _weight_place(shapes)
   dtype = jnp.float32 if place is None else flat[place].dtype
   start = [_start(k, s) for k, s in zip(kinds, flat, strict=True)]
   zero = jnp.zeros([], jnp.promote_types(dtype, jnp.float32))
-  first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * num
+  first = 0 if devices is None else devices.index() * num
   split = [x.reshape(num, part, *x.shape[1:]) for x in arrays]
   (sums, weights), rows = jax.lax.scan(
       functools.partial(_add_part, of_part, params, kinds, place),
       (start, zero),
       (first + jnp.arange(num), split),
   )
-  if axis_name is not None:
-    weights = jax.lax.psum(weights, axis_name)
+  if devices is not None:
+    weights = devices.joined('sum', weights)
   outs = [
-      _total(kind, s, row, weights, axis_name, shape.dtype)
+      _total(kind, s, row, weights, devices, shape.dtype)
       for kind, shape, s, row in zip(kinds, flat, sums, rows, strict=True)
   ]
   return treedef.unflatten(outs)
@@ -163,17 +176,15 @@ def _total(
     total: Any,
     rows: Any,
     weights: jax.Array,
-    axis_name: str | None,
+    devices: devices_lib.Mapped | None,
     dtype: Any,
 ) -> jax.Array:
   """Returns an output of the whole batch, from its sum or its rows."""
   if isinstance(kind, int):
     out = _concatenated(rows, kind)
-    if axis_name is None:
-      return out
-    return jax.lax.all_gather(out, axis_name, axis=kind, tiled=True)
-  if axis_name is not None:
-    total = _over_devices(kind, total, axis_name)
+    return out if devices is None else devices.joined(kind, out)
+  if devices is not None:
+    total = devices.joined('sum' if kind == 'mean' else kind, total)
   if kind == 'mean':
     total = total / jnp.where(weights > 0, weights, 1).astype(total.dtype)
   return total.astype(dtype)
@@ -288,8 +299,8 @@ def averaged(
     for i, kind in enumerate(kinds):
       if kind != 'mean' and i != place:
         raise ValueError(
-            f'Expected average to be the name of a mapped axis for {names[i]},'
-            f' which is no mean over the examples, got average={average!r}.'
+            f'Expected average to be a devices.Mapped for {names[i]}, which is'
+            f' no mean over the examples, got average={average!r}.'
         )
     if place is None:
       return average(out)
@@ -307,33 +318,38 @@ def averaged(
   return mean
 
 
-def over_devices(tree: Any, axis_name: str) -> Any:
+def over_devices(tree: Any, devices: devices_lib.Mapped | str) -> Any:
   """Returns what devices hold combined: means by weight, sums of counts.
 
   Args:
     tree: floats and integers; none of them follows the examples.
-    axis_name: the mapped axis of the devices.
+    devices: that hold them; the name of their axis is deprecated.
 
   Raises:
     ValueError: a boolean.
   """
+  if isinstance(devices, str):
+    deprecated.warn(
+        'over_devices(tree, name)', 'over_devices(tree, devices.Mapped(name))'
+    )
+    devices = devices_lib.Mapped(devices)
   place = _weight_place(tree)
   leaves, treedef = jax.tree.flatten(tree)
   weight = jnp.ones([]) if place is None else _wide(leaves[place])
-  total = jax.lax.psum(weight, axis_name)
+  total = devices.joined('sum', weight)
 
   def combine(i, x):
     x = jnp.asarray(x)
     if i == place or jnp.issubdtype(x.dtype, jnp.integer):
-      return jax.lax.psum(x, axis_name)
+      return devices.joined('sum', x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
       raise ValueError(
           'Expected numbers to average over devices, got an array of dtype'
           f' {x.dtype}: count with jnp.sum(..., dtype=int).'
       )
     if place is None:
-      return jax.lax.pmean(x, axis_name)
-    terms = jax.lax.psum(_term(x, weight), axis_name)
+      return devices(x)
+    terms = devices.joined('sum', _term(x, weight))
     scale = jnp.where(total > 0, total, 1).astype(terms.dtype)
     return (terms / scale).astype(x.dtype)
 
@@ -541,16 +557,6 @@ def _add(kind: str, total: jax.Array, x: Any, weight: Any) -> jax.Array:
   if kind == 'all':
     return total & (x != 0)
   return {'max': jnp.maximum, 'min': jnp.minimum}[kind](total, x)
-
-
-def _over_devices(kind: str, total: jax.Array, axis_name: str) -> jax.Array:
-  if kind in ('mean', 'sum'):
-    return jax.lax.psum(total, axis_name)
-  if kind in ('any', 'max'):
-    return jax.lax.pmax(
-        total.astype('i4') if kind == 'any' else total, axis_name
-    )
-  return jax.lax.pmin(total.astype('i4') if kind == 'all' else total, axis_name)
 
 
 def _concatenated(rows: jax.Array, axis: int) -> jax.Array:

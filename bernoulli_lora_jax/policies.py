@@ -60,9 +60,13 @@ class Target:
 
   def __post_init__(self):
     matrices_lib.check_pattern('pattern', self.pattern)
-    for name in ('rank', 'alpha', 'prob'):
-      if getattr(self, name) is not None:
-        check_field(name, getattr(self, name), f' of target {self.pattern!r}')
+    checks.integers(1, **self._given('rank'))
+    checks.positive(**self._given('alpha'))
+    checks.within('[0, 1]', **self._given('prob'))
+
+  def _given(self, name: str) -> dict[str, Any]:
+    value = getattr(self, name)
+    return {} if value is None else {f'Target({self.pattern!r}).{name}': value}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,12 +153,12 @@ class ChainPolicy:
     return cls(rank=rank, period=period, prob=prob, **fields)
 
   def __post_init__(self):
-    check_field('rank', self.rank)
-    check_field('prob', self.prob)
+    checks.integers(1, rank=self.rank)
+    checks.within('[0, 1]', prob=self.prob)
     if self.period is not None:
-      check_field('period', self.period)
+      checks.integers(1, period=self.period)
     if self.alpha is not None:
-      check_field('alpha', self.alpha)
+      checks.positive(alpha=self.alpha)
     choices = {
         'side': SIDES,
         'scaling': ('rank', 'sqrt'),
@@ -404,11 +408,7 @@ def _adapted(matrix: Matrix, policy: ChainPolicy) -> Adapted:
       )
     values[name] = given.pop() if given else getattr(policy, name)
   rank, alpha = values['rank'], values['alpha']
-  if rank > max(matrix.m, matrix.n):
-    raise ValueError(
-        f'Expected rank <= {max(matrix.m, matrix.n)}, the longer side of'
-        f' {matrix.path} ({matrix.m} x {matrix.n}), got rank={rank}.'
-    )
+  matrices_lib.check_rank(matrix, rank)
   root = rank if policy.scaling == 'rank' else math.sqrt(rank)
   prob = {'left': 1.0, 'right': 0.0, None: None}.get(
       policy.side, values['prob']
@@ -428,19 +428,3 @@ def _rank_text(one: Adapted) -> Any:
     return f'left {left}, right {right} (clipped)'
   used = left if is_left else right
   return used if used == one.rank else f'{used} (clipped)'
-
-
-def check_field(name: str, value: Any, where: str = '') -> None:
-  if name in ('rank', 'period'):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-      raise TypeError(f'Expected {name}{where} to be an int, got {value!r}.')
-    if value < 1:
-      raise ValueError(f'Expected {name}{where} >= 1, got {name}={value}.')
-  if (
-      name == 'prob'
-      and not isinstance(value, jax.Array)
-      and not 0 <= value <= 1
-  ):
-    raise ValueError(f'Expected {name}{where} in [0, 1], got {name}={value}.')
-  if name == 'alpha' and not (value > 0 and math.isfinite(value)):
-    raise ValueError(f'Expected {name}{where} > 0, got {name}={value}.')

@@ -784,7 +784,7 @@ class RealisedStudyTest(X64TestCase):
       start = program.start(key)
       old = np.asarray(program.params(start)['w'])
       path = runs.Path([], [], jax.tree.map(jnp.copy, start), 0.0)
-      state, _ = program.prepare(start, key, 0, 1)(start, key, 0)
+      state, _ = program.jit(1, start)(program.data, start, key, 0)
       moved = np.asarray(program.params(state)['w']) - old
       u, _, vt = np.linalg.svd(moved)
       data = task.data['train']

@@ -61,8 +61,8 @@ def run_anew(config):
   program = experiment.make_program(config)
   key = jax.random.key(config.seed)
   state = program.put(program.start(key))
-  steps = program.prepare(state, key, 0, config.training.num_steps)
-  state, metrics = steps(state, key, 0)
+  steps = program.jit(config.training.num_steps, state)
+  state, metrics = steps(program.data, state, key, 0, ())
   return program.params(state), jax.tree.map(np.asarray, metrics), program
 
 

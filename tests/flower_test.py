@@ -271,8 +271,8 @@ def _simulated(config):
   key = jax.random.key(config.seed)
   state = program.put(program.start(key))
   rounds = config.training.num_steps
-  run = program.prepare(state, key, 0, rounds)
-  state, metrics = run(state, key, 0)
+  run = program.jit(rounds, state)
+  state, metrics = run(program.data, state, key, 0)
   bits = [metrics[f'round_bits_{way}'].tolist() for way in ('up', 'down')]
   return _flat(program.params(state)), *bits
 

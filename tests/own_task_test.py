@@ -212,14 +212,14 @@ class TaskTest(parameterized.TestCase):
     """A run that is cut trains on the batches of the unbroken one, once each."""
     config = make_config('gradient', 'full', kind, training__checkpoint_every=4)
     self.train('whole', config)
-    program, prepare = experiment.make_program(config), programs.Program.prepare
+    program, num_next = experiment.make_program(config), loop._num_next
 
-    def interrupted(program, state, key, start, *rest):
-      if start >= 8:
+    def interrupted(program, progress):
+      if progress.step >= 8:
         raise KeyboardInterrupt
-      return prepare(program, state, key, start, *rest)
+      return num_next(program, progress)
 
-    with mock.patch.object(programs.Program, 'prepare', interrupted):
+    with mock.patch.object(loop, '_num_next', interrupted):
       with self.assertRaises(KeyboardInterrupt):
         self.train('cut', config)
     self.train('cut', config)

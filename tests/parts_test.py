@@ -68,9 +68,9 @@ class PartsTest(parameterized.TestCase):
   def test_nothing_depends_on_the_number_of_parts(self, num, devices):
     grad_fn = jax.value_and_grad(loss, has_aux=True)
     whole = jax.jit(grad_fn)(PARAMS, inputs())
-    axis_name = 'device' if devices > 1 else None
-    combined = bl.accumulate(grad_fn, num, REDUCTIONS, axis_name)
-    if axis_name is None:
+    average = bl.devices.Mapped('device') if devices > 1 else None
+    combined = bl.accumulate(grad_fn, num, REDUCTIONS, average=average)
+    if average is None:
       found = jax.jit(combined)(PARAMS, inputs())
     else:
       shares = inputs()
@@ -81,7 +81,7 @@ class PartsTest(parameterized.TestCase):
       mapped = jax.vmap(
           functools.partial(combined, PARAMS),
           in_axes=(axes,),
-          axis_name=axis_name,
+          axis_name='device',
       )
       found = jax.tree.map(lambda x: x[-1], jax.jit(mapped)(shares))
     chex.assert_trees_all_equal_shapes_and_dtypes(found, whole)
@@ -120,7 +120,7 @@ class PartsTest(parameterized.TestCase):
 
   def test_devices_differ_in_their_noise(self):
     noise = lambda params, batch, key: jax.random.normal(key)
-    run = parts.accumulate(noise, 1, axis_name='devices')
+    run = parts.accumulate(noise, 1, average=bl.devices.Mapped('devices'))
     key = jax.random.key(0)
     found = jax.vmap(run, (None, 0, None), axis_name='devices')(
         0.0, jnp.ones((4, 2)), key
@@ -188,7 +188,8 @@ class PartsTest(parameterized.TestCase):
     if how == 'averaged':
       step = parts.averaged(grad_fn, lambda out: jax.lax.pmean(out, 'device'))
     else:
-      step = lambda *args: parts.over_devices(grad_fn(*args), 'device')
+      devices = bl.devices.Mapped('device')
+      step = lambda *args: parts.over_devices(grad_fn(*args), devices)
     halves = jax.tree.map(lambda x: x.reshape(2, 6, *x.shape[1:]), batch)
     step = jax.vmap(functools.partial(step, PARAMS), axis_name='device')
     (value, _), grads = step(halves)

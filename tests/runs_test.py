@@ -21,6 +21,7 @@ from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import experiment
+from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import programs
 from bernoulli_lora_jax.training import reporting
 from bernoulli_lora_jax.training import sweep
@@ -497,13 +498,11 @@ class ResumeTest(parameterized.TestCase):
   def test_seconds_hold_no_compilation(self):
     """A resumed run has compiled its evaluation before the clock starts."""
     config = quadratic_config()
-    prepare, evaluate = programs.Program.prepare, programs.Program.evaluate
-    cut = lambda program, state, key, start, *rest: (
-        prepare(program, state, key, start, *rest)
-        if start < 8
-        else self.fail('cut')
+    num_next, evaluate = loop._num_next, programs.Program.evaluate
+    cut = lambda program, progress: (
+        num_next(program, progress) if progress.step < 8 else self.fail('cut')
     )
-    with mock.patch.object(programs.Program, 'prepare', cut):
+    with mock.patch.object(loop, '_num_next', cut):
       with self.assertRaisesRegex(AssertionError, 'cut'):
         experiment.train(config, self.tmp)
     calls = []

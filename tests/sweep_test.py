@@ -407,30 +407,24 @@ class AdapterRunTest(parameterized.TestCase):
         training__recipe=True,
         training__checkpoint_every=8,
     )
-    program, prepare = experiment.make_program(config), programs.Program.prepare
-    states = []
+    program, num_next = experiment.make_program(config), loop._num_next
+    states, save = [], loop._save
 
-    def watched(*args):
-      run = prepare(*args)
+    def watched(saver, state, best, progress):
+      states[:] = [jax.tree.map(jnp.copy, state)]
+      save(saver, state, best, progress)
 
-      def keeping(*args):
-        state, metrics = run(*args)
-        states[:] = [jax.tree.map(jnp.copy, state)]
-        return state, metrics
-
-      return keeping
-
-    def interrupted(program, state, key, start, *rest):
-      if start >= 16:
+    def interrupted(program, progress):
+      if progress.step >= 16:
         raise KeyboardInterrupt
-      return prepare(program, state, key, start, *rest)
+      return num_next(program, progress)
 
-    with mock.patch.object(programs.Program, 'prepare', watched):
+    with mock.patch.object(loop, '_save', watched):
       experiment.train(config, self.tmp / 'whole', program)
     recipe, replayed = self.params(program, self.tmp / 'whole')
     chex.assert_trees_all_equal(replayed, program.params(states[0]))
     self.assertLen(recipe.links, 1 if name == 'lora' else 5)  # 24 / 5.
-    with mock.patch.object(programs.Program, 'prepare', interrupted):
+    with mock.patch.object(loop, '_num_next', interrupted):
       with self.assertRaises(KeyboardInterrupt):
         experiment.train(config, self.tmp / 'cut', program)
     experiment.train(config, self.tmp / 'cut', program)

@@ -1,6 +1,7 @@
 """Tests of methods, loop, checkpoints, drivers and reports on small tasks."""
 
 import functools
+import inspect
 import json
 import os
 import pathlib
@@ -21,6 +22,9 @@ import optax
 import pytest
 
 import bernoulli_lora_jax as bl
+from bernoulli_lora_jax import adapters
+from bernoulli_lora_jax import chain
+from bernoulli_lora_jax import cli
 from bernoulli_lora_jax import files
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import arguments
@@ -280,6 +284,29 @@ class LoopTest(parameterized.TestCase):
     # A second call runs nothing.
     self.assertEqual(experiment.train(config, self.tmp), summary)
 
+  @parameterized.parameters(
+      ('gradient', chain, '_update'), ('adapter', adapters, 'step')
+  )
+  def test_few_frames_lie_between_the_command_and_the_engine(
+      self, mode, module, name
+  ):
+    """Command, its function, loop, steps, one step, the method's step."""
+    engine, package = getattr(module, name), pathlib.Path(bl.__file__).parent
+    ways = []
+
+    def watched(*args, **kwargs):
+      files_ = [pathlib.Path(frame.filename) for frame in inspect.stack()]
+      ways.append([f.name for f in files_ if f.is_relative_to(package)][::-1])
+      return engine(*args, **kwargs)
+
+    command = ['train', '--config=quadratic:smoke', f'--workdir={self.tmp}']
+    command += [f'--config.method.mode={mode}', '--config.method.period=2']
+    with mock.patch.object(module, name, watched):
+      cli.main([*command, '--config.training.progress=False'])
+    self.assertIn('cli.py', ways[-1])
+    for way in ways:
+      self.assertLessEqual(len(way), 6, way)
+
   def test_a_checkpoint_holds_state_best_weights_and_progress(self):
     state, best = {'w': jnp.arange(1.0, 3.0)}, {'w': jnp.arange(3.0, 6.0)}
     progress = loop.Progress(4, 2, 0.5, 1, 1, 3.0)
@@ -333,15 +360,15 @@ class LoopTest(parameterized.TestCase):
         training__num_evals=num_evals,
         training__checkpoint_every=8,
     )
-    program, prepare = experiment.make_program(config), programs.Program.prepare
+    program, num_next = experiment.make_program(config), loop._num_next
     experiment.train(config, self.tmp / 'whole', program)
 
-    def interrupted(program, state, key, start, *rest):
-      if start >= 16:
+    def interrupted(program, progress):
+      if progress.step >= 16:
         raise KeyboardInterrupt
-      return prepare(program, state, key, start, *rest)
+      return num_next(program, progress)
 
-    with mock.patch.object(programs.Program, 'prepare', interrupted):
+    with mock.patch.object(loop, '_num_next', interrupted):
       with self.assertRaises(KeyboardInterrupt):
         experiment.train(config, self.tmp / 'cut', program)
     self.assertFalse((self.tmp / 'cut' / 'summary.json').exists())
@@ -421,6 +448,8 @@ class LoopTest(parameterized.TestCase):
     best = min((s for s in losses if s > 0), key=losses.get)
     self.assertEqual(summary['best_step'], best)
     self.assertEqual(summary['step'], best + 9)
+    with checkpoint.Checkpointer(self.tmp) as saver:
+      self.assertEqual(saver.latest(), summary['step'])
     np.testing.assert_allclose(summary['validation_loss'], losses[best])
 
   def test_seeds_share_a_program_and_differ(self):
@@ -432,8 +461,12 @@ class LoopTest(parameterized.TestCase):
         for seed in (0, 1)
     ]
     self.assertNotEqual(*losses)
-    alone = experiment.train(small_config(seed=1), self.tmp / 'alone')
+    with mock.patch.object(
+        programs.Program, 'jit', autospec=True, side_effect=programs.Program.jit
+    ) as jit:
+      alone = experiment.train(small_config(seed=1), self.tmp / 'alone')
     self.assertEqual(alone['train_loss'], losses[1])
+    jit.assert_called_once()  # One length of four dispatches.
 
 
 class SignalTest(parameterized.TestCase):

@@ -254,48 +254,36 @@ def _assumption_rows(
 ) -> list[dict[str, Any]]:
   """Returns what the guarantee assumes, and what its rates would need besides."""
   config = finished.config
-  rows = [
-      (
-          'the replay is the run',
-          f'relative distance of the ends {path.error:.2g}',
-          path.error <= _CLOSE,
-      ),
-      (
-          'a guarantee speaks of the method',
-          bound.theorem or bound.reason,
-          bool(bound.theorem),
-      ),
-  ]
+  rows = []
+
+  def tell(assumption: str, seen: str, is_held: bool | None) -> None:
+    held = '-' if is_held is None else 'yes' if is_held else 'no'
+    rows.append({'assumption': assumption, 'found': seen, 'held': held})
+
+  distance = f'relative distance of the ends {path.error:.2g}'
+  tell('the replay is the run', distance, path.error <= _CLOSE)
+  speaks = bound.theorem or bound.reason
+  tell('a guarantee speaks of the method', speaks, bool(bound.theorem))
   if bound.limit is not None:
     gamma = guarantee.stepsize_of(finished, task)
-    rows.append(
-        (
-            'stepsize within its limit',
-            f'{gamma:.6g}, limit {bound.limit:.6g}'
-            + ('' if bound.limit_is_known else ' (estimate, from above)'),
-            gamma <= bound.limit * (1 + guarantee.ROUNDING),
-        )
-    )
+    seen = f'{gamma:.6g}, limit {bound.limit:.6g}'
+    seen += '' if bound.limit_is_known else ' (estimate, from above)'
+    is_below = gamma <= bound.limit * (1 + guarantee.ROUNDING)
+    tell('stepsize within its limit', seen, is_below)
   is_sampled = not guarantee.is_plain_gd(config, task)
   if config.method.estimator in ('sgd', 'page', 'mvr') and is_sampled:
     noisy = config.task.dropout > 0 and 'accuracy' in ''.join(
         finished.run.metrics[-1]
     )
-    rows.append(
-        (
-            'minibatch gradients unbiased for f',
-            'f is taken without dropout' if noisy else 'no noise but the draw',
-            not noisy,
-        )
-    )
+    seen = 'f is taken without dropout' if noisy else 'no noise but the draw'
+    tell('minibatch gradients unbiased for f', seen, not noisy)
     is_fresh = guarantee.draws_afresh(task)
-    rows.append(
-        (
-            'minibatches independent',
-            'drawn with replacement' if is_fresh else 'epochs of a shuffle',
-            is_fresh,
-        )
-    )
+    seen = 'drawn with replacement' if is_fresh else 'epochs of a shuffle'
+    tell('minibatches independent', seen, is_fresh)
+  is_bounded = task.lower_bound is not None
+  least = f'by {found.lower_bound:.6g}'
+  least += '' if is_bounded else ', the least seen'
+  tell('f bounded below', least, is_bounded)
   seen = f'L of Hessians and differences at most {found.smoothness:.4g}'
   is_smooth = True
   if task.criterion == 'absolute':
@@ -303,35 +291,13 @@ def _assumption_rows(
   elif task.smoothness is not None:
     seen += f', known {task.smoothness:.4g}'
     is_smooth = found.smoothness <= task.smoothness * (1 + 1e-3)
-  rows += [
-      (
-          'f bounded below',
-          f'by {found.lower_bound:.6g}'
-          + ('' if task.lower_bound is not None else ', the least seen'),
-          task.lower_bound is not None,
-      ),
-      ('smooth: one L for the path', seen, is_smooth),
-  ]
-  told = [
-      {'assumption': a, 'found': b, 'held': 'yes' if held else 'no'}
-      for a, b, held in rows
-  ]
+  tell('smooth: one L for the path', seen, is_smooth)
+  tell('PL on the path (not needed)', f'mu at most {found.pl:.3g}', None)
   is_convex = found.least_curvature >= -1e-6 * found.smoothness
-  curvature = f'least curvature seen {found.least_curvature:.3g}'
-  told += [
-      {
-          'assumption': 'PL on the path (not needed)',
-          'found': f'mu at most {found.pl:.3g}',
-          'held': '-',
-      },
-      {
-          'assumption': 'convex on the path (not needed)',
-          'found': curvature
-          + (': so far it is' if is_convex else ': it is not'),
-          'held': '-',
-      },
-  ]
-  return told
+  seen = f'least curvature seen {found.least_curvature:.3g}'
+  seen += ': so far it is' if is_convex else ': it is not'
+  tell('convex on the path (not needed)', seen, None)
+  return rows
 
 
 def _bound_rows(
@@ -445,6 +411,6 @@ def _figure(
       else f'{title}\n(no bound: {bound.reason})',
       fontsize=10,
   )
-  panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
+  figures.grid(panel)
   panel.legend(fontsize=9)
   return figure

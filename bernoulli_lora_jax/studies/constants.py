@@ -63,56 +63,54 @@ def estimate(
   checks.at_least(2, batches=num_batches)
   key = jax.random.key(finished.config.seed)
   moving = lambda params: averaging.trained_part(params, method.trained)
-  of = lambda part, params: averaging.joined(params, part)
+  is_federated = 'clients' in task.data
+  draw = task.batch
+  if is_federated:  # Its minibatch is all there is.
+    draw = task_lib.uniform_batch(task.batch_size)
+  assert draw is not None
+
+  def draw_one(data, key, step):
+    del step
+    rows = jax.random.randint(key, (1,), 0, task.num_samples)
+    return task_lib.take(data['train'], rows)
 
   def loss(part, params, batch, key):
-    return task.loss(of(part, params), batch, key)[0]
+    return task.loss(averaging.joined(params, part), batch, key)[0]
 
-  def whole(part, params, data):
-    return loss(part, params, data['train'], None)
+  def grad_at(params):
+    return lambda part, drawn: jax.grad(loss)(part, params, *drawn)
 
-  def batch_grad(part, params, batch):
-    return jax.grad(loss)(part, params, batch['batch'], batch['key'])
+  def drawn(draw, data, key):
+    """Returns minibatches and the keys of their noise."""
 
-  def batches(data, size, key):
-    """Returns minibatches; of single examples where size is 1."""
-
-    def draw(i):
+    def one(i):
       one_key = jax.random.fold_in(key, i)
       noise = programs.noise_key(one_key, 0)  # Apart from the batch's keys.
-      if size == 1:
-        rows = jax.random.randint(one_key, (1,), 0, task.num_samples)
-        return {'batch': task_lib.take(data['train'], rows), 'key': noise}
-      assert plain.batch is not None
-      return {'batch': plain.batch(data, one_key, jnp.int32(0)), 'key': noise}
+      return draw(data, one_key, jnp.int32(0)), noise
 
-    return jax.vmap(draw)(jnp.arange(num_batches))
-
-  is_federated = 'clients' in task.data
-  plain = task
-  if is_federated:  # Its minibatch is all there is.
-    plain = task._replace(batch=task_lib.uniform_batch(task.batch_size))
+    return jax.vmap(one)(jnp.arange(num_batches))
 
   @jax.jit
   def at_point(params, data, key):
     part = moving(params)
-    f = lambda part: whole(part, params, data)
+    f = lambda part: loss(part, params, data['train'], None)
     value, full = jax.value_and_grad(f)(part)
     norm, low = estimates.smoothness(f, part, key, num_steps=num_products)
-    grad = lambda part, batch: batch_grad(part, params, batch)
-    found = estimates.moments(grad, full, part, batches(data, None, key))
+    found = estimates.moments(
+        grad_at(params), full, part, drawn(draw, data, key)
+    )
     square = sum(jnp.vdot(g, g) for g in jax.tree.leaves(full))
-    return value, square, norm, low, found
+    return value, square, norm, low, found.variance, found.error
 
   @jax.jit
   def between(a, b, data, key):
     parts = moving(a), moving(b)
-    full = lambda part: jax.grad(whole)(part, a, data)
-    grad = lambda part, batch: batch_grad(part, a, batch)
-    one = lambda size: estimates.mean_smoothness(
-        grad, *parts, batches(data, size, key)
-    )
-    return estimates.local_smoothness(full, *parts), one(1), one(None)
+    full = jax.grad(lambda part: loss(part, a, data['train'], None))
+    means = [
+        estimates.mean_smoothness(grad_at(a), *parts, drawn(one, data, key))
+        for one in (draw_one, draw)
+    ]
+    return estimates.local_smoothness(full, *parts), *means
 
   rows, pairs = [], []
   for i, params in enumerate(path.points):
@@ -121,16 +119,15 @@ def estimate(
     if i:
       pairs.append(between(path.points[i - 1], params, task.data, point_key))
     report(1)
-  values, norms = ([float(row[i]) for row in rows] for i in (0, 1))
-  variances = [float(row[4].variance) for row in rows]
-  pairs = np.asarray(pairs, float)
+  floats = np.asarray(rows, float).T.tolist()
+  values, squares, hessians, curvatures, variances, errors = floats
+  local, single, batched = np.asarray(pairs, float).max(0)
   bound = task.optimum if task.optimum is not None else task.lower_bound
   lower = min(values) if bound is None else bound
   best = min(values) if task.optimum is None else task.optimum
   gaps = [max(value - lower, 0.0) for value in values]
-  fitted = estimates.fit_second_moment(gaps, norms, variances)
-  hessian = max(float(row[2]) for row in rows)
-  smoothness = max(hessian, pairs[:, 0].max())
+  fitted = estimates.fit_second_moment(gaps, squares, variances)
+  smoothness = max(*hessians, local)
   # Gaps below rounding have no PL ratio.
   floor = 1e3 * float(jnp.finfo(rows[0][0].dtype).eps) * max(map(abs, values))
   clients, error = (), 0.0
@@ -138,18 +135,18 @@ def estimate(
     clients, error = _clients(finished, task, path.points, moving, num_products)
   return Constants(
       smoothness=smoothness,
-      least_curvature=min(float(row[3]) for row in rows),
-      local_smoothness=pairs[:, 0].max(),
+      least_curvature=min(curvatures),
+      local_smoothness=local,
       # By Jensen L is at most either.
-      mean_smoothness=max(smoothness, pairs[:, 1].max()),
-      batch_smoothness=max(smoothness, pairs[:, 2].max()),
+      mean_smoothness=max(smoothness, single),
+      batch_smoothness=max(smoothness, batched),
       variance=max(variances),
-      variance_error=float(rows[int(np.argmax(variances))][4].error),
+      variance_error=errors[int(np.argmax(variances))],
       slope=fitted.slope,
       growth=1 + fitted.growth,
       noise=fitted.noise,
       pl=estimates.pl_constant(
-          [value - best for value in values], norms, floor=floor
+          [value - best for value in values], squares, floor=floor
       ),
       initial_gap=gaps[0],
       lower_bound=lower,

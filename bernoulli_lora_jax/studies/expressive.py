@@ -102,12 +102,9 @@ def errors(
       starts = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
       built = [[_construct(draw, rank) for rank in ranks] for draw in draws]
       stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *draws)
-      linear = _over_ranks(_descend_product, linear_steps)(
-          stacked, jnp.asarray(ranks), starts
-      )
-      net = _over_ranks(_descend_net, net_steps)(
-          stacked, jnp.asarray(ranks), starts
-      )
+      args = stacked, jnp.asarray(ranks), starts
+      linear = _over_ranks(_descend_product, linear_steps)(*args)
+      net = _over_ranks(_descend_net, net_steps)(*args)
       for i, rank in enumerate(ranks):
         cells.append(
             {

@@ -334,7 +334,7 @@ def _curves(result: _Result, axis: str) -> matplotlib.figure.Figure:
         )[0]
     slope = _told(getattr(result.fits['mean'][i], axis))
     panel.set_title(f'{method}\nslope {slope}', fontsize=10)
-    panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
+    figures.grid(panel)
     if i % 3 == 0:
       panel.set_ylabel('mean gap: population - training loss')
     if i >= 3:
@@ -394,7 +394,7 @@ def _spread(results: list[_Result]) -> matplotlib.figure.Figure:
       )
     panel.set_title(f'{result.name}, rank {gaps.ranks[j]}')
     panel.set_xlabel('training examples N')
-    panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
+    figures.grid(panel)
     _logarithmic([panel], gaps.sizes)
     handles['slope -0.5'] = _guide(panel, gaps.sizes, spread, -0.5)
   panels[0].set_ylabel('standard deviation of the gap over runs')

@@ -13,7 +13,6 @@ probabilities have the same E[H], but a noise of dim E[H], and may diverge.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -101,41 +100,25 @@ def gaps(
     problem = l1_regression.make_problem(
         shape=shape, num_samples=num_samples, seed=seed
     )
-    keys = jax.random.split(jax.random.key(seed), num_seeds)
+    polyak = (_DAMPED, _UNDAMPED)
     jobs = [
-        functools.partial(
-            _cells,
-            problem,
-            methods=methods,
-            kind=kind,
-            sketch=sketch,
-            rank=rank,
-            rules=rules,
-            keys=keys,
-            num_steps=num_steps,
-        )
+        (problem, methods, kind, sketch, rank, rules)
         for kind, sketch in kinds.items()
-        for rules in (('constant',), (_DAMPED, _UNDAMPED))
+        for rules in (('constant',), polyak)
     ]
-    case = _case()
+    case, left = _case(), {'RAC left': 1.0}
+    of_case = {
+        'weighted coordinate': sketches.weighted_coordinate(_CASE['ratio']),
+        'weighted signs': weighted_signs(_CASE['ratio']),
+    }
     jobs += [
-        functools.partial(
-            _cells,
-            case,
-            methods={'RAC left': 1.0},
-            kind=kind,
-            sketch=sketch,
-            rank=1,
-            rules=(_DAMPED, _UNDAMPED),
-            keys=keys,
-            num_steps=num_steps,
-        )
-        for kind, sketch in {
-            'weighted coordinate': sketches.weighted_coordinate(_CASE['ratio']),
-            'weighted signs': weighted_signs(_CASE['ratio']),
-        }.items()
+        (case, left, k, sketch, 1, polyak) for k, sketch in of_case.items()
     ]
-    done = [job() for job in tqdm.tqdm(jobs, disable=not progress)]
+    keys = jax.random.split(jax.random.key(seed), num_seeds)
+    done = [
+        _cells(*job, keys, num_steps)
+        for job in tqdm.tqdm(jobs, disable=not progress)
+    ]
   cells = [cell for found in done[:4] for cell in found]
   against = [cell for found in done[4:] for cell in found]
   return study.Study(
@@ -226,7 +209,6 @@ def descend(
 
 def _cells(
     problem: l1_regression.Problem,
-    *,
     methods: Mapping[str, float],
     kind: str,
     sketch: sketches.Sketch,
@@ -459,7 +441,7 @@ def _draw(panel: Any, values: np.ndarray, label: str, i: int) -> None:
   )
   panel.set_xscale('log')
   panel.set_yscale('log')
-  panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
+  figures.grid(panel)
 
 
 def _places(num_steps: int) -> np.ndarray:

@@ -268,7 +268,7 @@ def _plot_generalisation(rows, title) -> matplotlib.figure.Figure:
     panel.set(yscale='log', xlabel='N', ylabel=label)
     panel.set_xscale('log', base=2)
     panel.xaxis.set_major_formatter('{x:g}')
-    panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
+    figures.grid(panel)
     panel.legend(
         fontsize=7,
         title='lam / lam_max',

@@ -193,7 +193,7 @@ def _plot_linearisation(seen, title) -> matplotlib.figure.Figure:
   right.legend(fontsize=8)
   for panel in (left, right):
     panel.set(xscale='log', yscale='log')
-    panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
+    figures.grid(panel)
   figure.suptitle(title)
   return figure
 

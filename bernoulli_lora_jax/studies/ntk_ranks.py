@@ -361,7 +361,7 @@ def _plot_loss(runs: Sequence[_Run], title: str) -> matplotlib.figure.Figure:
       ylabel=f'LoRA objective - optimum of the full problem (>= {_FLOOR:g})',
       title=title,
   )
-  panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
+  figures.grid(panel)
   figure.legend(
       loc='outside right center',
       fontsize=9,
@@ -419,7 +419,7 @@ def _plot_thresholds(
     panel.set_xscale('log', base=2)
     panel.set_xticks(shown, [str(place) for place in shown])
     panel.xaxis.set_minor_locator(ticker.NullLocator())
-    panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
+    figures.grid(panel)
   figure.legend(
       *left.get_legend_handles_labels(),
       loc='outside lower center',

@@ -128,7 +128,7 @@ def predict(
   panel.set_title(f'{title}\nrank {rank}, p = {prob:g}{step}', fontsize=10)
   panel.set_xlabel('steps T')
   panel.set_ylabel(f'bound of {what}')
-  panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
+  figures.grid(panel)
   rows = [
       {'steps': int(t), f'bound of {what}': float(value)}
       for t, value in zip(num_steps, values, strict=True)

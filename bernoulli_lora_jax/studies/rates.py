@@ -243,7 +243,7 @@ def _guide() -> dict[str, Any]:
 def _finish(panel: Any, xlabel: str, ylabel: str = '') -> None:
   panel.set_xlabel(xlabel)
   panel.set_ylabel(ylabel)
-  panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
+  figures.grid(panel)
   panel.legend(fontsize=8)
 
 

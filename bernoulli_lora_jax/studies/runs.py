@@ -124,7 +124,8 @@ def replay(
   steps, points = [0], [program.params(state)]
   for begin in range(0, num_steps, every):
     num = min(every, num_steps - begin)
-    state, _ = program.prepare(state, key, begin, num)(state, key, begin)
+    run = program.jit(num, state)
+    state, _ = run(program.data, state, key, begin, ())
     report(num)
     if begin + num in wanted:
       steps.append(begin + num)

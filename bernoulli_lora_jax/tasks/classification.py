@@ -82,11 +82,7 @@ def make_task(
 
   data = select_classes(images, half, 2 * half)
   size = data['train']['index'].shape[0]
-  if not 1 <= batch_size <= size:
-    raise ValueError(
-        f'Expected task.batch_size in [1, {size}], the training examples of'
-        f' {name}, got batch_size={batch_size}.'
-    )
+  task_lib.check_batch_size(batch_size, size, name)
   task = task_lib.Task(
       name=name,
       init=lambda key: model.init(key, data['train']['x'][:1])['params'],

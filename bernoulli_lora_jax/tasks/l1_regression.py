@@ -122,11 +122,6 @@ def make_task(problem: Problem, *, batch_size: int) -> task_lib.Task:
   Raises:
     ValueError: batch_size outside [1, N].
   """
-  size = len(problem.y)
-  if not 1 <= batch_size <= size:
-    raise ValueError(
-        f'Expected task.batch_size in [1, {size}], got batch_size={batch_size}.'
-    )
   dtype = jnp.result_type(float)
 
   def outputs(params, batch):
@@ -138,21 +133,16 @@ def make_task(problem: Problem, *, batch_size: int) -> task_lib.Task:
     value = jnp.mean(jnp.abs(residual))
     return value, {'gap': value - problem.optimum}
 
-  return task_lib.Task(
-      name='l1_regression',
+  return task_lib.from_arrays(
+      'l1_regression',
+      loss,
       init=lambda key: {'w': jnp.zeros(problem.shape, dtype)},
-      data={
-          'train': {
-              'x': jnp.asarray(problem.x, dtype),
-              'y': jnp.asarray(problem.y, dtype),
-              'index': jnp.arange(size, dtype=jnp.int32),
-          }
+      train={
+          'x': jnp.asarray(problem.x, dtype),
+          'y': jnp.asarray(problem.y, dtype),
       },
-      loss=loss,
-      num_samples=size,
       batch_size=batch_size,
       sampling='replacement',
-      batch=task_lib.uniform_batch(batch_size),
       optimum=problem.optimum,
       lower_bound=problem.optimum,
       outputs=outputs,

@@ -88,7 +88,7 @@ def make_task(
   Raises:
     ValueError: batch_size outside [1, N], d not a square, or m n not d.
   """
-  size, dim = problem.x.shape
+  dim = problem.x.shape[1]
   if shape is None:
     side = int(round(dim**0.5))
     if side**2 != dim:
@@ -96,10 +96,6 @@ def make_task(
     shape = side, side
   if shape[0] * shape[1] != dim:
     raise ValueError(f'Expected m n = {dim}, got shape={shape}.')
-  if not 1 <= batch_size <= size:
-    raise ValueError(
-        f'Expected task.batch_size in [1, {size}], got batch_size={batch_size}.'
-    )
   dtype = jnp.result_type(float)
   lam = problem.regularisation
 
@@ -110,21 +106,16 @@ def make_task(
     penalty = jnp.sum(w**2 / (1 + w**2))
     return jnp.mean(residual**2) / 2 + lam * penalty, {}
 
-  return task_lib.Task(
-      name='linear_regression',
+  return task_lib.from_arrays(
+      'linear_regression',
+      loss,
       init=lambda key: {'w': jnp.asarray(problem.start.reshape(shape), dtype)},
-      data={
-          'train': {
-              'x': jnp.asarray(problem.x, dtype),
-              'y': jnp.asarray(problem.y, dtype),
-              'index': jnp.arange(size, dtype=jnp.int32),
-          }
+      train={
+          'x': jnp.asarray(problem.x, dtype),
+          'y': jnp.asarray(problem.y, dtype),
       },
-      loss=loss,
-      num_samples=size,
       batch_size=batch_size,
       sampling='replacement',
-      batch=task_lib.uniform_batch(batch_size),
       lower_bound=0.0,
       smoothness=problem.smoothness,
   )

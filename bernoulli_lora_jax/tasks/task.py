@@ -141,11 +141,7 @@ def from_arrays(
   }
   checks.one_of(kinds, sampling=sampling)
   size = len(data['train']['index'])
-  if not 1 <= batch_size <= size:
-    raise ValueError(
-        f'Expected task.batch_size in [1, {size}], the training examples of'
-        f' {name}, got batch_size={batch_size}.'
-    )
+  check_batch_size(batch_size, size, name)
   weights = jax.tree.map(jnp.asarray, weights)
   return Task(
       name=name,
@@ -159,6 +155,15 @@ def from_arrays(
       weights=weights,
       **more,
   )
+
+
+def check_batch_size(batch_size: int, size: int, name: str) -> None:
+  """Raises ValueError for a batch larger than a task's training split, or none."""
+  if not 1 <= batch_size <= size:
+    raise ValueError(
+        f'Expected task.batch_size in [1, {size}], the training examples of'
+        f' {name}, got batch_size={batch_size}.'
+    )
 
 
 def check(task: Any, where: str) -> Task:

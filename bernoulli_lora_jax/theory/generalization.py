@@ -209,9 +209,8 @@ def make_finetune(
     def link(carry, i):
       params, factors, opt_state = carry
       is_new = row.method.is_chain | (i == 0)
-      key = jax.random.fold_in(
-          row.frame_key, jnp.where(row.method.is_chain, i, 0)
-      )
+      number = jnp.where(row.method.is_chain, i, 0)
+      key = jax.random.fold_in(row.frame_key, number)
       drawn, moves = draw_link(key, found, row.method, row.rank, max_rank)
       params = _where(is_new, effective(params, factors), params)
       factors = _where(is_new, drawn, factors)
@@ -232,13 +231,10 @@ def make_finetune(
 
     # The first link merges nothing and draws.
     zeros = {
-        matrix.path: jax.tree.map(
-            lambda shape, dtype=matrix.dtype: jnp.zeros(
-                shape, jnp.promote_types(dtype, jnp.float32)
-            ),
-            _shapes(matrix, max_rank),
-            is_leaf=lambda x: isinstance(x, tuple),
-        )
+        matrix.path: {
+            side: jnp.zeros(shape, matrices_lib.wide(matrix.dtype))
+            for side, shape in _shapes(matrix, max_rank).items()
+        }
         for matrix in found
     }
     carry = (problem.params, zeros, tx.init(zeros))

@@ -405,14 +405,18 @@ def train(
 ) -> dict[str, Any]:
   """Trains the run of a config in a directory; see `loop.train`."""
   program = make_program(config) if program is None else program
+  return loop.train(*run_of(config, workdir, program))
+
+
+def run_of(
+    config: config_dict.ConfigDict,
+    workdir: str | pathlib.Path,
+    program: programs.Program,
+) -> tuple[programs.Program, int, pathlib.Path, dict[str, Any], dict[str, Any]]:
+  """Returns the arguments of `loop.train` for the run of a config."""
   record = json.loads(config.to_json_best_effort())
-  return loop.train(
-      program,
-      config.seed,
-      pathlib.Path(workdir),
-      record,
-      facts(config, program.task),
-  )
+  facts_of_run = facts(config, program.task)
+  return program, config.seed, pathlib.Path(workdir), record, facts_of_run
 
 
 def facts(

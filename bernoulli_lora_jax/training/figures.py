@@ -205,9 +205,14 @@ def _draw(
   )[0]
 
 
+def grid(panel: Any) -> None:
+  """Draws the lines of major ticks."""
+  panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
+
+
 def _set_axes(panel: Any, axis: Axis, is_log: bool) -> None:
   panel.set_xlabel(axis.label)
-  panel.grid(True, which='major', linewidth=0.4, alpha=0.6)
+  grid(panel)
   if is_log:
     panel.set_yscale('log')
     starts = [np.asarray(line.get_ydata())[0] for line in panel.get_lines()]

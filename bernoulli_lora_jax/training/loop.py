@@ -135,17 +135,18 @@ def train(
     log = stack.enter_context(metrics_log.MetricsLog(workdir, progress.step))
     bar = stack.enter_context(_bar(settings, progress.step))
     begun = time.perf_counter() - progress.seconds
-    saved = progress.step
     try:
       # After a resume, too: it compiles what `seconds` is not to hold.
       first = _evaluate(program, state)
       if progress.step == 0:
         log.write(0, first)
       while (num := _num_next(program, progress)) > 0:
-        batches = _stacked(stream, num)
-        run = program.prepare(state, key, progress.step, num, batches)
+        args = program.data, state, key, progress.step, _stacked(stream, num)
+        if num not in program.compiled:  # Here, for a short way to a fault.
+          lowered = program.jit(num, state).lower(*args)
+          program.compiled[num] = lowered.compile()
         since = time.perf_counter()
-        state, metrics = run(state, key, progress.step, batches)
+        state, metrics = program.compiled[num](*args)
         line = _means(program.driver.get(metrics), progress.step)
         step = progress.step + num
         if step % settings.eval_every == 0 or step == settings.num_steps:
@@ -164,16 +165,13 @@ def train(
         log.write(step, line)
         _show(bar, step, line)
         every = settings.checkpoint_every
-        is_due = every and step % every == 0
-        if is_due or terminated or step == settings.num_steps:
+        is_due = terminated or (every and step % every == 0)
+        if is_due or _num_next(program, progress) == 0:
           _save(saver, program.get(state), best, progress)
-          saved = step
         if step < settings.num_steps:
           _end_if_terminated(
               terminated, f'a checkpoint of step {step} is saved'
           )
-      if saved < progress.step:
-        _save(saver, program.get(state), best, progress)
     except DivergedError as e:
       spent = time.perf_counter() - begun
       summary = {'diverged': str(e), 'seconds': spent, **facts}

@@ -389,7 +389,7 @@ def adapter_method(
       tx,
       matrices,
       num_micro_batches=num_micro_batches,
-      average=driver.axis_name,
+      average=driver.mapped,
   )
   # The key within the batch: noise is keyed by example, not by micro-batch.
   keyed = lambda params, both: loss(params, *both)

@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bernoulli_lora_jax import devices as devices_lib
 from bernoulli_lora_jax import parts
 
 KINDS = ('none', 'jit', 'pmap')
 _P = jax.sharding.PartitionSpec
 _AXIS = 'data'
+_MAPPED = devices_lib.Mapped(_AXIS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +40,9 @@ class Driver:
     return 1 if self.kind == 'none' else len(self.devices)
 
   @property
-  def axis_name(self) -> str | None:
-    """Returns the axis of devices inside a step, of pmap."""
-    return _AXIS if self.kind == 'pmap' else None
+  def mapped(self) -> devices_lib.Mapped | None:
+    """Returns the mean over the devices inside a step, of pmap."""
+    return _MAPPED if self.kind == 'pmap' else None
 
   def shard(self, batch: Any) -> Any:
     """Returns this device's part of a batch, inside a step.
@@ -59,7 +61,7 @@ class Driver:
       )
     if self.kind == 'jit':
       return jax.lax.with_sharding_constraint(batch, self._split())
-    place = jax.lax.axis_index(_AXIS)
+    place = _MAPPED.index()
     return jax.tree.map(
         lambda x: x.reshape(count, -1, *x.shape[1:])[place], batch
     )
@@ -71,7 +73,7 @@ class Driver:
     """
     if self.kind != 'pmap':
       return tree
-    return parts.over_devices(tree, _AXIS)
+    return parts.over_devices(tree, _MAPPED)
 
   def put(self, tree: Any, marks: Any = None) -> Any:
     """Returns a tree of the host or of one device as `compile` wants it.

@@ -52,12 +52,10 @@ Payload = wire.Arrays
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LocalRounds:
-  """A federated run of local steps; a view is the state of the rounds."""
+class _Run:
+  """What the parties of any run know of it."""
 
   task: task_lib.Task
-  rounds: averaging.Rounds
-  loss: averaging.Loss  # Of a local step.
   cohort: federated_methods.Cohort
   num_rounds: int
   run_key: jax.Array
@@ -67,10 +65,32 @@ class LocalRounds:
     """Returns M."""
     return self.cohort.num_clients
 
+  def initial(self) -> Any:
+    """Returns the weights at step 0."""
+    return programs.init_params(self.task, self.run_key, self.task.weights)
+
+  def evaluate(self, params: Any) -> dict[str, float]:
+    """Returns the metrics of all splits."""
+    nothing: Any = ()  # Of a task what can be hashed.
+    spec = self.task._replace(data=nothing, weights=nothing)
+    return {
+        f'{split}_{name}': float(value)
+        for split in sorted(self.task.data.keys() - {'clients'})
+        for name, value in _metrics(spec, params, self.task.data, split).items()
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LocalRounds(_Run):
+  """A federated run of local steps; a view is the state of the rounds."""
+
+  rounds: averaging.Rounds
+  loss: averaging.Loss  # Of a local step.
+
   def init(self) -> Any:
     """Returns the view before the first round, the same everywhere."""
     key = jax.random.fold_in(programs.method_key(self.run_key), 1)
-    return self.rounds.init(key, _start(self.task, self.run_key))
+    return self.rounds.init(key, self.initial())
 
   def init_client(self) -> Any:
     """Returns the memory of a client."""
@@ -124,10 +144,6 @@ class LocalRounds:
     """Returns the merged weights."""
     return _params(self.rounds, view)
 
-  def evaluate(self, params: Any) -> dict[str, float]:
-    """Returns the metrics of all splits."""
-    return _evaluate(self.task, params)
-
   def _like(self, view: Any) -> Payload:
     trained = self.rounds.trained(view)
     return averaging.to_wire(self.rounds, view, trained)
@@ -151,7 +167,7 @@ def _make_local_rounds(
     is_flax = arguments.is_flax(task)
     loss = (inject.by_product if is_flax else inject.by_addition)(loss)
   key = jax.random.key(config.seed)
-  return LocalRounds(task, rounds, loss, cohort, settings.num_steps, key)
+  return LocalRounds(task, cohort, settings.num_steps, key, rounds, loss)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -179,32 +195,23 @@ class Ef21View(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Ef21:
+class Ef21(_Run):
   """A federated run of EF21 with a chain; the methods of `LocalRounds`.
 
   A client remembers its estimate and its compressor's state, the server the
   estimate of all.
   """
 
-  task: task_lib.Task
   compressor: compressors.Compressor
   concatenate: bool
   start: str
   tx: optax.GradientTransformation  # The chain with its learning rate.
   trained: Callable[[Any], Any] | None  # params -> tree of bool.
   thin: 'Thin | None'
-  cohort: federated_methods.Cohort
-  num_rounds: int
-  run_key: jax.Array
-
-  @property
-  def num_clients(self) -> int:
-    """Returns M."""
-    return self.cohort.num_clients
 
   def init(self) -> Ef21View:
     """Returns the view before the first round, the same everywhere."""
-    params = _start(self.task, self.run_key)
+    params = self.initial()
     ours = averaging.trained_part(params, self.trained)
     return Ef21View(params, self.tx.init(ours), 0)
 
@@ -218,8 +225,7 @@ class Ef21:
 
   def init_server(self) -> Any:
     """Returns the memory of the server."""
-    params = _start(self.task, self.run_key)
-    ours = averaging.trained_part(params, self.trained)
+    ours = averaging.trained_part(self.initial(), self.trained)
     return jax.tree.map(jnp.zeros_like, ours)
 
   def begin(self, view: Ef21View) -> Ef21View:
@@ -285,10 +291,6 @@ class Ef21:
     """Returns the weights."""
     return view.params
 
-  def evaluate(self, params: Any) -> dict[str, float]:
-    """Returns the metrics of all splits."""
-    return _evaluate(self.task, params)
-
   def _kind(self, view: Ef21View) -> str:
     """Returns what is sent: the whole gradient, a compressed one or nothing."""
     if view.count or self.start == 'compressed':
@@ -326,15 +328,15 @@ def _make_ef21(config: config_dict.ConfigDict, task: task_lib.Task) -> Ef21:
   )
   return Ef21(
       task,
+      arguments.make_cohort(config, task),
+      settings.num_steps,
+      key,
       arguments.make_compressor(config),
       config.federated.concatenate,
       config.federated.start,
       make_tx(jax.random.fold_in(programs.method_key(key), 1)),
       arguments.trained_leaves(config, task),
       _make_thin(config, task),
-      arguments.make_cohort(config, task),
-      settings.num_steps,
-      key,
   )
 
 
@@ -461,7 +463,8 @@ def _packed(thin: Thin | None, opt_state: Any, updates: Any) -> Payload:
   leaves = jax.tree.leaves(updates)
   for m, link in _links(thin, opt_state, updates):
     factors = links_lib.compress(link, m.view(leaves[m.index]))
-    arrays['/' + m.path] = links_lib.to_wire(link, factors, m.batch)
+    places = links_lib.chosen(link, m.batch)
+    arrays['/' + m.path] = wire.packed(factors, places)
   return arrays
 
 
@@ -475,27 +478,11 @@ def _unpacked(
   zeros = links_lib.zero_factors([m for m, _ in links], thin.rank, thin.prob)
   for m, link in links:
     path = '/' + m.path
-    factors = links_lib.from_wire(link, arrays[path], zeros[m.path], m.batch)
-    factors = jax.tree.map(jnp.asarray, factors)
+    places = links_lib.chosen(link, m.batch)
+    factors = wire.unpacked(arrays[path], zeros[m.path], places)
     update = m.unview(links_lib.expand(link, factors, m.m, m.n))
     whole[path] = update.astype(m.dtype)
   return wire.unflatten(whole, {'': like})['']
-
-
-def _start(task: task_lib.Task, run_key: jax.Array) -> Any:
-  """Returns the weights at step 0."""
-  return programs.init_params(task, run_key, task.weights)
-
-
-def _evaluate(task: task_lib.Task, params: Any) -> dict[str, float]:
-  """Returns the metrics of all splits."""
-  nothing: Any = ()  # Of a task what can be hashed.
-  spec = task._replace(data=nothing, weights=nothing)
-  return {
-      f'{split}_{name}': float(value)
-      for split in sorted(task.data.keys() - {'clients'})
-      for name, value in _metrics(spec, params, task.data, split).items()
-  }
 
 
 _metrics = jax.jit(task_lib.evaluate, static_argnums=(0, 3))

@@ -85,15 +85,18 @@ class Program:
     method: how params move.
     settings: how long and how often.
     driver: where steps run.
+    compiled: {num: (data, state, key, first, batches) -> (state, metrics of num
+      steps)}, which `loop.train` fills.
   """
 
   task: task_lib.Task
   method: methods.Method
   settings: Settings
   driver: parallel.Driver = parallel.Driver()
-  _compiled: dict[int, Callable[..., Any]] = dataclasses.field(
+  compiled: dict[int, Callable[..., Any]] = dataclasses.field(
       default_factory=dict, repr=False
   )
+  _jitted: dict[int, Any] = dataclasses.field(default_factory=dict, repr=False)
 
   @functools.cached_property
   def data(self) -> Any:
@@ -104,21 +107,16 @@ class Program:
     """Returns the state at step 0, from the run's key."""
     return self._start(key, self.task.weights)
 
-  def prepare(
-      self, state: Any, key: jax.Array, first: int, num: int, batches: Any = ()
-  ) -> Callable[..., Any]:
-    """Returns (state, key, first, batches) -> (state, metrics of num steps).
+  def jit(self, num: int, state: Any) -> Any:
+    """Returns jitted (data, state, key, first, batches) -> (state, metrics).
 
-    Compiled once for each num; the state is donated. See `steps` for arguments,
-    `driver.get` for the metrics.
+    One function for each num of steps; the state is donated. See `steps` for
+    arguments, `driver.get` for the metrics; `batches` is () without a stream.
     """
-    if num not in self._compiled:
+    if num not in self._jitted:
       run = functools.partial(steps, self.task, self.method, num)
-      jitted = self.driver.jit(run, state)
-      lowered = jitted.lower(self.data, state, key, first, batches)
-      self._compiled[num] = lowered.compile()
-    run = self._compiled[num]
-    return lambda *args: run(self.data, *args, *[()] * (4 - len(args)))
+      self._jitted[num] = self.driver.jit(run, state)
+    return self._jitted[num]
 
   def put(self, state: Any) -> Any:
     """Returns a state where the steps read it."""
@@ -191,16 +189,23 @@ def steps(
   """
   if task.batch is None and not jax.tree.leaves(batches):
     raise ValueError(f'Expected batches of the stream of {task.name}.')
-  batch_key = jax.random.fold_in(key, _BATCH)
+  one = functools.partial(_step, task, method, data, key)
+  return jax.lax.scan(one, state, (first + jnp.arange(num), batches))
 
-  def step(state, inputs):
-    number, batch = inputs
-    if task.batch is not None:
-      batch = task.batch(data, batch_key, number)
-    noise = noise_key(key, number)
-    return method.step(state, batch, noise, data.get('train'))
 
-  return jax.lax.scan(step, state, (first + jnp.arange(num), batches))
+def _step(
+    task: task_lib.Task,
+    method: methods.Method,
+    data: Any,
+    key: jax.Array,
+    state: Any,
+    inputs: tuple[Any, Any],
+) -> tuple[Any, dict[str, jax.Array]]:
+  """Runs the step of a number, on its batch of a stream or of the task."""
+  number, batch = inputs
+  if task.batch is not None:
+    batch = task.batch(data, jax.random.fold_in(key, _BATCH), number)
+  return method.step(state, batch, noise_key(key, number), data.get('train'))
 
 
 def method_key(key: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import wire  # pyrefly: ignore  (Flower puts this folder on the path)
 
+from bernoulli_lora_jax import wire as wire_lib
 from bernoulli_lora_jax.tasks import cache
 from bernoulli_lora_jax.training import parties as parties_lib
 
@@ -64,7 +65,7 @@ def train(message: Message, context: Context) -> Message:
     content = cache.fingerprint(np.asarray(state.round), *payload.values())
     ticket = int(content, 16) >> 1
     state = state._replace(pending_ticket=ticket, pending=pending)
-    wire.save(path, wire.flatten(state))  # Before anybody can accept it.
+    wire.save(path, wire_lib.flatten(state))  # Before anybody can accept it.
   facts: Any = {'round': state.round, 'client': client, 'ticket': ticket}
   records = {'payload': wire.to_record(payload), 'facts': ConfigRecord(facts)}
   return Message(RecordDict(records), reply_to=message)
@@ -78,7 +79,7 @@ def load(path: pathlib.Path, parties: parties_lib.Parties) -> ClientState:
     return ClientState(0, parties.init(), -1, memory, -1, memory)
   view = jax.eval_shape(parties.init)
   memory = jax.eval_shape(parties.init_client)
-  return wire.unflatten(arrays, ClientState(0, view, 0, memory, 0, memory))
+  return wire_lib.unflatten(arrays, ClientState(0, view, 0, memory, 0, memory))
 
 
 def confirmed(state: ClientState, ticket: int) -> ClientState:
@@ -111,9 +112,9 @@ def caught_up(
   """
   last: Any = content['order']['round']
   if 'view' in content:
-    like = jax.eval_shape(parties.init)
-    view = wire.unflatten(wire.from_record(content['view']), like)
-    return state._replace(round=last, view=view)
+    like = {'view': jax.eval_shape(parties.init)}
+    found = wire_lib.unflatten(wire.from_record(content['view']), like)
+    return state._replace(round=last, **found)
   for missed in range(state.round, last):
     if f'broadcast {missed}' not in content:
       raise ValueError(f'Expected the broadcast of round {missed}, got none.')

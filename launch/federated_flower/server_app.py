@@ -21,7 +21,7 @@ import numpy as np
 import wire  # pyrefly: ignore  (Flower puts this folder on the path)
 
 from bernoulli_lora_jax import files
-from bernoulli_lora_jax import matrices
+from bernoulli_lora_jax import wire as wire_lib
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import metrics_log
 from bernoulli_lora_jax.training import parties as parties_lib
@@ -77,12 +77,9 @@ def main(grid: Grid, context: Context) -> None:
         line |= evaluate(parties, state)
       metrics.write(state.round, line)
       # Before any client can hear of the round.
-      wire.save(workdir / 'state.npz', wire.flatten(state))
+      wire.save(workdir / 'state.npz', wire_lib.flatten(state))
   params = parties.params(state.view)
-  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-  names = matrices.path_names([path for path, _ in leaves])
-  arrays = {n: np.asarray(x) for n, (_, x) in zip(names, leaves, strict=True)}
-  wire.save(workdir / 'params.npz', arrays)
+  wire.save(workdir / 'params.npz', wire_lib.flatten(params))
   summary = {
       'step': state.round,
       'seconds': state.seconds,
@@ -104,7 +101,7 @@ def load(path: pathlib.Path, parties: parties_lib.Parties) -> ServerState:
   if arrays is None:
     return make(parties.init(), parties.init_server())
   like = make(jax.eval_shape(parties.init), jax.eval_shape(parties.init_server))
-  return wire.unflatten(arrays, like)
+  return wire_lib.unflatten(arrays, like)
 
 
 def evaluate(
@@ -178,7 +175,7 @@ class Nodes:
     Raises:
       RuntimeError: too few of them, again and again.
     """
-    view = wire.flatten(state.view)
+    view = wire_lib.flatten({'view': state.view})
     size = lambda arrays: sum(map(parties_lib.size, arrays))
     while size(self.history.values()) > parties_lib.size(view):
       self.history.pop(min(self.history))  # The view is smaller.

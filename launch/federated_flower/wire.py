@@ -1,4 +1,4 @@
-"""What both sides share: the config, arrays that travel, files of a state."""
+"""What both sides share: the config, records of arrays, files of a state."""
 
 from collections.abc import Mapping
 import hashlib
@@ -11,7 +11,6 @@ from flwr.app import Array
 from flwr.app import ArrayRecord
 from flwr.app import Context
 import jax
-import jax.numpy as jnp
 from ml_collections import config_dict
 import numpy as np
 
@@ -53,46 +52,6 @@ def to_record(payload: parties_lib.Payload) -> ArrayRecord:
 def from_record(record: Any) -> parties_lib.Payload:
   """Returns the payload of a record; nothing in it is executed."""
   return {path: array.numpy() for path, array in record.items()}
-
-
-def flatten(tree: Any) -> parties_lib.Payload:
-  """Returns the leaves of a tree as arrays; of typed keys their data."""
-  is_key = lambda x: jnp.issubdtype(
-      getattr(x, 'dtype', int), jax.dtypes.prng_key
-  )
-  leaves = [
-      jax.random.key_data(x) if is_key(x) else x for x in jax.tree.leaves(tree)
-  ]
-  return {str(i): np.asarray(x) for i, x in enumerate(leaves)}
-
-
-def unflatten(arrays: Mapping[str, np.ndarray], like: Any) -> Any:
-  """Returns the tree of which `flatten` made the arrays.
-
-  Args:
-    arrays: as `flatten` returns.
-    like: tree of arrays, `jax.ShapeDtypeStruct`s or numbers; numbers come back
-      as Python numbers.
-
-  Raises:
-    ValueError: arrays of another tree.
-  """
-  leaves: list[Any] = []
-  for i, leaf in enumerate(jax.tree.leaves(like)):
-    x: Any = arrays[str(i)]
-    if isinstance(leaf, int | float):
-      leaves.append(type(leaf)(x))
-      continue
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      x = jax.random.wrap_key_data(x)
-    if x.shape != leaf.shape:
-      raise ValueError(
-          f'Expected leaf {i} of shape {leaf.shape}, got {x.shape}.'
-      )
-    leaves.append(x if isinstance(leaf, np.ndarray) else jnp.asarray(x))
-  if len(leaves) != len(arrays):
-    raise ValueError(f'Expected {len(leaves)} leaves, got {len(arrays)}.')
-  return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
