@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 WORKDIR ?= runs/digits
 FIGURES ?= figures
 
-.PHONY: run test test-all mutants lint format notebooks docs clean
+.PHONY: run test test-all parity mutants lint format notebooks docs clean
 
 # Pre-trains on the digits 0-4, fine-tunes on 5-9 with every method.
 run: $(VENV)/.installed
@@ -15,11 +15,15 @@ run: $(VENV)/.installed
 
 # A worker has whole files: their tests share compiled programs.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' tests --ignore=tests/parity
 
 # What is too slow for `make test`, the network of processes included.
 test-all: $(VENV)/.installed-federated
-	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow tests --ignore=tests/parity
+
+# Against the reference implementations: transformers, PyTorch (CPU), peft.
+parity: $(VENV)/.installed-parity
+	$(BIN)/python -m pytest -n auto --dist loadfile tests/parity
 
 # Breaks the package line by line: of each fault a quick test must turn red.
 mutants: $(VENV)/.installed
@@ -51,6 +55,10 @@ $(VENV)/.installed: setup.py constraints.txt
 
 $(VENV)/.installed-federated: $(VENV)/.installed
 	$(PIP) -e '.[federated]'
+	@touch $@
+
+$(VENV)/.installed-parity: $(VENV)/.installed
+	$(PIP) -e '.[parity]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

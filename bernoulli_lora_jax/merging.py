@@ -4,6 +4,7 @@
 scale s in the right one (`adapters.scaled`).
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -177,7 +178,7 @@ def check_shapes(expected: Any, given: Any) -> None:
       )
 
 
-def product(pair: dict[str, jax.Array]) -> jax.Array:
+def product(pair: Mapping[str, jax.Array]) -> jax.Array:
   """Returns L R in the factors' dtype, at full precision."""
   return jnp.matmul(
       pair['left'], pair['right'], precision=jax.lax.Precision.HIGHEST
