@@ -177,10 +177,10 @@ class PackedTest(parameterized.TestCase):
     model = loaded(name)
     lengths = (9, 1, 14, 8)
     tokens = decoders.tokens(sum(lengths), rows=1)
-    segments = np.repeat([4, 0, 7, 2], lengths)[None]
+    segments = np.repeat([4, 0, 7, 4], lengths)[None]
     apply = jax.jit(decoder.apply, static_argnums=0)
     packed = apply(model.config, model.params, tokens, None, segments)
-    # Each in a row of its own, with something behind it that it does not see.
+    # One's number comes again. Each in a row of its own, with something behind it that it does not see.
     rows = np.ones((4, max(lengths)), np.int32)
     documents = np.split(tokens[0], np.cumsum(lengths)[:-1])
     for row, document in zip(rows, documents, strict=True):

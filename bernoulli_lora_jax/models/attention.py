@@ -79,7 +79,9 @@ def attend(
         stacklevel=2,
     )
   places = jnp.arange(q.shape[1])
-  seen = segments[:, :, None] == segments[:, None, :]
+  # A document is a run: its number may come again in the row.
+  run = jnp.cumsum(is_first(segments), axis=1)
+  seen = run[:, :, None] == run[:, None, :]
   seen &= sees(places[None, :, None], places[None, None], window)
   return jax.nn.dot_product_attention(
       q, k, v, mask=seen[:, None], implementation='xla'
@@ -181,6 +183,12 @@ def _packed(
   return jnp.where(is_whole[:, None, None, None], out, jnp.nan)
 
 
+def is_first(segments: jax.Array) -> jax.Array:
+  """Returns whether a document begins at each position, shape (b, s)."""
+  before = jnp.roll(segments, 1, axis=1)
+  return (segments != before).at[:, 0].set(True)
+
+
 def bounds(
     segments: jax.Array, most: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -195,7 +203,7 @@ def bounds(
     where there is none; counts (b,). All int32.
   """
   size = segments.shape[1]
-  is_start = jnp.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
+  is_start = is_first(segments)
   count = jnp.sum(is_start, axis=1, dtype=jnp.int32)
   place = functools.partial(jnp.nonzero, size=most + 1, fill_value=size)
   starts = jax.vmap(lambda row: place(row)[0])(is_start).astype(jnp.int32)

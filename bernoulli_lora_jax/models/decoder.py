@@ -346,8 +346,7 @@ def positions_of(
   places = jnp.broadcast_to(places, tokens.shape)
   if segments is None:
     return places
-  is_start = jnp.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
-  starts = jnp.where(is_start, places, 0)
+  starts = jnp.where(attention.is_first(segments), places, 0)
   return places - jax.lax.cummax(starts, axis=1)
 
 

@@ -136,7 +136,7 @@ def load(
   family = hf_config.family_of(raw, where)
   tensors = _tensors(folder)
   shapes = param_shapes(config)
-  wanted = {path: _sources(family, config, path) for path in shapes}
+  wanted = {path: tensor_names(family, config, path) for path in shapes}
   _check_names(config, tensors, wanted, folder)
   leaves = {}
   for path, shape in shapes.items():
@@ -373,7 +373,7 @@ def _tensors(folder: pathlib.Path) -> dict[str, _Stored]:
   return found
 
 
-def _sources(
+def tensor_names(
     family: str, config: decoder.DecoderConfig, path: str
 ) -> list[str]:
   """Returns the names of the tensors that a leaf is made of."""
@@ -392,7 +392,7 @@ def _targets(
   """Returns {name of a tensor: (path of its leaf, its layer if it is stacked)}."""
   found = {}
   for path in param_shapes(config):
-    names = _sources(family, config, path)
+    names = tensor_names(family, config, path)
     is_stacked = path.startswith('layers/')
     for i, name in enumerate(names):
       found[name] = (path, i if is_stacked else None)
