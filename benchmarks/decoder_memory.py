@@ -17,11 +17,13 @@ import time
 
 from absl import app
 from absl import flags
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+from safetensors import numpy as safetensors
 import tabulate
 
 import bernoulli_lora_jax as bl
@@ -77,8 +79,6 @@ POLICIES = {
 
 def write(folder: pathlib.Path, raw) -> None:
   """Writes a checkpoint of random weights, a file a layer."""
-  from safetensors import numpy as safetensors
-
   folder.mkdir(parents=True)
   config = hf_config.from_dict(raw, scan_layers=False)
   noise = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
@@ -106,8 +106,6 @@ def drawn(raw, **run):
       path: 0.02 * jax.random.normal(jax.random.key(i), x.shape, jnp.bfloat16)
       for i, (path, x) in enumerate(hf.param_shapes(config).items())
   }
-  from flax import traverse_util
-
   return config, traverse_util.unflatten_dict(leaves, sep='/')
 
 
@@ -156,6 +154,7 @@ def measure(shape: str, method: str) -> dict[str, object]:
     raise SystemExit(f'Expected a finite loss, got {value}.')
   speed = rows * length / np.median(times[6:])
   return {
+      'device': f'{jax.devices()[0].device_kind}, jax {jax.__version__}',
       'shapes': shape,
       'method': method,
       'batch': f'{rows} x {length}',
@@ -175,6 +174,7 @@ def main(argv):
   if _ONE.value:
     print(json.dumps(measure(*_ONE.value.split(','))))
     return
+  jax.config.update('jax_platforms', 'cpu')  # Rows have the GPU to themselves.
   table = []
   for shape in _SHAPES.value:
     folder = pathlib.Path(_FOLDER.value) / shape
@@ -190,7 +190,7 @@ def main(argv):
       )
       table.append(json.loads(found.stdout.splitlines()[-1]))
       print(tabulate.tabulate(table[-1:], headers='keys'), flush=True)
-  print(f'\n{jax.devices()[0].device_kind}, jax {jax.__version__}\n')
+  print('\n' + ' and '.join({row.pop('device') for row in table}) + '\n')
   print(tabulate.tabulate(table, headers='keys', tablefmt=_STYLE.value))
 
 

@@ -58,18 +58,14 @@ def attend(
   Warns:
     SlowAttentionWarning: packed documents on a GPU without the fused call.
   """
+  if _is_fused(q) and (segments is None or packed_is_fused()):
+    return _fused(q, k, v, window, segments, max_segments)
+  causal = functools.partial(
+      jax.nn.dot_product_attention, q, k, v, implementation='xla'
+  )
   if segments is None:
-    name = 'cudnn' if _is_fused(q) else 'xla'
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation=name,
-    )
-  if _is_fused(q) and packed_is_fused():
-    return _packed(q, k, v, segments, window, max_segments)
+    sizes = None if window is None else (window - 1, 0)
+    return causal(is_causal=True, local_window_size=sizes)
   if jax.default_backend() == 'gpu':
     warnings.warn(
         f'Packed attention of {q.dtype} on this GPU and version of jax forms its'
@@ -83,9 +79,7 @@ def attend(
   run = jnp.cumsum(is_first(segments), axis=1)
   seen = run[:, :, None] == run[:, None, :]
   seen &= sees(places[None, :, None], places[None, None], window)
-  return jax.nn.dot_product_attention(
-      q, k, v, mask=seen[:, None], implementation='xla'
-  )
+  return causal(mask=seen[:, None])
 
 
 def attend_cache(
@@ -151,6 +145,37 @@ def _fused_call() -> tuple[Callable[..., Any], Any] | None:
     return None
   takes = set(inspect.signature(call).parameters)
   return (call, mask) if takes >= _TAKES else None
+
+
+def _fused(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: int | None,
+    segments: jax.Array | None,
+    max_segments: int,
+) -> jax.Array:
+  """Returns attention by cuDNN, of an even length: it refuses some odd ones."""
+  length = q.shape[1]
+  if length % 2:
+    # Of the last document; nothing before it sees the place that is added.
+    add = lambda x, mode: jnp.pad(
+        x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2), mode=mode
+    )
+    q, k, v = (add(x, 'constant') for x in (q, k, v))
+    segments = None if segments is None else add(segments, 'edge')
+  if segments is None:
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation='cudnn',
+    )
+  else:
+    out = _packed(q, k, v, segments, window, max_segments)
+  return out[:, :length]
 
 
 def _packed(
