@@ -405,6 +405,26 @@ class ChainTest(parameterized.TestCase):
     chex.assert_trees_all_close(ours, merged, rtol=1e-5)
     self.assertGreater(abs(float(plain - merged)), 1e-3)
 
+  def test_tables_say_what_is_held(self):
+    """Stored and trained numbers, stacked as unrolled; a coin a layer."""
+    totals = []
+    for scan_layers in (True, False):
+      model = loaded('qwen2', scan_layers=scan_layers)
+      found = decoder.matrices(model.config, 'q_proj|down_proj')
+      policy = bl.ChainPolicy(rank=3, side='bernoulli', prob=0.25, period=2)
+      rows = bl.adapters.adapter_table(model.params, policy, found)
+      chain = bl.adapters.make_chain(policy, optax.adam(0.1), found)
+      state = jax.eval_shape(chain.init, jax.random.key(0), model.params)
+      size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+      total = lambda name: sum(row[name] for row in rows)
+      self.assertEqual(total('stored'), size(state.factors))
+      self.assertEqual(2 * total('stored') + 1, size(state.opt_state))
+      totals.append((total('stored'), total('trained'), size(state.coins)))
+    self.assertEqual(totals[0], totals[1])
+    trained = 3 * (0.25 * 3 * 32 + 0.75 * 32 * 3)  # q_proj of three layers
+    trained += 3 * (0.25 * 3 * 32 + 0.75 * 48 * 3)
+    self.assertEqual(totals[0], (3 * 3 * (64 + 80), trained, 6))
+
   @parameterized.parameters('nearest', 'stochastic')
   def test_no_second_copy_of_the_weights(self, rounding):
     """Beside state and batch a step holds less than half of the weights again."""

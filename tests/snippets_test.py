@@ -14,6 +14,8 @@ import re
 import shlex
 from typing import NamedTuple
 
+import chat_templates
+import decoders
 import flax
 from flax import linen as nn
 from flax import nnx
@@ -22,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizer_folders
 
 import bernoulli_lora_jax as bl
 from bernoulli_lora_jax import cli
@@ -38,6 +41,7 @@ _DOCUMENTS = ('README.md', 'docs/guide.md')
 _SLOW = (  # More than two seconds.
     'A few lines',
     'NNX models',
+    'Checkpoints of the Hugging Face hub',
     'Federated: which method when',
     'Recipes',
     'Variance reduction',
@@ -238,24 +242,12 @@ def quantised(_):
   return {'qwix': pytest.importorskip('qwix')}
 
 
-def nnx_model(_):
-  class Model(nnx.Module):
-
-    def __init__(self, rngs):
-      self.up = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
-      self.down = nnx.Linear(WIDTH, 10, rngs=rngs)
-
-    def __call__(self, x):
-      return self.down(nnx.gelu(self.up(x)))
-
-  batch = make_batch(6)
-  x = batch['x'][:, 0]
-  return {
-      'qwix': pytest.importorskip('qwix'),
-      'nnx_model': Model(nnx.Rngs(0)),
-      'x': x,
-      'batch': {**batch, 'x': x},
-  }
+def checkpoint(_):
+  """A folder of the hub, small, with a tokenizer and a chat template."""
+  folder, words = pathlib.Path('base'), tokenizer_folders.byte_level()
+  decoders.write(folder, 'llama3', vocab_size=words.get_vocab_size())
+  tokenizer_folders.write(folder, words, chat_templates.LLAMA3)
+  return {'folder': folder, 'tokens': jnp.asarray(decoders.tokens(16, rows=8))}
 
 
 PREPARED = {
@@ -266,7 +258,9 @@ PREPARED = {
     'Federated: which method when': federation,
     "Polyak's step (T8)": subgradients,
     'Quantised bases': quantised,
-    'NNX models': nnx_model,
+    'NNX models': lambda _: {'nnx': nnx, 'batch': make_batch(6)},
+    'Checkpoints of the Hugging Face hub': checkpoint,
+    'A few lines': checkpoint,
     'A task of your own': federation,
 }
 
@@ -284,8 +278,9 @@ def check(names, defined, code):
   if 'chain' in defined and 'chain.init' not in code:
     jax.eval_shape(names['chain'].init, names['key'], names['params'])
   if 'step' in defined:
-    state, _ = names['step'](names['state'], names['batch'])
-    assert int(state.count) == 1
+    count = int(names['state'].count)
+    names['state'], _ = names['step'](names['state'], names['batch'])
+    assert int(names['state'].count) == count + 1
 
 
 @pytest.mark.filterwarnings('error:Replayed weights')  # A recipe's promise.

@@ -1,1 +1,1 @@
-"""Flax Linen models, in files of their own."""
+"""Models, in files of their own; `hf`, `tokenizer` and `chat` want the extra `hf`."""
