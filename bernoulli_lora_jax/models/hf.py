@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import importlib
+import mmap
 import os
 import pathlib
 import re
@@ -446,7 +447,7 @@ def _read_leaf(
     )
   is_kernel = path.endswith('/kernel')
   own = shape[1:] if path.startswith('layers/') else shape
-  leaf = np.empty((len(stored), *own), jnp.dtype(dtype))
+  leaf = _empty((len(stored), *own), jnp.dtype(dtype))
   for i, tensor in enumerate(stored):
     theirs = own[::-1] if is_kernel else own
     if tensor.shape != theirs:
@@ -460,6 +461,16 @@ def _read_leaf(
       else:
         leaf[i, rows] = values
   return leaf.reshape(shape)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """Returns an array whose memory the system gets back at once.
+
+  Of smaller ones malloc keeps what is freed, 40 MB of the shapes of 1B.
+  """
+  count = int(np.prod(shape))
+  memory = mmap.mmap(-1, max(1, count * dtype.itemsize))
+  return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 def _check_tied(tensors: Mapping[str, _Stored], folder: pathlib.Path) -> None:
