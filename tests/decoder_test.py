@@ -663,8 +663,10 @@ class GenerateTest(parameterized.TestCase):
   @parameterized.parameters(1e-10, 1e-38, 1e-45)
   def test_a_small_temperature_is_greedy(self, temperature):
     model = loaded('llama2')
+    scale = 100 * model.params['norm']['scale']  # So that logits are large.
+    params = {**model.params, 'norm': {'scale': scale}}
     run = functools.partial(
-        generate.generate, model.config, model.params, max_new_tokens=4
+        generate.generate, model.config, params, max_new_tokens=4
     )
     prompts = [[3, 4, 5], [7, 8, 9]]
     greedy = run(prompts)
