@@ -49,7 +49,7 @@ def formed(q, k, v, window, segments):
   place = jnp.arange(length)
   seen = attention.sees(place[:, None], place[None], window)[None]
   if segments is not None:
-    runs = jnp.cumsum(attention.is_first(segments), axis=1)
+    runs = jnp.cumsum(attention.is_start(segments), axis=1)
     seen = seen & (runs[:, :, None] == runs[:, None])
   scores = jnp.where(seen[:, None], scores * q.shape[-1] ** -0.5, -jnp.inf)
   probs = jax.nn.softmax(scores, axis=-1)

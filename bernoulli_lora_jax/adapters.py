@@ -365,10 +365,25 @@ def _begun(chain: Chain, state: AdapterState) -> AdapterState:
     return state
   is_due = (state.count > 0) & (state.count % period == 0)
   next_link = functools.partial(_placed, _next_link, chain)
-  # A loop of one turn or none: it moves the weights in place, where the branches
-  # of a cond would have a copy of them.
+  return _if_due(next_link, is_due, state)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _if_due(change: Callable[[Any], Any], is_due: jax.Array, state: Any) -> Any:
+  """Returns change(state) if it is due.
+
+  A loop of one turn or none: it moves the weights in place, where the branches of a
+  cond would have a copy of them.
+  """
   turns = is_due.astype(jnp.int32)
-  return jax.lax.fori_loop(0, turns, lambda _, s: next_link(s), state)
+  return jax.lax.fori_loop(0, turns, lambda _, s: change(s), state)
+
+
+@_if_due.defjvp
+def _if_due_jvp(change, primals, tangents):
+  """Of a cond: a loop of a traced number of turns has no transpose."""
+  cond = lambda is_due, state: jax.lax.cond(is_due, change, lambda s: s, state)
+  return jax.jvp(cond, primals, tangents)
 
 
 def _next_link(chain: Chain, state: AdapterState) -> AdapterState:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import matrices as matrices_lib
 
 P = jax.sharding.PartitionSpec
@@ -39,7 +40,11 @@ def placer(mesh: jax.sharding.Mesh, rules: Rules) -> Callable[..., Any]:
     ValueError: a pattern that is none, an axis that the mesh lacks; when called, a
       spec longer than the leaf or a size that the devices do not divide.
   """
-  for pattern, spec in rules:
+  for rule in rules:
+    is_rule = isinstance(rule, tuple) and len(rule) == 2
+    is_rule = is_rule and isinstance(rule[0], str) and isinstance(rule[1], P)
+    checks.that(is_rule, 'rules (pattern, PartitionSpec)', rule=rule)
+    pattern, spec = rule
     matrices_lib.check_pattern('pattern', pattern)
     for axis in _names(spec):
       if axis not in mesh.shape:
@@ -73,13 +78,12 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh, rules: Rules) -> Any:
   return jax.tree.structure(tree).unflatten(placed)
 
 
-def _names(spec: P) -> list[str]:
+def _names(spec: P) -> list[Any]:
   """Returns the axes of a mesh that a spec names."""
   found = []
   for entry in spec:
-    found += (
-        [] if entry is None else [entry] if isinstance(entry, str) else entry
-    )
+    is_several = isinstance(entry, tuple | list)
+    found += [] if entry is None else entry if is_several else [entry]
   return found
 
 

@@ -764,6 +764,26 @@ class MergeTest(parameterized.TestCase):
     jaxpr = str(jax.make_jaxpr(chain.merge)(state))
     self.assertEqual(jaxpr.count('optimization_barrier'), 2 * 2)
 
+  @parameterized.product(
+      mode=('nearest', 'stochastic', 'compensated'), batch=((3,), (2, 3))
+  )
+  def test_entries_of_a_stack_are_merged_as_alone(self, mode, batch):
+    """Bit for bit, with the keys and remainders of each."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    draw = lambda key, *shape: jax.random.normal(key, (*batch, *shape))
+    weight = draw(keys[0], 8, 6).astype(jnp.bfloat16)
+    pair = {'left': draw(keys[1], 8, 2), 'right': 0.1 * draw(keys[2], 2, 6)}
+    rest = (1e-3 * draw(keys[3], 8, 6)).astype(jnp.bfloat16)
+    rest = rest if mode == 'compensated' else None
+    merge = jax.jit(adapters._with_product, static_argnums=4)
+    given = (weight, pair, rest, jax.random.split(keys[4], batch))
+    made = merge(*given, mode)
+    for i in np.ndindex(batch):
+      alone = merge(*jax.tree.map(lambda x, i=i: x[i], given), mode)
+      chex.assert_trees_all_equal(
+          jax.tree.map(lambda x, i=i: x[i], made), alone
+      )
+
   def test_stochastic_rounding_draws_for_each_link_and_entry(self):
     # Equal layers and updates: nothing but the draws differs.
     params = {'stack': jnp.ones((2, 30, 20), jnp.bfloat16)}
@@ -1851,6 +1871,60 @@ class StateTest(parameterized.TestCase):
             steps_of(together, i), one(keys[i]), rtol=1e-8, atol=1e-8
         )
     self.assertLen(np.unique(coins), 2)
+
+  def test_gradient_through_steps(self):
+    """Of what a run ends with, by its scale, over the ends of links."""
+    with jax.enable_x64(True):
+      problem = Regression(self.num_steps, ('stack',))
+      chain, loss = self.chain(), problem.adapted()
+      params, batches = problem.inputs()
+      start = jax.jit(chain.init)(jax.random.key(0), params)
+      step = jax.jit(
+          lambda state, batch, scale: chain.step(
+              state, loss, batch, scale=scale
+          )[0]
+      )
+
+      def end(scale):
+        state = start
+        for i in range(5):
+          state = step(state, steps_of(batches, i), scale)
+        return jnp.sum(jnp.sin(chain.params(state)['stack']))
+
+      slope = (end(1 + 1e-5) - end(1 - 1e-5)) / 2e-5
+      self.assertGreater(abs(slope), 1e-3)
+      self.assertGreater(5, chain.policy.period)
+      chex.assert_trees_all_close(jax.grad(end)(1.0), slope, rtol=1e-6)
+      chex.assert_trees_all_close(
+          jax.jvp(end, (1.0,), (1.0,))[1], slope, rtol=1e-6
+      )
+
+  def test_vmap_of_links_out_of_phase(self):
+    with jax.enable_x64(True):
+      problem = Regression(self.num_steps, ('stack',))
+      chain, loss = self.chain(), problem.adapted()
+      params, batches = problem.inputs()
+      step = jax.jit(lambda state, batch: chain.step(state, loss, batch)[0])
+      apart = []
+      for i in range(3):
+        state = jax.jit(chain.init)(jax.random.key(i), params)
+        for j in range(i):
+          state = step(state, steps_of(batches, j))
+        apart.append(state)
+      together = jax.tree.map(lambda *xs: jnp.stack(xs), *apart)
+      many = jax.jit(jax.vmap(step, (0, None)))
+      for j in range(4):
+        batch = steps_of(batches, j)
+        apart = [step(state, batch) for state in apart]
+        together = many(together, batch)
+      np.testing.assert_array_equal(together.count, [4, 5, 6])
+      for i, state in enumerate(apart):
+        chex.assert_trees_all_close(
+            steps_of(together.params, i), state.params, rtol=1e-9, atol=1e-9
+        )
+        np.testing.assert_array_equal(
+            together.coins['stack'][i], state.coins['stack']
+        )
 
   def test_scale_and_value_of_a_step(self):
     chain = adapters.make_chain(

@@ -127,6 +127,30 @@ class LayoutTest(parameterized.TestCase):
     ours = results(config, model.params, decoders.tokens(24))
     self.assertLess(distance(ours, golden('qwen2')), TOLERANCE)
 
+  @parameterized.parameters(True, False)
+  def test_dtype_of_the_computation(self, scan_layers):
+    model = loaded('llama2', scan_layers=scan_layers)
+    config = dataclasses.replace(model.config, dtype=jnp.bfloat16)
+    apply = jax.jit(decoder.apply, static_argnums=0)
+    tokens = decoders.tokens(8)
+    ours = apply(config, model.params, tokens)
+    self.assertEqual(ours.hidden.dtype, jnp.bfloat16)
+    self.assertEqual(decoder.logits(ours).dtype, jnp.float32)
+    exact = apply(model.config, model.params, tokens)
+    # Three layers, each rounded to 2^-9 a few times; entries are of order one.
+    chex.assert_trees_all_close(
+        ours.hidden.astype(jnp.float32), exact.hidden, atol=0.1
+    )
+
+  def test_norms_are_taken_in_float32(self):
+    x = jax.random.normal(jax.random.key(0), (4, 64)).astype(jnp.bfloat16)
+    norm = decoder.RMSNorm(1e-6)
+    params = {'params': {'scale': jnp.ones(64, jnp.bfloat16)}}
+    exact = norm.apply(params, x.astype(jnp.float32))
+    chex.assert_trees_all_equal(
+        norm.apply(params, x), exact.astype(jnp.bfloat16)
+    )
+
   def test_remat_keeps_less(self):
     config = dataclasses.replace(loaded('qwen3').config, scan_layers=True)
 
@@ -163,10 +187,50 @@ class LayoutTest(parameterized.TestCase):
       (dict(windowed=(True,)), 'windowed of each'),
       (dict(remat='some'), 'remat in'),
       (dict(num_layers=0), 'num_layers >= 1'),
+      (dict(norm_eps=-1e-6), 'norm_eps >= 0'),
+      (dict(dtype='int8'), 'dtype of floating point'),
+      (dict(windowed=(True, False, True)), 'a window where'),
   )
   def test_rejects(self, change, message):
     with self.assertRaisesRegex(ValueError, message):
       dataclasses.replace(loaded('llama2').config, **change)
+
+  @parameterized.parameters(
+      dict(num_layers=3.0), dict(vocab_size=True), dict(window=3.5)
+  )
+  def test_rejects_sizes_that_are_no_int(self, **change):
+    with self.assertRaisesRegex(TypeError, 'to be an int'):
+      dataclasses.replace(loaded('llama2').config, **change)
+
+  def test_a_list_of_windowed_layers_can_be_hashed(self):
+    windowed = [True, False, True]
+    change = dict(window=3, windowed=windowed)
+    config = dataclasses.replace(loaded('llama2').config, **change)
+    self.assertEqual(config.windows, (3, None, 3))
+    hash(config)
+
+  @parameterized.parameters(
+      (dict(tokens=np.zeros((0, 5), int)), r'tokens of shape .*\(0, 5\)'),
+      (dict(tokens=np.zeros(5, int)), r'tokens of shape .*\(5,\)'),
+      (dict(segments=np.zeros((2, 4), int)), 'segments of shape'),
+      (dict(positions=np.zeros(5, int)), 'positions of shape'),
+  )
+  def test_rejects_inputs(self, change, message):
+    model = loaded('llama2')
+    given = dict(tokens=decoders.tokens(5)) | change
+    with self.assertRaisesRegex(ValueError, message):
+      decoder.apply(model.config, model.params, **given)
+
+  @parameterized.parameters(-1, 96)
+  def test_an_unknown_token_is_nan(self, token):
+    model = loaded('llama2')
+    tokens = decoders.tokens(5)
+    tokens[0, 2] = token
+    out = jax.jit(decoder.apply, static_argnums=0)(
+        model.config, model.params, tokens
+    )
+    is_nan = np.isnan(out.hidden).any(axis=(1, 2))
+    np.testing.assert_array_equal(is_nan, [True, False])
 
 
 class PackedTest(parameterized.TestCase):
@@ -202,6 +266,15 @@ class PackedTest(parameterized.TestCase):
     self.assertEqual(float(other.weight), float(weighted.weight))
     chex.assert_trees_all_close(whole, apart, rtol=1e-5)
 
+  def test_a_number_may_come_again(self):
+    model = loaded('llama2')
+    tokens = decoders.tokens(12, rows=1)
+    apply = jax.jit(decoder.apply, static_argnums=0)
+    run = lambda numbers: apply(
+        model.config, model.params, tokens, None, np.repeat([numbers], 4, 1)
+    )
+    chex.assert_trees_all_equal(run([0, 1, 0]), run([0, 1, 2]))
+
   def test_weights_of_targets(self):
     model = loaded('llama2')
     tokens = decoders.tokens(6, rows=1)
@@ -234,6 +307,10 @@ class PackedTest(parameterized.TestCase):
     starts, lengths, count = attention.bounds(segments, 3)
     np.testing.assert_array_equal(starts, [[0, 3, 5, -1], [0, -1, -1, -1]])
     np.testing.assert_array_equal(lengths, [[3, 2, 1], [6, -1, -1]])
+    starts, lengths, count = attention.bounds(segments, 2)  # One too many.
+    np.testing.assert_array_equal(starts, [[0, 3, -1], [0, -1, -1]])
+    np.testing.assert_array_equal(lengths, [[3, 2], [6, -1]])
+    np.testing.assert_array_equal(count, [3, 1])
 
   def test_segments_with_a_cache(self):
     config = loaded('llama2').config
@@ -286,6 +363,33 @@ class CrossEntropyTest(parameterized.TestCase):
           both(plain_cross_entropy),
           rtol=1e-12,
       )
+
+  @parameterized.parameters(-100, -1, 23, 10**6, np.int32(-(2**31)))
+  def test_targets_without_weight_are_anything(self, target):
+    hidden, head, targets, weights = self.arguments()
+    value = jax.value_and_grad(cross_entropy.cross_entropy, argnums=(0, 1))
+    chex.assert_trees_all_equal(
+        value(hidden, head, targets.at[0, 3].set(target), weights),
+        value(hidden, head, targets, weights),
+    )
+
+  @parameterized.parameters(-1, 23)
+  def test_an_unknown_target_is_nan(self, target):
+    hidden, head, targets, weights = self.arguments()
+    targets = targets.at[0, 4].set(target)
+    value = cross_entropy.cross_entropy(hidden, head, targets, weights)
+    self.assertTrue(np.isnan(value))
+
+  @parameterized.parameters(np.float64, np.int64, bool, jnp.bfloat16)
+  def test_weights_of_another_dtype(self, dtype):
+    hidden, head, targets, _ = self.arguments()
+    with jax.enable_x64(True):
+      weights = jnp.arange(22).reshape(2, 11) % 2
+      value = jax.value_and_grad(cross_entropy.cross_entropy)
+      got = value(hidden, head, targets, weights.astype(dtype))
+      expected = value(hidden, head, targets, weights.astype(jnp.float32))
+      chex.assert_trees_all_equal(got, expected)
+      self.assertEqual(got[0].dtype, jnp.float32)
 
   def test_a_cotangent_scales(self):
     hidden, *rest = self.arguments()
@@ -347,12 +451,20 @@ class CrossEntropyTest(parameterized.TestCase):
   @parameterized.parameters(
       (dict(chunk=0), 'chunk >= 1'),
       (dict(targets=jnp.zeros((2, 4), int)), 'shape'),
+      (
+          dict(
+              hidden=jnp.zeros((0, 5, 8)),
+              targets=jnp.zeros((0, 5), int),
+              weights=jnp.zeros((0, 5)),
+          ),
+          'at least one position',
+      ),
   )
   def test_rejects(self, change, message):
     hidden, head, targets, weights = self.arguments()
-    given = dict(targets=targets, weights=weights) | change
+    given = dict(hidden=hidden, targets=targets, weights=weights) | change
     with self.assertRaisesRegex(ValueError, message):
-      cross_entropy.cross_entropy(hidden, head, **given)
+      cross_entropy.cross_entropy(head=head, **given)
 
 
 def only(tree, matrices):
@@ -371,7 +483,7 @@ class ChainTest(parameterized.TestCase):
     return decoder.make_loss(config, chunk=16)
 
   @parameterized.parameters(
-      ('llama3', True), ('llama3', False), ('qwen2', True)
+      ('llama3', True), ('llama3', False), ('qwen2', True), ('llama2', True)
   )
   def test_the_law(self, name, scan_layers):
     """The loss of adapters is the loss at W + L R, and nothing is formed."""
@@ -416,7 +528,7 @@ class ChainTest(parameterized.TestCase):
       chain = bl.adapters.make_chain(policy, optax.adam(0.1), found)
       state = jax.eval_shape(chain.init, jax.random.key(0), model.params)
       size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-      total = lambda name: sum(row[name] for row in rows)
+      total = lambda name, rows=rows: sum(row[name] for row in rows)
       self.assertEqual(total('stored'), size(state.factors))
       self.assertEqual(2 * total('stored') + 1, size(state.opt_state))
       totals.append((total('stored'), total('trained'), size(state.coins)))
@@ -568,6 +680,20 @@ class GenerateTest(parameterized.TestCase):
     errors = np.sqrt(num * probs * (1 - probs)) + 1
     self.assertLess(np.max(np.abs(counts - num * probs) / errors), 5)
 
+  @parameterized.parameters(1e-10, 1e-38, 1e-45)
+  def test_a_small_temperature_is_greedy(self, temperature):
+    model = loaded('llama2')
+    scale = 100 * model.params['norm']['scale']  # So that logits are large.
+    params = {**model.params, 'norm': {'scale': scale}}
+    run = functools.partial(
+        generate.generate, model.config, params, max_new_tokens=4
+    )
+    prompts = [[3, 4, 5], [7, 8, 9]]
+    greedy = run(prompts)
+    how = dict(temperature=temperature, key=jax.random.key(0))
+    self.assertEqual(run(prompts, **how), greedy)
+    self.assertEqual(run(np.array(prompts), top_p=0.9, **how), greedy)
+
   @parameterized.parameters(dict(top_k=3), dict(top_p=0.4))
   def test_only_likely_tokens(self, **how):
     model = loaded('llama2')
@@ -596,6 +722,10 @@ class GenerateTest(parameterized.TestCase):
       (dict(top_k=97), 'top_k'),
       (dict(prompts=[[]]), 'at least one token'),
       (dict(prompts=[[96]]), r'tokens in \[0, 96\)'),
+      (dict(prompts=[[2**40]]), r'tokens in \[0, 96\)'),
+      (dict(prompts=[[1.5]]), 'whole numbers'),
+      (dict(prompts=[1, 2]), 'at least one token'),
+      (dict(end_tokens=3), 'a list of end_tokens'),
   )
   def test_rejects(self, change, message):
     given = dict(prompts=[[1]], max_new_tokens=1) | change

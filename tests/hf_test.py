@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -148,6 +149,42 @@ class RoundTripTest(FolderTest):
     chex.assert_trees_all_equal(again.params, params)
 
 
+class PathsTest(FolderTest):
+  """Folders as people name them."""
+
+  def test_the_home_of_the_user(self):
+    model = hf.load(self.write())
+    with mock.patch.dict(os.environ, HOME=str(self.folder)):
+      out = hf.save('~/out', model.params, model)
+      self.assertEqual(out, self.folder / 'out')
+      chex.assert_trees_all_equal(hf.load('~/out').params, model.params)
+
+  def test_another_working_folder_on_the_way(self):
+    base = self.write()
+    (base / 'tokenizer.json').write_text('{}')
+    before = os.getcwd()
+    self.addCleanup(os.chdir, before)
+    os.chdir(self.folder)
+    model = hf.load('base')
+    os.chdir(before)
+    out = hf.save(self.folder / 'out', model.params, model)
+    self.assertTrue((out / 'tokenizer.json').is_file())
+
+  def test_a_link_to_nowhere_is_no_place(self):
+    model = hf.load(self.write())
+    out = self.folder / 'out'
+    out.symlink_to(self.folder / 'gone')
+    with self.assertRaisesRegex(FileExistsError, 'not there yet'):
+      hf.save(out, model.params, model)
+
+  def test_one_file_goes_before_an_index(self):
+    """As for transformers: the index may be of an earlier save."""
+    base = self.write()
+    expected = hf.load(base).params
+    (base / hf.INDEX).write_text('{"weight_map": {"a": "b"}}')
+    chex.assert_trees_all_equal(hf.load(base).params, expected)
+
+
 class RefusalsTest(FolderTest):
   """What does not fit is named."""
 
@@ -175,6 +212,25 @@ class RefusalsTest(FolderTest):
       hf.save(self.folder / 'out', params, model, dtype='float16')
     self.assertEqual([p.name for p in self.folder.iterdir()], ['base'])
 
+  @parameterized.parameters(
+      (dict(dtype='int8'), "dtype in .*'int8'"),
+      (dict(max_shard_bytes=0), 'max_shard_bytes >= 1'),
+  )
+  def test_options_of_save(self, options, message):
+    model = hf.load(self.write())
+    with self.assertRaisesRegex(ValueError, message):
+      hf.save(self.folder / 'out', model.params, model, **options)
+
+  @parameterized.parameters('int32', bool, 'complex64')
+  def test_weights_that_are_no_floats(self, dtype):
+    with self.assertRaisesRegex(ValueError, 'dtype of floating point'):
+      hf.load(self.write(), dtype=dtype)
+
+  def test_a_mesh_is_no_sharding(self):
+    mesh = jax.make_mesh((8,), ('data',))
+    with self.assertRaisesRegex(ValueError, 'placer'):
+      hf.load(self.write(), sharding=mesh)
+
   @parameterized.parameters('lose', 'add', 'shape', 'dtype')
   def test_tensors(self, fault):
     base = self.write('qwen2')
@@ -196,6 +252,15 @@ class RefusalsTest(FolderTest):
       message = f'{name} of a dtype in .*got I8'
     safetensors.save_file(tensors, file)
     with self.assertRaisesRegex(ValueError, message):
+      hf.load(base)
+
+  def test_a_tied_head_of_no_float(self):
+    base = self.write('llama3')
+    file = base / 'model.safetensors'
+    tensors = safetensors.load_file(file)
+    tensors['lm_head.weight'] = np.zeros((96, 32), np.int8)
+    safetensors.save_file(tensors, file)
+    with self.assertRaisesRegex(ValueError, 'lm_head.weight of a dtype'):
       hf.load(base)
 
   def test_a_tied_head_that_differs(self):
@@ -227,6 +292,9 @@ class RefusalsTest(FolderTest):
         self.folder / 'out', model.params, model, max_shard_bytes=20_000
     )
     index = json.loads((out / hf.INDEX).read_text())
+    (out / hf.INDEX).write_text('{"weight_map": {"model.norm.weight": 3}}')
+    with self.assertRaisesRegex(ValueError, 'a weight_map, names of files'):
+      hf.load(out)
     files = sorted(set(index['weight_map'].values()))
     index['weight_map']['model.norm.weight'] = files[0]
     (out / hf.INDEX).write_text(json.dumps(index))
@@ -235,6 +303,18 @@ class RefusalsTest(FolderTest):
     index['weight_map']['model.norm.weight'] = '../base/model.safetensors'
     (out / hf.INDEX).write_text(json.dumps(index))
     with self.assertRaisesRegex(FileNotFoundError, 'named in'):
+      hf.load(out)
+
+  def test_a_tensor_in_two_files(self):
+    model = hf.load(self.write())
+    out = hf.save(
+        self.folder / 'out', model.params, model, max_shard_bytes=20_000
+    )
+    last = sorted(out.glob('model-*'))[-1]
+    tensors = safetensors.load_file(last)
+    tensors['model.embed_tokens.weight'] = np.zeros((96, 32), np.float32)
+    safetensors.save_file(tensors, last)
+    with self.assertRaisesRegex(ValueError, 'embed_tokens.weight in one file'):
       hf.load(out)
 
   def test_pickled_weights_are_not_opened(self):
@@ -282,6 +362,38 @@ class RefusalsTest(FolderTest):
       hf.load(base)
 
   @parameterized.parameters(
+      ('vocab_size', True),
+      ('vocab_size', 96.0),
+      ('num_key_value_heads', '2'),
+      ('head_dim', 8.0),
+      ('num_attention_heads', 0),
+      ('sliding_window', 5.0),
+      ('rms_norm_eps', '1e-5'),
+      ('rms_norm_eps', None),
+      ('rope_theta', '500'),
+      ('rope_scaling', 'linear'),
+      ('tie_word_embeddings', 'false'),
+      ('use_sliding_window', 'false'),
+      ('attention_bias', 1),
+      ('quantization_config', 'gptq'),
+      ('architectures', 'LlamaForCausalLM'),
+      ('model_type', ['llama']),
+      ('layer_types', 'full_attention'),
+  )
+  def test_types(self, key, value):
+    raw = {**decoders.CONFIGS['llama2'], key: value}
+    with self.assertRaisesRegex(ValueError, f'config.json.*{key}='):
+      hf_config.from_dict(raw)
+
+  def test_types_of_rotary_embeddings(self):
+    raw = {**decoders.CONFIGS['llama2'], 'rope_scaling': None}
+    for key, value in (('factor', '4'), ('factor', True), ('rope_theta', '1')):
+      said = {'rope_type': 'linear', 'factor': 4.0, key: value}
+      with self.assertRaisesRegex(ValueError, f'{key} in .* a number'):
+        hf_config.from_dict({**raw, 'rope_parameters': said})
+
+  @parameterized.parameters(
+      dict(layer_types=[['full_attention']] * 3),
       dict(layer_types=['full_attention'] * 2),
       dict(layer_types=['full_attention'] * 2 + ['chunked_attention']),
   )
@@ -317,9 +429,16 @@ class ConfigTest(parameterized.TestCase):
     del raw['sliding_window']
     self.assertEqual(hf_config.from_dict({**raw, **said}).window, expected)
 
+  def test_what_qwen3_leaves_out(self):
+    raw = {**decoders.CONFIGS['qwen3']}
+    del raw['head_dim']
+    self.assertEqual(hf_config.from_dict(raw).head_dim, 128)
+
   def test_windows_of_qwen2(self):
     raw = decoders.CONFIGS['qwen2']
     self.assertEqual(hf_config.from_dict(raw).windows, (None, 5, 5))
+    left_out = {k: v for k, v in raw.items() if k != 'sliding_window'}
+    self.assertEqual(hf_config.from_dict(left_out).windows, (None, 4096, 4096))
     off = {**raw, 'use_sliding_window': False}
     self.assertEqual(hf_config.from_dict(off).windows, (None,) * 3)
     kinds = ['sliding_attention', 'full_attention', 'sliding_attention']

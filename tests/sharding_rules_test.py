@@ -59,6 +59,9 @@ class RulesTest(parameterized.TestCase):
       ((('kernel', P(None, 'fsdp')),), '4 devices to divide'),
       ((('kernel', P(None, None, None)),), 'at most 2 axes'),
       ((('weight', P('fsdp')),), "matches 'weight'"),
+      ((('kernel', 'fsdp'),), 'rules .pattern, PartitionSpec.'),
+      ({'kernel': P('fsdp')}, 'rules .pattern, PartitionSpec.'),
+      ((('kernel', P(3)),), 'got 3'),
   )
   def test_rejects(self, rules, message):
     tree = {'kernel': jnp.ones((8, 6))}

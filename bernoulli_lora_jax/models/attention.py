@@ -48,7 +48,8 @@ def attend(
     v: (b, s, kv_heads, dim).
     window: positions that one sees, itself included, >= 1; None for all before.
     segments: (b, s) int, equal within a document and different from the next
-      one's: nothing is seen across a border. None: a row is one document.
+      one's: nothing is seen across a border. A number may come again. None: a row
+      is one document.
     max_segments: most documents in a row, >= 1. Where a row has more and cuDNN
       is used, the whole row becomes NaN: its documents would mix.
 
@@ -76,7 +77,7 @@ def attend(
     )
   places = jnp.arange(q.shape[1])
   # A document is a run: its number may come again in the row.
-  run = jnp.cumsum(is_first(segments), axis=1)
+  run = jnp.cumsum(is_start(segments), axis=1)
   seen = run[:, :, None] == run[:, None, :]
   seen &= sees(places[None, :, None], places[None, None], window)
   return causal(mask=seen[:, None])
@@ -208,7 +209,7 @@ def _packed(
   return jnp.where(is_whole[:, None, None, None], out, jnp.nan)
 
 
-def is_first(segments: jax.Array) -> jax.Array:
+def is_start(segments: jax.Array) -> jax.Array:
   """Returns whether a document begins at each position, shape (b, s)."""
   before = jnp.roll(segments, 1, axis=1)
   return (segments != before).at[:, 0].set(True)
@@ -228,10 +229,10 @@ def bounds(
     where there is none; counts (b,). All int32.
   """
   size = segments.shape[1]
-  is_start = is_first(segments)
-  count = jnp.sum(is_start, axis=1, dtype=jnp.int32)
+  is_first = is_start(segments)
+  count = jnp.sum(is_first, axis=1, dtype=jnp.int32)
   place = functools.partial(jnp.nonzero, size=most + 1, fill_value=size)
-  starts = jax.vmap(lambda row: place(row)[0])(is_start).astype(jnp.int32)
+  starts = jax.vmap(lambda row: place(row)[0])(is_first).astype(jnp.int32)
   lengths = jnp.diff(starts, axis=1)
   is_there = jnp.arange(most + 1)[None] < count[:, None]
   starts = jnp.where(is_there.at[:, most].set(False), starts, -1)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import follow
 
 
@@ -29,7 +30,8 @@ def cross_entropy(
   Args:
     hidden: (b, s, d).
     head: (d, vocabulary).
-    targets: (b, s) int, in [0, vocabulary); where the weight is 0 anything.
+    targets: (b, s) int, in [0, vocabulary); where the weight is 0 anything, else
+      one outside makes the value NaN.
     weights: (b, s) of the positions, >= 0. They are data: not differentiated.
     chunk: positions whose logits exist at once, over all rows; at least one a row.
 
@@ -39,17 +41,22 @@ def cross_entropy(
   Guarantees:
     Value and derivatives are those of the plain formula in float32, to rounding.
   """
-  if chunk < 1:
-    raise ValueError(f'Expected chunk >= 1, got chunk={chunk}.')
+  checks.integers(1, chunk=chunk)
   shape = jnp.broadcast_shapes(hidden.shape[:2], targets.shape, weights.shape)
   if not hidden.shape[:2] == targets.shape == weights.shape == shape:
     raise ValueError(
         'Expected targets and weights of shape (b, s) for hidden (b, s, d), got'
         f' {targets.shape} and {weights.shape} for {hidden.shape}.'
     )
+  checks.that(0 not in shape, 'hidden of at least one position', shape=shape)
   rows, length, _ = hidden.shape
   size = min(length, max(1, chunk // rows))
-  weights = jax.lax.stop_gradient(weights)
+  wide = jnp.promote_types(hidden.dtype, jnp.float32)
+  weights = jax.lax.stop_gradient(weights).astype(wide)
+  # A negative one would be counted from the end.
+  targets = targets.astype(jnp.promote_types(targets.dtype, jnp.int32))
+  targets = jnp.where(targets < 0, head.shape[1], targets)
+  targets = jnp.where(weights == 0, 0, targets)
   chunks = _chunks(size, hidden, targets, weights)
   return _sum(chunks, head.astype(hidden.dtype))
 

@@ -26,6 +26,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import parts
 from bernoulli_lora_jax.models import attention
@@ -91,8 +92,11 @@ class DecoderConfig:
   def __post_init__(self):
     sizes = 'vocab_size hidden_size intermediate_size num_layers num_heads'
     for name in (*sizes.split(), 'num_kv_heads', 'head_dim', 'max_segments'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'Expected {name} >= 1, got {getattr(self, name)}.')
+      checks.integers(1, **{name: getattr(self, name)})
+    checks.at_least(0, norm_eps=self.norm_eps)
+    if self.dtype is not None:
+      is_float = jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
+      checks.that(is_float, 'dtype of floating point', dtype=self.dtype)
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
           'Expected num_kv_heads to divide num_heads, got'
@@ -100,13 +104,17 @@ class DecoderConfig:
       )
     if self.head_dim % 2:
       raise ValueError(f'Expected an even head_dim, got {self.head_dim}.')
-    if self.window is not None and self.window < 1:
-      raise ValueError(f'Expected window >= 1, got {self.window}.')
+    if self.window is not None:
+      checks.integers(1, window=self.window)
+    # A list could not be hashed, as jit must.
+    object.__setattr__(self, 'windowed', tuple(self.windowed))
     if len(self.windowed) not in (0, self.num_layers):
       raise ValueError(
           f'Expected windowed of each of {self.num_layers} layers, got'
           f' {len(self.windowed)}.'
       )
+    if self.window is None and any(self.windowed):
+      raise ValueError('Expected a window where layers are windowed, got None.')
     if self.remat not in REMATS:
       raise ValueError(f'Expected remat in {REMATS}, got {self.remat!r}.')
 
@@ -259,23 +267,32 @@ class Decoder(nn.Module):
     """Returns hidden states.
 
     Args:
-      tokens: (b, s) int, in [0, vocab_size).
+      tokens: (b, s) int, in [0, vocab_size); others make their row NaN.
       positions: (b, s) int; None for 0, 1, ..., from 0 in every document where
         there are segments. With a cache they are the places that are written.
       segments: (b, s) int, of packed documents, see `attention.attend`.
       cache: of the positions before, see `make_cache`; not with segments.
 
     Raises:
-      ValueError: segments with a cache.
+      ValueError: segments with a cache; tokens that are none, others of another
+        shape than theirs.
     """
     c = self.config
+    given = {'tokens': tokens, 'positions': positions, 'segments': segments}
+    for name, x in given.items():
+      is_right = x is None or x.ndim == 2 and 0 not in x.shape
+      is_right &= x is None or x.shape == tokens.shape
+      expected = f'{name} of shape (b, s), as of the tokens'
+      checks.that(is_right, expected, shape=getattr(x, 'shape', None))
     if cache is not None and segments is not None:
       raise ValueError('Expected a cache or segments, got both.')
     if positions is None:
       positions = positions_of(tokens, segments)
     embedding = (c.vocab_size, c.hidden_size), 'embedding'
     table = _Table(*embedding, name='embed_tokens')()
-    x = jnp.take(table, tokens, axis=0)
+    # Unknown tokens are NaN; a negative one would be counted from the end.
+    tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))
+    x = jnp.take(table, jnp.where(tokens < 0, c.vocab_size, tokens), axis=0)
     x = x if c.dtype is None else x.astype(c.dtype)
     head = table.T
     if not c.tied:
@@ -346,7 +363,7 @@ def positions_of(
   places = jnp.broadcast_to(places, tokens.shape)
   if segments is None:
     return places
-  starts = jnp.where(attention.is_first(segments), places, 0)
+  starts = jnp.where(attention.is_start(segments), places, 0)
   return places - jax.lax.cummax(starts, axis=1)
 
 

@@ -58,18 +58,26 @@ def generate(
     ValueError: an argument outside its range, tokens that the model lacks, sampling
       without a key.
   """
-  checks.that(max_new_tokens >= 1, 'max_new_tokens >= 1', got=max_new_tokens)
+  checks.integers(1, max_new_tokens=max_new_tokens)
   checks.that(temperature >= 0, 'temperature >= 0', temperature=temperature)
-  checks.that(0 <= top_k <= config.vocab_size, 'top_k >= 0', top_k=top_k)
+  checks.integers(0, top_k=top_k)
+  vocab_size = config.vocab_size
+  checks.that(top_k <= vocab_size, f'top_k <= {vocab_size}', top_k=top_k)
   checks.within('(0, 1]', top_p=top_p)
   if temperature > 0 and key is None:
     raise ValueError(f'Expected a key to sample at temperature={temperature}.')
-  if not prompts or not all(len(prompt) for prompt in prompts):
+  rows = [np.asarray(prompt) for prompt in prompts]
+  if not rows or not all(row.ndim == 1 and row.size for row in rows):
     raise ValueError('Expected prompts of at least one token each.')
-  lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-  tokens = np.zeros((len(prompts), lengths.max()), np.int32)
-  for row, prompt in zip(tokens, prompts, strict=True):
-    row[: len(prompt)] = prompt
+  for row in rows:
+    is_whole = np.issubdtype(row.dtype, np.integer)
+    checks.that(is_whole, 'tokens that are whole numbers', dtype=row.dtype)
+  is_list = np.ndim(end_tokens) == 1
+  checks.that(is_list, 'a list of end_tokens', end_tokens=end_tokens)
+  lengths = np.array([len(row) for row in rows], np.int32)
+  tokens = np.zeros((len(rows), lengths.max()), np.int64)
+  for place, row in zip(tokens, rows, strict=True):
+    place[: len(row)] = row
   if tokens.min() < 0 or tokens.max() >= config.vocab_size:
     raise ValueError(
         f'Expected tokens in [0, {config.vocab_size}), got'
@@ -80,7 +88,7 @@ def generate(
       max_new_tokens,
       (temperature, top_k, top_p),
       params,
-      jnp.asarray(tokens),
+      jnp.asarray(tokens, jnp.int32),
       jnp.asarray(lengths),
       jax.random.key(0) if key is None else key,
       jnp.asarray(end_tokens, jnp.int32),
@@ -149,7 +157,9 @@ def _pick(
   temperature, top_k, top_p = how
   if temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  logits = logits / temperature
+  # What is below the least float, or makes logits infinite, is greedy too.
+  temperature = max(temperature, float(jnp.finfo(jnp.float32).tiny))
+  logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
   if top_k:
     least = jax.lax.top_k(logits, top_k)[0][:, -1:]
     logits = jnp.where(logits < least, -jnp.inf, logits)

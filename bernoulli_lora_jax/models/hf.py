@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import files
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax.models import decoder
@@ -129,7 +130,15 @@ def load(
     FileNotFoundError: no such folder or name, a shard that the index names.
     ValueError: what is not supported, or does not fit, by name.
   """
-  folder = find(source)
+  if dtype is not None:
+    is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    checks.that(is_float, 'dtype of floating point', dtype=dtype)
+  if isinstance(sharding, jax.sharding.Mesh):  # Which can be called, too.
+    raise ValueError(
+        'Expected a sharding, or (path, shape) -> sharding, got a Mesh: give'
+        ' sharding_rules.placer(mesh, rules).'
+    )
+  folder = find(source).absolute()
   raw = _read_json(folder, 'config.json')
   where = str(folder / 'config.json')
   run['dtype'] = run.pop('compute_dtype', None)
@@ -233,8 +242,11 @@ def save(
     ValueError: weights of other paths or shapes than the checkpoint's, or that are
       not finite in the dtype they are saved in.
   """
-  folder = pathlib.Path(folder)
-  if folder.exists():
+  if dtype is not None:
+    checks.one_of([np.dtype(d).name for d in _DTYPES.values()], dtype=dtype)
+  checks.integers(1, max_shard_bytes=max_shard_bytes)
+  folder = pathlib.Path(folder).expanduser()
+  if folder.exists() or folder.is_symlink():
     raise FileExistsError(
         f'Expected a folder that is not there yet, got {folder}: nothing is'
         ' overwritten.'
@@ -335,13 +347,16 @@ def _open(file: pathlib.Path):
 def _tensors(folder: pathlib.Path) -> dict[str, _Stored]:
   """Returns {name: tensor} of all files of a folder, reading headers alone."""
   named: dict[str, str] | None = None
-  if (folder / INDEX).is_file():
-    named = _read_json(folder, INDEX).get('weight_map')
-    if not isinstance(named, dict) or not named:
-      raise ValueError(f'Expected a weight_map in {folder / INDEX}.')
-    names = sorted(set(named.values()))
-  elif (folder / SINGLE).is_file():
+  if (folder / SINGLE).is_file():  # Before an index, as for transformers.
     names = [SINGLE]
+  elif (folder / INDEX).is_file():
+    named = _read_json(folder, INDEX).get('weight_map')
+    is_map = isinstance(named, dict) and named
+    if not is_map or not all(isinstance(x, str) for x in named.values()):
+      raise ValueError(
+          f'Expected a weight_map, names of files, in {folder / INDEX}.'
+      )
+    names = sorted(set(named.values()))
   else:
     pickled = sorted(p.name for p in folder.glob('*.bin'))
     pickled += sorted(p.name for p in folder.glob('*.pt*'))
@@ -422,7 +437,7 @@ def _check_names(
         f'Expected no tensor {sorted(others)[0]} in {folder}: config.json describes'
         f' no such part; {len(others)} are superfluous.'
     )
-  for name in sorted(expected):
+  for name in sorted(expected | (tensors.keys() & {'lm_head.weight'})):
     if tensors[name].dtype not in _DTYPES:
       raise ValueError(
           f'Expected {name} of a dtype in {sorted(_DTYPES)}, got'

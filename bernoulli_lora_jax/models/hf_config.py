@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.models import decoder
 from bernoulli_lora_jax.models import rotary as rotary_lib
 
@@ -15,8 +16,11 @@ from bernoulli_lora_jax.models import rotary as rotary_lib
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     'llama': ('LlamaForCausalLM', {}),
     'mistral': ('MistralForCausalLM', {'sliding_window': 4096}),
-    'qwen2': ('Qwen2ForCausalLM', {}),
-    'qwen3': ('Qwen3ForCausalLM', {'head_dim': 128}),
+    'qwen2': ('Qwen2ForCausalLM', {'sliding_window': 4096}),
+    'qwen3': (
+        'Qwen3ForCausalLM',
+        {'sliding_window': 4096, 'head_dim': 128},
+    ),
 }
 _SIZES = {
     'vocab_size': 'vocab_size',
@@ -30,6 +34,32 @@ _ROTARY = {
     'low_freq_factor': 'low_freq_factor',
     'high_freq_factor': 'high_freq_factor',
     'original_max_position_embeddings': 'original_length',
+}
+# Fields by what they must be, where they are there.
+_TYPES: dict[str, tuple[Any, tuple[str, ...]]] = {
+    'a whole number': (
+        int,
+        (*_SIZES, 'max_position_embeddings', 'max_window_layers'),
+    ),
+    'a whole number or null': (
+        int | None,
+        ('num_key_value_heads', 'head_dim', 'sliding_window'),
+    ),
+    'a number': (int | float, ('rms_norm_eps', *_ROTARY)),
+    'a number or null': (int | float | None, ('rope_theta',)),
+    'true, false or null': (
+        bool | None,
+        (
+            *('tie_word_embeddings', 'use_sliding_window'),
+            *('attention_bias', 'mlp_bias'),
+        ),
+    ),
+    'an object or null': (
+        Mapping | None,
+        ('rope_scaling', 'rope_parameters', 'quantization_config'),
+    ),
+    'a list or null': (list | tuple | None, ('architectures', 'layer_types')),
+    'text or null': (str | None, ('model_type', 'hidden_act')),
 }
 # Of each kind of rotary embedding; what else a file says of it is refused.
 _ROTARY_KEYS = {
@@ -45,6 +75,7 @@ def family_of(raw: Mapping[str, Any], where: str = 'config.json') -> str:
   Raises:
     ValueError: none, or one that is not supported, with the list.
   """
+  _check_types(raw, where)
   family = raw.get('model_type')
   if family not in FAMILIES:
     raise ValueError(
@@ -83,6 +114,9 @@ def from_dict(
     raise ValueError(f'Expected {missing[0]}, a whole number, in {where}.')
   sizes = {ours: raw[theirs] for theirs, ours in _SIZES.items()}
   heads = sizes['num_heads']
+  checks.that(
+      heads > 0, f'attention heads in {where}', num_attention_heads=heads
+  )
   kv_heads = raw.get('num_key_value_heads')
   if (
       kv_heads is None
@@ -116,6 +150,21 @@ def from_dict(
       max_length=raw.get('max_position_embeddings', 2048),
       **run,
   )
+
+
+def _check_types(raw: Mapping[str, Any], where: str) -> None:
+  """Raises for a field of another type than it must have."""
+  for expected, (kind, keys) in _TYPES.items():
+    for key in keys:
+      if key not in raw:
+        continue
+      value = raw[key]
+      is_right = isinstance(value, kind)
+      if isinstance(value, bool):  # Which is an int of Python.
+        is_right = kind == bool | None
+      checks.that(
+          is_right, f'{key} in {where} to be {expected}', **{key: repr(value)}
+      )
 
 
 def to_dict(config: decoder.DecoderConfig, dtype: str = 'float32') -> Any:
@@ -205,8 +254,8 @@ def _rotary(raw: Mapping[str, Any], where: str) -> rotary_lib.Rotary:
   kind = said.pop('rope_type', None) or said.pop('type', None) or 'default'
   said.pop('type', None)
   theta = said.pop('rope_theta', None)
-  if theta is None:
-    theta = raw.get('rope_theta', 10000.0)
+  theta = raw.get('rope_theta') if theta is None else theta
+  theta = 10000.0 if theta is None else theta
   if kind not in rotary_lib.KINDS:
     raise ValueError(
         f'Expected a rope_type in {rotary_lib.KINDS}, got {kind!r} in {where}.'
@@ -214,6 +263,7 @@ def _rotary(raw: Mapping[str, Any], where: str) -> rotary_lib.Rotary:
   if said.pop('partial_rotary_factor', 1.0) not in (1, None):
     raise ValueError(f'Expected partial_rotary_factor 1 in {where}.')
   keys = _ROTARY_KEYS[kind]
+  _check_types({'rope_theta': theta}, where)
   said = {k: v for k, v in said.items() if v is not None}
   if kind == 'llama3':
     said.setdefault(
@@ -222,6 +272,7 @@ def _rotary(raw: Mapping[str, Any], where: str) -> rotary_lib.Rotary:
   missing = [key for key in keys if said.get(key) is None]
   if missing:
     raise ValueError(f'Expected {missing[0]} of rope_type {kind!r} in {where}.')
+  _check_types({key: said[key] for key in keys}, where)
   return rotary_lib.Rotary(
       float(theta), kind, **{_ROTARY[key]: said[key] for key in keys}
   )
@@ -248,10 +299,10 @@ def _windows(
         else 'full_attention'
         for i in range(num)
     ]
-  known = {'full_attention', 'sliding_attention'}
-  if len(kinds) != num or set(kinds) - known:
+  known = ['full_attention', 'sliding_attention']
+  if len(kinds) != num or any(kind not in known for kind in kinds):
     raise ValueError(
-        f'Expected layer_types of {num} layers in {sorted(known)}, got'
+        f'Expected layer_types of {num} layers in {known}, got'
         f' {kinds} in {where}.'
     )
   windowed = tuple(kind == 'sliding_attention' for kind in kinds)
