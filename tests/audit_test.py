@@ -926,6 +926,7 @@ class AuditTest(X64TestCase):
     self.assertEqual(found.tables['lambda'][0]['links'], 2)
 
   @parameterized.parameters(['ef21'])
+  @pytest.mark.slow
   def test_federated(self, estimator):
     self.check_federated(estimator)
 

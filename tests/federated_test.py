@@ -1169,6 +1169,7 @@ class TheoryTest(parameterized.TestCase):
   # lmin = lmax = (1/4 + 1/3)/2, omega = 12 - 1.
   OPPOSED = dict(smoothness=1.0, omega=11.0, prob=0.2, lmax=7 / 24)
 
+  @pytest.mark.slow
   def test_marina_is_stable_with_the_stepsize_of_t6(self):
     gamma = stepsizes.marina(client_smoothness=(21.0, 19.0), **self.OPPOSED)
     # Lt = sqrt 401: 1/(1 + sqrt(401 (7/24) 0.8 11/(0.2 2))).

@@ -119,6 +119,7 @@ class LossTest(X64TestCase):
       self.assertEqual(float(value), math.inf)
 
   @parameterized.parameters(['cross_entropy'])
+  @pytest.mark.slow
   def test_constants_bound_the_derivatives(self, criterion):
     self.check_constants_bound_the_derivatives(criterion)
 
@@ -147,6 +148,7 @@ class LossTest(X64TestCase):
 
 class LinearizeTest(X64TestCase):
 
+  @pytest.mark.slow
   def test_operators_are_the_derivative_and_its_transpose(self):
     _, params, batch, problem = linearized(selection=None)
     self.assertEqual(
@@ -458,6 +460,7 @@ class LoraTest(X64TestCase):
     self.assertGreater(float(still.curvature), 0)
 
   @parameterized.parameters(['lbfgs'])
+  @pytest.mark.slow
   def test_reaches_the_optimum_where_the_rank_allows(self, name):
     self.check_reaches_the_optimum_where_the_rank_allows(name)
 
@@ -738,6 +741,7 @@ class StudiesTest(parameterized.TestCase):
     self.assertIn('after L-BFGS, at ranks [9].', notes)
     self.assertIn('Rank 1: 2 of 2 starts miss it', notes)
 
+  @pytest.mark.slow
   def test_spurious_minima_are_told(self):
     """The known instance at rank one: 0.351667 and 0.751667 against 0.27."""
     self.enterContext(jax.enable_x64(True))

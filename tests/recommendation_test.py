@@ -33,6 +33,7 @@ class RecommendTest(parameterized.TestCase):
     self.assertIn(found.prob, (0.0, 1.0))
     self.assertEqual(found.lmin, 0.25)
 
+  @pytest.mark.slow
   def test_two_matrices_meet_between(self):
     shapes, rank = [(4, 64), (40, 8)], [1, 3]
     found = recommendation.recommend(

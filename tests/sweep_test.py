@@ -393,6 +393,7 @@ class AdapterRunTest(parameterized.TestCase):
     return recipe, recipes.replay(base, recipe)
 
   @parameterized.parameters(['bernoulli'])
+  @pytest.mark.slow
   def test_recipe_rebuilds_the_run_also_after_a_resume(self, name):
     self.check_recipe_rebuilds_the_run_also_after_a_resume(name)
 
