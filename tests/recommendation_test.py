@@ -4,6 +4,7 @@ import math
 
 from absl.testing import parameterized
 import numpy as np
+import pytest
 
 from bernoulli_lora_jax.theory import bounds
 from bernoulli_lora_jax.theory import recommendation
