@@ -118,6 +118,16 @@ class GoldenTest(parameterized.TestCase):
     self.assertGreater(distance(ours, golden(name)), 50 * TOLERANCE)
 
 
+class RotaryTest(parameterized.TestCase):
+
+  def test_frequencies_of_the_reference_to_the_last_bit(self):
+    """Entries where a power or quotient of another rounding shows."""
+    scaled = rotary.Rotary(1e4, 'llama3', 8.0, 1.0, 4.0, 8192)
+    bits = rotary.frequencies(scaled, 64).view(np.int32)
+    expected = [1047712803, 980257506, 971899952, 945624869]
+    self.assertEqual(bits[[5, 22, 23, 27]].tolist(), expected)
+
+
 class LayoutTest(parameterized.TestCase):
 
   @parameterized.product(scan_layers=(True, False), remat=('dots', 'full'))

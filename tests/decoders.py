@@ -123,10 +123,10 @@ def shapes(raw):
 
 def weights(raw):
   """Returns {name: float32 array}, of unit gain."""
-  return {name: _tensor(name, shape) for name, shape in shapes(raw).items()}
+  return {name: tensor(name, shape) for name, shape in shapes(raw).items()}
 
 
-def _tensor(name, shape):
+def tensor(name, shape):
   normal = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(
       shape
   )

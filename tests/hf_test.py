@@ -352,6 +352,8 @@ class RefusalsTest(FolderTest):
       (dict(num_hidden_layers=...), 'num_hidden_layers'),
       (dict(num_key_value_heads=3), 'num_kv_heads to divide'),
       (dict(hidden_size=33), 'head_dim'),
+      (dict(model_type='qwen3', architectures=None, head_dim=None), 'head_dim'),
+      (dict(rope_parameters={'full_attention': {}}), 'one rotary embedding'),
   )
   def test_configs(self, change, message):
     base = self.write()
@@ -451,9 +453,27 @@ class ConfigTest(parameterized.TestCase):
         k: v for k, v in old.items() if k not in ('rope_theta', 'rope_scaling')
     }
     new['rope_parameters'] = {**old['rope_scaling'], 'rope_theta': 500.0}
-    self.assertEqual(
-        hf_config.from_dict(new).rotary, hf_config.from_dict(old).rotary
-    )
+    expected = hf_config.from_dict(old).rotary
+    self.assertEqual(hf_config.from_dict(new).rotary, expected)
+    other = {'rope_parameters': {'rope_type': 'default', 'rope_theta': 9.0}}
+    self.assertEqual(hf_config.from_dict({**old, **other}).rotary, expected)
+    length = {'original_max_position_embeddings': 77}
+    outside = hf_config.from_dict({**old, **length}).rotary
+    self.assertEqual(outside.original_length, 77)
+
+  def test_layer_types_of_mistral(self):
+    raw = decoders.CONFIGS['mistral']
+    kinds = ['sliding_attention', 'full_attention', 'sliding_attention']
+    config = hf_config.from_dict({**raw, 'layer_types': kinds})
+    self.assertEqual(config.windows, (7, None, 7))
+    self.assertEqual(hf_config.to_dict(config)['layer_types'], kinds)
+    self.assertNotIn('layer_types', hf_config.to_dict(hf_config.from_dict(raw)))
+
+  def test_heads_that_are_no_part_of_the_width(self):
+    """The code of Llama refuses them, that of Mistral does not."""
+    raw = {**decoders.CONFIGS['llama2'], 'hidden_size': 30, 'head_dim': 12}
+    config = hf_config.from_dict(raw)
+    self.assertEqual(hf_config.to_dict(config)['model_type'], 'mistral')
 
 
 @pytest.mark.slow

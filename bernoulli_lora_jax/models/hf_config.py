@@ -126,6 +126,8 @@ def from_dict(
     raise ValueError(f'Expected num_key_value_heads in {where}.')
   head_dim = raw.get('head_dim')
   if head_dim is None:
+    if family == 'qwen3':  # Whose own code takes no head_dim from the others.
+      raise ValueError(f'Expected head_dim, a whole number, in {where}.')
     if sizes['hidden_size'] % heads:
       raise ValueError(
           f'Expected head_dim in {where}: hidden_size={sizes["hidden_size"]} is no'
@@ -181,8 +183,8 @@ def to_dict(config: decoder.DecoderConfig, dtype: str = 'float32') -> Any:
   family = 'qwen3' if c.qk_norm else 'llama'
   if not c.qk_norm and c.qkv_bias and not c.output_bias:
     family = 'qwen2'
-  elif c.window is not None and not c.qk_norm:
-    family = 'mistral'
+  elif not c.qk_norm and (c.window or c.hidden_size % c.num_heads):
+    family = 'mistral'  # Others of these have no windows, or whole heads alone.
   rotary = {'rope_type': c.rotary.kind, 'rope_theta': c.rotary.theta}
   for key in _ROTARY_KEYS[c.rotary.kind]:
     rotary[key] = getattr(c.rotary, _ROTARY[key])
@@ -208,6 +210,7 @@ def to_dict(config: decoder.DecoderConfig, dtype: str = 'float32') -> Any:
   if family in ('qwen2', 'qwen3'):
     raw['use_sliding_window'] = c.window is not None
     raw['max_window_layers'] = 0
+  if family in ('qwen2', 'qwen3') or len(set(c.windows)) > 1:
     raw['layer_types'] = [
         'sliding_attention' if window else 'full_attention'
         for window in c.windows
@@ -247,10 +250,12 @@ def _refuse(raw: Mapping[str, Any], where: str) -> None:
 
 def _rotary(raw: Mapping[str, Any], where: str) -> rotary_lib.Rotary:
   """Returns the rotary embedding of a config, as written before 5 or since."""
-  said = {
-      **(raw.get('rope_scaling') or {}),
-      **(raw.get('rope_parameters') or {}),
-  }
+  said = dict(raw.get('rope_scaling') or raw.get('rope_parameters') or {})
+  if any(isinstance(value, dict) for value in said.values()):
+    raise ValueError(
+        f'Expected one rotary embedding for all layers in {where}, got'
+        f' {sorted(said)}.'
+    )
   kind = said.pop('rope_type', None) or said.pop('type', None) or 'default'
   said.pop('type', None)
   theta = said.pop('rope_theta', None)
@@ -266,9 +271,9 @@ def _rotary(raw: Mapping[str, Any], where: str) -> rotary_lib.Rotary:
   _check_types({'rope_theta': theta}, where)
   said = {k: v for k, v in said.items() if v is not None}
   if kind == 'llama3':
-    said.setdefault(
-        'original_max_position_embeddings', raw.get('max_position_embeddings')
-    )
+    key = 'original_max_position_embeddings'
+    said.setdefault(key, raw.get('max_position_embeddings'))
+    said[key] = raw.get(key, said[key])  # Outside it takes precedence.
   missing = [key for key in keys if said.get(key) is None]
   if missing:
     raise ValueError(f'Expected {missing[0]} of rope_type {kind!r} in {where}.')
@@ -286,10 +291,10 @@ def _windows(
   num = raw['num_hidden_layers']
   if family == 'llama':
     return None, ()
-  if family == 'mistral':
-    return window, ()
   kinds = raw.get('layer_types')
-  if not raw.get('use_sliding_window', False):
+  if family == 'mistral' and kinds is None:
+    return window, ()
+  if family != 'mistral' and not raw.get('use_sliding_window', False):
     window = None
   if kinds is None:
     first = raw.get('max_window_layers', 28)

@@ -61,27 +61,26 @@ def frequencies(rotary: Rotary, dim: int) -> np.ndarray:
   """Returns radians a position of each pair of features; (dim / 2,), float32."""
   one = np.float32(1)
   exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-  plain = one / np.power(np.float32(rotary.theta), exponents)
+  # Libraries differ in a power in float32; one rounded once is nearest to theirs.
+  power = np.power(np.float64(rotary.theta), exponents.astype(np.float64))
+  plain = one / power.astype(np.float32)
   if rotary.kind == 'default':
     return plain
   factor = np.float32(rotary.factor)
   slow = plain / factor
   if rotary.kind == 'linear':
     return slow
-  length, low, high = (
-      np.float32(x)
-      for x in (
-          rotary.original_length,
-          rotary.low_freq_factor,
-          rotary.high_freq_factor,
-      )
-  )
-  waves = np.float32(2 * math.pi) / plain
-  smooth = (length / waves - low) / (high - low)
+  length = rotary.original_length
+  low, high = rotary.low_freq_factor, rotary.high_freq_factor
+  # PyTorch divides a number by a tensor as its product with the reciprocal, which
+  # is another rounding: up to 9 units in the last place of what is in between.
+  waves = np.float32(2 * math.pi) * (one / plain)
+  smooth = np.float32(length) * (one / waves) - np.float32(low)
+  smooth = smooth / np.float32(high - low)
   between = (one - smooth) * plain / factor + smooth * plain
-  return np.select(
-      [waves > length / low, waves < length / high], [slow, plain], between
-  )
+  is_long = waves > np.float32(length / low)
+  is_short = waves < np.float32(length / high)
+  return np.select([is_long, is_short], [slow, plain], between)
 
 
 def tables(
