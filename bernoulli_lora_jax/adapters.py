@@ -370,8 +370,10 @@ def with_factors(
     )
   merging.check_shapes(state.factors, factors)
   merging.check_factors(factors)
-  # In the state's own types and order; copies, since states are donated.
-  put = lambda old, path, side: jnp.array(factors[path][side], old.dtype)
+  # In the state's own types, places and order; copies, since states are donated.
+  put = lambda old, path, side: jax.device_put(
+      jnp.array(factors[path][side], old.dtype), old.sharding
+  )
   moved = {
       path: {side: put(old, path, side) for side, old in pair.items()}
       for path, pair in state.factors.items()

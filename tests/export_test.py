@@ -463,22 +463,27 @@ class SaveTest(FormatTest):
       links.append(export.as_pairs(one))
     path = 'layers/self_attn/q_proj/kernel'
     links[1][path]['right'] = links[1][path]['right'].at[1].set(0)
+    for link in links:
+      link[path]['right'] = link[path]['right'].at[3].set(0)
     out = self.folder / 'out'
     rows = peft_format.save(out, export.of_links(links), model)
-    self.assertEqual([row['rank'] for row in rows], [4, 2] + [4] * 10)
+    # No change has rank 1: PEFT knows no other.
+    self.assertEqual([row['rank'] for row in rows], [4, 2, 4, 1] + [4] * 8)
     config, tensors = self.stored(out)
     self.assertEqual(
-        config['rank_pattern'], {r'layers\.1\.self_attn\.q_proj': 2}
+        config['rank_pattern'],
+        {
+            r'layers\.1\.self_attn\.q_proj': 2,
+            r'layers\.3\.self_attn\.q_proj': 1,
+        },
     )
     name = 'base_model.model.model.layers.{}.self_attn.q_proj.lora_A.weight'
     self.assertEqual(tensors[name.format(1)].shape, (2, 32))
     self.assertEqual(tensors[name.format(11)].shape, (4, 32))
     again = peft_import.load(out, model)
-    assert_near(
-        again.factors[path]['left'] @ again.factors[path]['right'],
-        total(links, path),
-        1e-6,
-    )
+    got = again.factors[path]['left'] @ again.factors[path]['right']
+    self.assertFalse(np.any(got[3]))
+    assert_near(got, total(links, path), 1e-6)
 
   def test_some_layers_are_named_in_full(self):
     model = self.model(scan_layers=False)
@@ -734,6 +739,12 @@ class LoadTest(FormatTest):
       dict(lora_bias=True),
       dict(target_parameters=['mlp.up_proj.weight']),
       dict(layer_replication=[[0, 2], [1, 3]]),
+      dict(layers_pattern='h'),
+      dict(r='8'),
+      dict(lora_alpha='8'),
+      dict(rank_pattern=[1]),
+      dict(target_modules=None),
+      dict(layers_to_transform='1'),
       dict(megatron_config={'a': 1}),
       dict(init_lora_weights='pissa'),
       dict(init_lora_weights='pissa_niter_4'),
@@ -759,6 +770,7 @@ class LoadTest(FormatTest):
       (dict(r=4), r'lora_A.weight of shape \(4, 32\).*got \(3, 32\)'),
       (dict(lora_alpha=0), 'alpha of model.layers.1.* > 0'),
       (dict(target_modules='('), 'a regular expression in .*got'),
+      (dict(rank_pattern={'(': 4}), 'a regular expression in .*got'),
       (dict(target_modules=['q_proj']), 'no factors of .*k_proj .*leave them'),
       (dict(layers_to_transform=[1, 2]), r'layers\.2\..*of shape .*got None'),
       (dict(target_modules='all-linear'), r'layers\.1\..*of shape .*got None'),

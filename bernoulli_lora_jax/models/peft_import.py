@@ -42,6 +42,17 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     'bias': ('none', None),
     # These leave the base as it is: B A is relative to it.
     'init_lora_weights': (True, False, None, 'gaussian', 'orthogonal', 'eva'),
+    'layers_pattern': (None, '', 'layers', ['layers']),
+}
+_KINDS: dict[str, tuple[type, ...]] = {
+    'r': (int,),
+    'lora_alpha': (int, float),
+    'rank_pattern': (dict, type(None)),
+    'alpha_pattern': (dict, type(None)),
+    'target_modules': (str, list),
+    'exclude_modules': (str, list, type(None)),
+    'layers_to_transform': (int, list, type(None)),
+    'use_rslora': (bool, type(None)),
 }
 _WHY = {
     'use_dora': 'its magnitudes are no low-rank change; merge it with PEFT and'
@@ -61,7 +72,7 @@ _WHY = {
 # Fields that inform, steer training, or are read below.
 _KNOWN = frozenset(
     'alpha_pattern auto_mapping base_model_name_or_path corda_config eva_config'
-    ' ensure_weight_tying exclude_modules inference_mode layers_pattern'
+    ' ensure_weight_tying exclude_modules inference_mode'
     ' layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config'
     ' megatron_core peft_type peft_version qalora_group_size r rank_pattern'
     ' revision runtime_config target_modules task_type use_rslora'.split()
@@ -93,8 +104,8 @@ def load(
 
   One adapter keeps its A and B, and its scale is the policy's, so that gradients
   are PEFT's. Where the layers of a stack differ in scale, the largest is the
-  policy's, and the rest is in B; a rank above both sides of a matrix is reduced
-  exactly. The sum of several is exact, with new factors and scale 1.
+  policy's, and the rest is in B; a rank above the shorter side of a matrix is
+  reduced exactly. The sum of several is exact, with new factors and scale 1.
 
   Args:
     source: a folder with adapter_config.json and adapter_model.safetensors, or
@@ -215,6 +226,15 @@ def _check_plain(raw: Mapping[str, Any], where: pathlib.Path) -> None:
         f"Expected peft_type 'LORA' in {where}, got {raw.get('peft_type')!r}: no"
         ' other kind is a low-rank change alone.'
     )
+  for field, kinds in _KINDS.items():
+    # What a config leaves out has PEFT's default, but for what it adapts.
+    if field not in raw and field != 'target_modules':
+      continue
+    if not isinstance(raw.get(field), kinds):
+      names = ', '.join(kind.__name__ for kind in kinds)
+      raise ValueError(
+          f'Expected {field} of kind {names} in {where}, got {raw.get(field)!r}.'
+      )
   for field, value in raw.items():
     if field in _KNOWN:
       continue
@@ -280,6 +300,7 @@ def _is_target(
 
 
 def _full_match(pattern: str, module: str, where: pathlib.Path) -> bool:
+  """Returns whether a regular expression of a config matches a whole name."""
   try:
     return re.fullmatch(pattern, module) is not None
   except re.error as e:
@@ -289,11 +310,15 @@ def _full_match(pattern: str, module: str, where: pathlib.Path) -> bool:
 
 
 def _of_pattern(
-    raw: Mapping[str, Any], field: str, usual: str, module: str
+    raw: Mapping[str, Any],
+    field: str,
+    usual: str,
+    module: str,
+    folder: pathlib.Path,
 ) -> Any:
   """Returns what a pattern, else the config, says of a module, as PEFT reads it."""
   for pattern, value in (raw.get(field) or {}).items():
-    if re.match(rf'(.*\.)?({pattern})$', module):
+    if _full_match(rf'(.*\.)?({pattern})', module, folder / CONFIG):
       return value
   return raw.get(usual, 8)  # PEFT's own.
 
@@ -306,8 +331,8 @@ def _module(
     folder: pathlib.Path,
 ) -> _Module:
   """Returns the factors of a module, checked against config and base."""
-  rank = _of_pattern(raw, 'rank_pattern', 'r', module)
-  alpha = _of_pattern(raw, 'alpha_pattern', 'lora_alpha', module)
+  rank = _of_pattern(raw, 'rank_pattern', 'r', module, folder)
+  alpha = _of_pattern(raw, 'alpha_pattern', 'lora_alpha', module, folder)
   checks.integers(1, **{f'the rank of {module} in {folder / CONFIG}': rank})
   checks.positive(**{f'the alpha of {module} in {folder / CONFIG}': alpha})
   size_in, size_out = shape
