@@ -513,6 +513,12 @@ class SaveTest(FormatTest):
           row['rounding'], apart / np.linalg.norm(exact), rtol=1e-6
       )
       self.assertBetween(row['rounding'], 1e-4, 1e-2)
+    again = peft_import.load(out, model)
+    for path, pair in again.factors.items():
+      self.assertEqual(pair['left'].dtype, np.float32)
+      np.testing.assert_array_equal(
+          pair['left'], thin[path].left.astype(ml_dtypes.bfloat16)
+      )
 
   @parameterized.parameters((2, 8), (8, 8), (9, 16), (30, 32))
   def test_one_rank_for_vllm(self, rank, stored):
@@ -784,6 +790,7 @@ class LoadTest(FormatTest):
       ('model.layers.1.self_attn.q_proj.lora_A.weight', ..., 'got None'),
       ('model.layers.1.self_attn.q_proj.lora_B.weight', (16, 3), r'\(16, 3\)'),
       ('model.layers.1.self_attn.q_proj.lora_B.weight', np.nan, 'finite'),
+      ('model.layers.1.self_attn.q_proj.lora_B.weight', np.int8, 'got int8'),
       ('model.layers.9.self_attn.q_proj.lora_B.weight', (32, 3), 'no such lin'),
       ('model.embed_tokens.lora_embedding_A', (3, 96), 'not multiplied'),
       ('model.embed_tokens.weight', (96, 32), 'not that of the base'),
@@ -805,6 +812,8 @@ class LoadTest(FormatTest):
   def test_tensors(self, name, value, message):
     if isinstance(value, tuple):
       value = np.ones(value, np.float32)
+    elif value is np.int8:
+      value = np.ones((32, 3), np.int8)
     elif value is not ...:
       value = np.full((32, 3), value, np.float32)
     name = f'base_model.model.{name}'

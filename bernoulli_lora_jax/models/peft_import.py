@@ -17,6 +17,7 @@ import re
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -200,9 +201,13 @@ def _read(
             f' {_why_not(name)}.'
         )
       module, letter = match.groups()
-      found.setdefault(module, {})[letter] = np.asarray(
-          f.get_tensor(name), np.float32
-      )
+      stored = f.get_tensor(name)
+      if not jnp.issubdtype(stored.dtype, jnp.floating):
+        raise ValueError(
+            f'Expected {name} of floating point in {folder / TENSORS}, got'
+            f' {stored.dtype}.'
+        )
+      found.setdefault(module, {})[letter] = stored.astype(np.float32)
   for module in places:
     is_target = _is_target(raw, module, where)
     if is_target and module not in found:
