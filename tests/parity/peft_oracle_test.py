@@ -28,8 +28,9 @@ from bernoulli_lora_jax.models import peft_format  # noqa: E402
 from bernoulli_lora_jax.models import peft_import  # noqa: E402
 
 FAMILIES = tuple(decoders.CONFIGS)
-# Two programs in float32, logits of size 1 to 10, as in decoder_test.
-TOL = 3e-4
+# Two programs in float32, logits of size 1 to 10: measured are differences of up to
+# 1e-5.
+TOL = 5e-5
 
 
 def our_logits(config, params, tokens):
@@ -294,7 +295,7 @@ class InTest(PeftTest):
           expected = weight.grad.numpy().T
           # A difference of factors of size 1 in float32, and two programs.
           np.testing.assert_allclose(
-              grad, expected, atol=2e-6 + 1e-3 * np.abs(expected).max()
+              grad, expected, atol=1e-6 + 3e-5 * np.abs(expected).max()
           )
 
   @parameterized.product(scan_layers=(True, False), use_rslora=(True, False))
