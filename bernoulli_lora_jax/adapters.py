@@ -348,6 +348,40 @@ def merge(chain: Chain, state: AdapterState) -> AdapterState:
   return owned(_placed(end, chain, state))
 
 
+def with_factors(
+    chain: Chain, state: AdapterState, factors: merging.Factors
+) -> AdapterState:
+  """Returns the state with other factors, the optimiser at its start.
+
+  Args:
+    chain: one of which both factors train, as `ChainPolicy.lora`.
+    state: of the chain.
+    factors: {path: {'left', 'right'}} of all that is adapted, without the scale
+      s, which is the policy's.
+
+  Raises:
+    ValueError: a chain whose frozen factors are drawn; factors of other paths or
+      shapes, or that are not finite.
+  """
+  if chain.policy.side is not None:
+    raise ValueError(
+        'Expected a chain of which both factors train, side=None, got'
+        f' side={chain.policy.side!r}, which draws its frozen ones.'
+    )
+  merging.check_shapes(state.factors, factors)
+  merging.check_factors(factors)
+  # In the state's own types, places and order; copies, since states are donated.
+  put = lambda old, path, side: jax.device_put(
+      jnp.array(factors[path][side], old.dtype), old.sharding
+  )
+  moved = {
+      path: {side: put(old, path, side) for side, old in pair.items()}
+      for path, pair in state.factors.items()
+  }
+  trained = factors_lib.trained_pairs(moved, chain.adapted(state.params))
+  return state._replace(factors=moved, opt_state=owned(chain.tx.init(trained)))
+
+
 def _placed(
     function: Callable[..., AdapterState], chain: Chain, state: AdapterState
 ) -> AdapterState:

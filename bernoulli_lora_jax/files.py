@@ -1,10 +1,12 @@
 """Files that appear whole or not at all, and are read with their name in the error."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import io
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 from typing import Any, IO
 
@@ -31,6 +33,41 @@ def write(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
       raise
   os.chmod(f.name, 0o644)  # A temporary file is its owner's alone.
   os.replace(f.name, path)
+
+
+def check_new(folder: Path) -> None:
+  """Raises FileExistsError for what is there: nothing is ever overwritten."""
+  folder = pathlib.Path(folder)
+  if folder.exists() or folder.is_symlink():
+    raise FileExistsError(
+        f'Expected a folder that is not there yet, got {folder}: nothing is'
+        ' overwritten.'
+    )
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[pathlib.Path]:
+  """Yields where to write what appears as a folder, whole or not at all.
+
+  Args:
+    folder: that is not there yet.
+
+  Raises:
+    FileExistsError: it is there.
+  """
+  folder = pathlib.Path(folder)
+  check_new(folder)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  scratch = pathlib.Path(
+      tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent)
+  )
+  try:
+    yield scratch
+    os.chmod(scratch, 0o755)
+    os.rename(scratch, folder)  # Fails where something has appeared there.
+  except BaseException:
+    shutil.rmtree(scratch, ignore_errors=True)
+    raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,6 +17,7 @@ from bernoulli_lora_jax import sharded
 
 Matrices = matrices_lib.Matrices
 Pairs = dict[str, dict[str, jax.Array]]
+Factors = Mapping[str, Mapping[str, Any]]  # On the host or a device.
 
 
 def unmerge(params: Any, factors: Pairs, matrices: Matrices | None = None):
@@ -152,7 +153,7 @@ def merge_report(
   return rows
 
 
-def check_factors(factors: Pairs) -> None:
+def check_factors(factors: Factors) -> None:
   """Raises ValueError for a factor that is not finite, by path and side."""
   for path, pair in factors.items():
     for side, factor in pair.items():

@@ -28,6 +28,7 @@ import optax
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import files
 from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax import merging
 from bernoulli_lora_jax import policies
 from bernoulli_lora_jax import sharded
 from bernoulli_lora_jax import sketches
@@ -107,12 +108,7 @@ def replay(base: Any, recipe: Recipe) -> Any:
         f'Expected base weights of checksum {recipe.base}, as in the recipe, got'
         f' {found}: another base.'
     )
-  num_links = -(-recipe.num_steps // _period(recipe))
-  if len(recipe.links) != num_links:
-    raise ValueError(
-        f'Expected {num_links} links of period={recipe.policy.period} in'
-        f' num_steps={recipe.num_steps}, got {len(recipe.links)}.'
-    )
+  _check_num_links(recipe)
   chain = adapters.make_chain(recipe.policy, optax.identity(), recipe.matrices)
   state = chain.init(recipe.key, base)
   merge = jax.jit(
@@ -139,6 +135,45 @@ def replay(base: Any, recipe: Recipe) -> Any:
         stacklevel=2,
     )
   return state.params
+
+
+def link_factors(recipe: Recipe, params: Any) -> list[merging.Factors]:
+  """Returns the factors of each link, frozen ones drawn anew.
+
+  Their products are what the links added to the weights before any rounding.
+
+  Args:
+    recipe: see `Recipe`.
+    params: weights of its model, or their shapes: values are not looked at.
+
+  Returns:
+    {path: {'left': (*batch, m, r), 'right': (*batch, r, n)}} a link, on the host,
+    the scale s in the right one.
+
+  Raises:
+    ValueError: a link that lacks a factor, holds one of another shape, or one of
+      no matrix.
+  """
+  _check_num_links(recipe)
+  chain = adapters.make_chain(recipe.policy, optax.identity(), recipe.matrices)
+  state = jax.eval_shape(chain.init, recipe.key, params)
+  found = chain.adapted(state.params)
+
+  @jax.jit
+  def draw(count, trained):
+    at = state._replace(key=recipe.key, count=count)
+    return adapters.scaled(_drawn(chain, at, trained)[0], found)
+
+  links: list[merging.Factors] = []
+  for number, link in enumerate(recipe.links):
+    _check_link(chain, state, link, number)
+    count = jnp.asarray((number + 1) * _period(recipe), jnp.int32)
+    pairs = draw(count, {k: jnp.asarray(v) for k, v in link.items()})
+    host = lambda pair: {
+        side: np.asarray(pair[side]) for side in ('left', 'right')
+    }
+    links.append({path: host(pair) for path, pair in pairs.items()})
+  return links
 
 
 def make_recipe(
@@ -334,7 +369,15 @@ def _period(recipe: Recipe) -> int:
 def _merge_link(
     chain: adapters.Chain, state: adapters.AdapterState, trained: _Factors
 ) -> adapters.AdapterState:
-  """Draws the link that ends at `state.count`, puts in what it trained, merges."""
+  """Merges the link that ends at `state.count`."""
+  factors, coins = _drawn(chain, state, trained)
+  return chain.merge(state._replace(factors=factors, coins=coins))
+
+
+def _drawn(
+    chain: adapters.Chain, state: adapters.AdapterState, trained: _Factors
+) -> tuple[merging.Pairs, dict[str, jax.Array]]:
+  """Draws the link that ends at `state.count`, puts in what it trained."""
   policy = chain.policy
   found = chain.adapted(state.params)
   link = 0
@@ -352,7 +395,16 @@ def _merge_link(
         moves = is_left if side == 'right' else ~is_left
       pair[side] = jnp.where(moves, trained[f'{side}:{path}'], pair[side])
     factors[path] = pair
-  return chain.merge(state._replace(factors=factors, coins=drawn.coins))
+  return factors, drawn.coins
+
+
+def _check_num_links(recipe: Recipe) -> None:
+  num_links = -(-recipe.num_steps // _period(recipe))
+  if len(recipe.links) != num_links:
+    raise ValueError(
+        f'Expected {num_links} links of period={recipe.policy.period} in'
+        f' num_steps={recipe.num_steps}, got {len(recipe.links)}.'
+    )
 
 
 def _check_link(

@@ -504,7 +504,7 @@ class MemoryTest(FolderTest):
           return int(line.split()[1]) * 1024
 
         folder = {str(self.folder)!r}
-        hf.param_shapes(hf_config.from_dict(hf._read_json(folder, 'config.json')))
+        hf.param_shapes(hf_config.from_dict(hf.read_object(folder, 'config.json')))
         jax.device_put(1.0)
         before = memory('VmRSS')
         model = hf.load(folder, scan_layers={scan_layers})

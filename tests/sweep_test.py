@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from unittest import mock
 
 from absl.testing import parameterized
@@ -200,7 +201,7 @@ class TogetherTest(parameterized.TestCase):
           summary['train_loss'], lines[best]['train_loss'], rtol=1e-5
       )
 
-  def test_the_end_of_a_link_stays_a_branch(self):
+  def test_the_end_of_a_link_is_no_work_of_every_step(self):
     config = small_config()
     task = arguments.make_task(config)
     parts = together._Parts(
@@ -212,18 +213,25 @@ class TogetherTest(parameterized.TestCase):
     keys = jnp.stack([jax.random.key(0), jax.random.key(1)])
     hyper = {'prob': jnp.array([0.5, 0.5])}
     start = jax.vmap(lambda *args: parts.start(*args, None))
-    states = jax.eval_shape(
-        lambda *args: together._shared_count(start(*args), False), keys, hyper
-    )
-    axes = together._axes(states)
     params = jax.eval_shape(jax.vmap(task.init), keys)
-    f = parts.mapped(parts.steps, (axes, 0, 0, 0, 0, None, None), (axes, 0, 0))
-    text = (
-        jax.jit(f)
-        .lower(states, params, keys, hyper, jnp.ones(2, bool), task.data, 0)
-        .as_text()
-    )
-    self.assertIn('stablehlo.case', text)  # A select would have none.
+
+    def num_together(shared):
+      """Returns how many loops go on while any of the runs is not done."""
+      states, axes = jax.eval_shape(start, keys, hyper), 0
+      if shared:
+        share = lambda states: together._shared_count(states, False)
+        states = jax.eval_shape(share, states)
+        axes = together._axes(states)
+      f = parts.mapped(
+          parts.steps, (axes, 0, 0, 0, 0, None, None), (axes, 0, 0)
+      )
+      lowered = jax.jit(f).lower(
+          states, params, keys, hyper, jnp.ones(2, bool), task.data, 0
+      )
+      conditions = re.findall(r'cond \{(.*?)\} do', lowered.as_text(), re.S)
+      return sum('reduce' in condition for condition in conditions)
+
+    self.assertEqual(num_together(shared=True), num_together(shared=False) - 1)
 
   def test_page_computes_full_gradients_only_when_asked_for(self):
     size, count = 12, [0]

@@ -19,7 +19,6 @@ import os
 import pathlib
 import re
 import shutil
-import tempfile
 from typing import Any
 
 from flax import traverse_util
@@ -139,7 +138,7 @@ def load(
         ' sharding_rules.placer(mesh, rules).'
     )
   folder = find(source).absolute()
-  raw = _read_json(folder, 'config.json')
+  raw = read_object(folder, 'config.json')
   where = str(folder / 'config.json')
   run['dtype'] = run.pop('compute_dtype', None)
   config = hf_config.from_dict(raw, where, **run)
@@ -171,7 +170,7 @@ def find(source: str | os.PathLike[str]) -> pathlib.Path:
     raise FileNotFoundError(
         f'Expected a folder, or the name of a model on the hub, got {source}.'
     )
-  hub = _import('huggingface_hub')
+  hub = import_extra('huggingface_hub')
   try:
     patterns = ['*.safetensors', INDEX, 'config.json', *BESIDE]
     return pathlib.Path(
@@ -246,11 +245,7 @@ def save(
     checks.one_of([np.dtype(d).name for d in _DTYPES.values()], dtype=dtype)
   checks.integers(1, max_shard_bytes=max_shard_bytes)
   folder = pathlib.Path(folder).expanduser()
-  if folder.exists() or folder.is_symlink():
-    raise FileExistsError(
-        f'Expected a folder that is not there yet, got {folder}: nothing is'
-        ' overwritten.'
-    )
+  files.check_new(folder)
   leaves = matrices_lib.named_leaves(params)
   is_scanned = any(path.startswith('layers/') for path in leaves)
   config = dataclasses.replace(checkpoint.config, scan_layers=is_scanned)
@@ -271,17 +266,13 @@ def save(
   if dtype is not None:
     raw.pop('torch_dtype', None)
     raw['dtype'] = dtype
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  scratch = pathlib.Path(
-      tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent)
-  )
-  try:
+  with files.new_folder(folder) as scratch:
     files.write_json(scratch / 'config.json', raw)
     if checkpoint.folder is not None:
       for name in BESIDE:
         if (checkpoint.folder / name).is_file():
           shutil.copyfile(checkpoint.folder / name, scratch / name)
-    numpy = _import('safetensors.numpy')
+    numpy = import_extra('safetensors.numpy')
     for file, names in shards.items():
       tensors = {n: _to_host(leaves, n, targets[n], dtypes[n]) for n in names}
       numpy.save_file(tensors, scratch / file, metadata={'format': 'pt'})
@@ -295,11 +286,6 @@ def save(
               },
           },
       )
-    os.chmod(scratch, 0o755)
-    os.rename(scratch, folder)  # Fails where something has appeared there.
-  except BaseException:
-    shutil.rmtree(scratch, ignore_errors=True)
-    raise
   return folder
 
 
@@ -326,14 +312,15 @@ class _Stored:
     step = max(1, _CHUNK // row)
     for start in range(0, self.shape[0], step):
       rows = slice(start, min(self.shape[0], start + step))
-      with _open(self.file) as f:  # Each time anew: what is mapped counts.
+      # Each time anew: what is mapped counts.
+      with open_tensors(self.file) as f:
         yield rows, f.get_slice(self.name)[rows]
 
 
 @contextlib.contextmanager
-def _open(file: pathlib.Path):
+def open_tensors(file: pathlib.Path):
   """Yields an open file of tensors; a damaged one is named."""
-  safetensors = _import('safetensors')
+  safetensors = import_extra('safetensors')
   try:
     opened = safetensors.safe_open(file, framework='numpy')
   except safetensors.SafetensorError as e:
@@ -350,7 +337,7 @@ def _tensors(folder: pathlib.Path) -> dict[str, _Stored]:
   if (folder / SINGLE).is_file():  # Before an index, as for transformers.
     names = [SINGLE]
   elif (folder / INDEX).is_file():
-    named = _read_json(folder, INDEX).get('weight_map')
+    named = read_object(folder, INDEX).get('weight_map')
     is_map = isinstance(named, dict) and named
     if not is_map or not all(isinstance(x, str) for x in named.values()):
       raise ValueError(
@@ -374,7 +361,7 @@ def _tensors(folder: pathlib.Path) -> dict[str, _Stored]:
       raise FileNotFoundError(
           f'Expected {name}, named in {INDEX}, in {folder}.'
       )
-    with _open(file) as f:
+    with open_tensors(file) as f:
       for key in f.keys():
         part = f.get_slice(key)
         shape, dtype = tuple(part.get_shape()), part.get_dtype()
@@ -547,7 +534,7 @@ def _to_host(
   return np.ascontiguousarray(x.T if path.endswith('/kernel') else x)
 
 
-def _read_json(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
+def read_object(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
   """Returns an object of a JSON file of the folder."""
   folder = pathlib.Path(folder)
   if not (folder / name).is_file():
@@ -558,7 +545,7 @@ def _read_json(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
   return value
 
 
-def _import(name: str) -> Any:
+def import_extra(name: str) -> Any:
   """Returns a module of the extra `hf`."""
   try:
     return importlib.import_module(name)
