@@ -632,9 +632,7 @@ def _merge(chain: Chain, state: AdapterState) -> AdapterState:
           'Expected weights of floating point to merge into, got the quantised'
           f' {m.path}: keep its factors beside it.'
       )
-    weight, pair = jax.lax.optimization_barrier(
-        (m.view(leaves[m.index]), products[m.path])
-    )
+    weight, pair = _apart((m.view(leaves[m.index]), products[m.path]))
     total, rest = _with_product(
         weight,
         pair,
@@ -642,7 +640,7 @@ def _merge(chain: Chain, state: AdapterState) -> AdapterState:
         _round_keys(link_key, m),
         policy.rounding,
     )
-    total, rest = jax.lax.optimization_barrier((total, rest))
+    total, rest = _apart((total, rest))
     leaves[m.index] = m.unview(total)
     if rest is not None:
       remainders[m.path] = rest
@@ -652,6 +650,15 @@ def _merge(chain: Chain, state: AdapterState) -> AdapterState:
   return state._replace(
       params=treedef.unflatten(leaves), factors=factors, remainders=remainders
   )
+
+
+def _apart(tree: Any) -> Any:
+  """Returns arrays that are computed before what follows is begun.
+
+  One by one: jax 0.11 has no transpose of a barrier some of whose arrays are
+  differentiated.
+  """
+  return jax.tree.map(jax.lax.optimization_barrier, tree)
 
 
 def _with_product(
