@@ -29,12 +29,15 @@ import tokenizer_folders
 import bernoulli_lora_jax as bl
 from bernoulli_lora_jax import cli
 from bernoulli_lora_jax import flags_of_configs
+from bernoulli_lora_jax.models import decoder
+from bernoulli_lora_jax.models import hf
 from bernoulli_lora_jax.tasks import partition
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import methods
 from bernoulli_lora_jax.training import programs
+from bernoulli_lora_jax.training import reporting
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _DOCUMENTS = ('README.md', 'docs/guide.md')
@@ -42,6 +45,7 @@ _SLOW = (  # More than two seconds.
     'A few lines',
     'NNX models',
     'Checkpoints of the Hugging Face hub',
+    'Adapters of PEFT',
     'Federated: which method when',
     'Recipes',
     'Variance reduction',
@@ -250,6 +254,27 @@ def checkpoint(_):
   return {'folder': folder, 'tokens': jnp.asarray(decoders.tokens(16, rows=8))}
 
 
+def tuned(_):
+  """A decoder and a chain that has moved it."""
+  given = checkpoint(_)
+  base = hf.load(given['folder'])
+  matrices = decoder.matrices(base.config)
+  policy = bl.ChainPolicy(rank=2, period=1, side='bernoulli')
+  chain = bl.adapters.make_chain(policy, optax.sgd(0.1), matrices)
+  loss = bl.inject.by_product(decoder.make_loss(base.config))
+  state = chain.init(KEY, base.params)
+  for _ in range(2):
+    state, _ = chain.step(state, loss, {'tokens': given['tokens']})
+  return {
+      **given,
+      'hf': hf,
+      'reporting': reporting,
+      'matrices': matrices,
+      'chain': chain,
+      'state': state,
+  }
+
+
 PREPARED = {
     'Which leaves are matrices': trees_of_all_kinds,
     'Recipes': finished_link,
@@ -261,6 +286,7 @@ PREPARED = {
     'NNX models': lambda _: {'nnx': nnx, 'batch': make_batch(6)},
     'Checkpoints of the Hugging Face hub': checkpoint,
     'A few lines': checkpoint,
+    'Adapters of PEFT': tuned,
     'A task of your own': federation,
 }
 
