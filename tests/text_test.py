@@ -217,6 +217,19 @@ class SourcesTest(TextTest):
     self.assertEqual(sum(map(len, found.values())), 120)
     self.assertBetween(len(parts[1]), 5, 25)
 
+  def test_fraction(self):
+    """A fourth is held out; a larger fraction holds out those, and others."""
+    path = self.write(
+        *({'prompt': f'{i}', 'completion': 'c'} for i in range(400))
+    )
+    held_out = []
+    for fraction in (0.25, 0.5):
+      tokens = self.load(path, eval_fraction=fraction)['validation'].tokens
+      held_out.append(set(BYTES.decode(tokens).split('<end>')) - {''})
+    self.assertLess(abs(len(held_out[0]) - 100), 5 * (400 * 3 / 16) ** 0.5)
+    self.assertLess(abs(len(held_out[1]) - 200), 5 * (400 / 4) ** 0.5)
+    self.assertContainsSubset(held_out[0], held_out[1])
+
   def test_a_file_is_held_out(self):
     one = self.write({'prompt': 'a', 'completion': 'b'})
     two = self.write({'prompt': 'c', 'completion': 'd'}, name='two.jsonl')
@@ -266,9 +279,9 @@ class SourcesTest(TextTest):
       self.assertEqual(found.digest, expected.digest)
 
   def test_many_bad_lines(self):
-    path = self.write(*['{'] * 9)
+    path = self.write('', *['{ {'] * 9)
     with self.assertRaisesRegex(
-        ValueError, '9 bad of 9: line 1 .*line 3 .*, and 6 more: correct'
+        ValueError, '9 bad of 9: line 2 .*line 4 .*, and 6 more: correct'
     ):
       self.load(path)
     with self.assertRaisesRegex(ValueError, '9 bad of 9: .*: none is left'):
@@ -396,6 +409,20 @@ class PackingTest(TextTest):
             0,
         ),
     )
+
+  def test_batches_are_the_epochs(self):
+    """Rows of a stream are those of epochs 0, 1, 2, ..., in their order."""
+    documents, how = make_documents(), packing.Packing(16, 5, 4)
+    epochs = [
+        list(packing.rows(documents, how, seed=4, epoch=i)) for i in range(3)
+    ]
+    expected = [row for epoch in epochs for row in epoch]
+    stream = packing.Stream(documents, how, 3, seed=4)
+    for i in range(len(expected) // 3):
+      batch = next(stream)
+      for j in range(3):
+        row = {name: x[j] for name, x in batch.items()}
+        chex.assert_trees_all_equal(row, expected[3 * i + j])
 
   def test_epochs_differ_and_repeat(self):
     documents, how = make_documents(), packing.Packing(16, 5, 4)
@@ -560,6 +587,14 @@ class TaskTest(TextTest):
     tokenizer = tokenizer_lib.load(folder)
     found = tokenizer.decode(batch['tokens'][0][batch['weights'][0] > 0])
     self.assertEqual(found, 'the answer<|im_end|>fine<|im_end|>')
+
+  def test_processes_share_a_batch(self):
+    found = [
+        next(self.task(process_index=i, process_count=2).stream(0))
+        for i in range(2)
+    ]
+    self.assertEqual([len(x['tokens']) for x in found], [1, 1])
+    self.assertFalse(np.array_equal(found[0]['tokens'], found[1]['tokens']))
 
   def test_rejects(self):
     for options, message in (
