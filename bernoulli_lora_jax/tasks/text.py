@@ -226,7 +226,7 @@ def _report_bad(data: Any, bad: list[str], count: int, skip_bad: bool) -> None:
   more = f', and {len(bad) - _NAMED} more' if len(bad) > _NAMED else ''
   what = f'{len(bad)} bad of {count}: {named}{more}'
   if skip_bad and len(bad) < count:
-    warnings.warn(f'Left out of {data}: {what}.', stacklevel=5)
+    warnings.warn(f'Left out of {data}: {what}.', stacklevel=4)
     return
   advice = 'none is left' if skip_bad else 'correct them, or skip_bad=True'
   raise ValueError(f'Expected good documents in {data}, got {what}: {advice}.')
@@ -245,7 +245,7 @@ def _report_long(
   rest = f', {num_untrained} of them to nothing that is trained: dropped'
   warnings.warn(
       f'Documents of {data}: {what}, {done}{rest if num_untrained else ""}.',
-      stacklevel=5,
+      stacklevel=4,
   )
 
 
