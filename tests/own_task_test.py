@@ -237,6 +237,23 @@ class TaskTest(parameterized.TestCase):
       params = jax.tree.map(lambda p, g: p - rate * g, params, grads)
     chex.assert_trees_all_close(ends[0], params, rtol=1e-5)
 
+  def test_validation_of_a_stream_decides(self):
+    """A stream has no training split: its validation steers, alone."""
+    config = make_config('gradient', 'full', 'stream', training__patience=1)
+    data = {'validation': {'x': X, 'y': Y, 'index': np.arange(len(X))}}
+    task = arguments.make_task(config)._replace(data=data)
+    config.method.learning_rate = 1e-6  # Falls, by little.
+    program = experiment.make_program(config, task)
+    summary = self.train('run', config, program)
+    self.assertEqual((summary['step'], summary['best_step']), (12, 12))
+    self.assertIn('validation_loss', summary)
+    self.assertNotIn('train_loss', summary)
+    # Where it does not, the run stops at the first evaluation.
+    worse = task._replace(metrics=lambda p, d, s: {'loss': jnp.array(jnp.inf)})
+    program = experiment.make_program(config, worse)
+    summary = self.train('worse', config, program)
+    self.assertEqual((summary['step'], summary['stopped']), (4, True))
+
   def test_a_stream_has_a_place(self):
     config = make_config('gradient', 'full', 'stream')
     task = arguments.make_task(config)

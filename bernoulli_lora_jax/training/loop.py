@@ -153,7 +153,7 @@ def train(
           line |= _check_line(_evaluate(program, state), step)
         seconds = progress.seconds + time.perf_counter() - since
         progress = progress._replace(step=step, seconds=seconds)
-        if 'train_loss' in line:
+        if line.keys() & _JUDGED:
           is_best, drops, progress = _judged(line, progress, settings)
           if is_best and settings.patience:  # A copy: the state is donated.
             best = jax.tree.map(jnp.copy, program.params(state))
@@ -260,6 +260,7 @@ def _bar(settings: Settings, step: int) -> tqdm.tqdm:
   )
 
 
+_JUDGED = ('validation_loss', 'train_loss')  # The first that is there.
 _SHOWN = ('loss', 'accuracy', 'validation_accuracy', 'validation_loss')
 
 
@@ -323,7 +324,7 @@ def _judged(
     line: Mapping[str, float], progress: Progress, settings: Settings
 ) -> tuple[bool, bool, Progress]:
   """Returns whether params are the best and the rate drops, and the progress."""
-  loss = line.get('validation_loss', line['train_loss'])
+  loss = next(line[name] for name in _JUDGED if name in line)
   is_best, stale, flat, drops = judge(
       loss, progress.best_loss, progress.stale, progress.flat, settings
   )

@@ -245,8 +245,8 @@ def init_params(
 
 
 def test_split(task: task_lib.Task) -> str | None:
-  """Returns the split that is looked at once, at the end; None without splits."""
-  return 'test' if 'test' in task.data else 'train' if task.data else None
+  """Returns the split that is looked at once, at the end; None for neither."""
+  return next((x for x in ('test', 'train') if x in task.data), None)
 
 
 def of_split(
