@@ -9,6 +9,7 @@ snippet that does with these names needs none.
 import contextlib
 import functools
 import io
+import json
 import pathlib
 import re
 import shlex
@@ -31,6 +32,7 @@ from bernoulli_lora_jax import cli
 from bernoulli_lora_jax import flags_of_configs
 from bernoulli_lora_jax.models import decoder
 from bernoulli_lora_jax.models import hf
+from bernoulli_lora_jax.models import tokenizer
 from bernoulli_lora_jax.tasks import partition
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import base_config
@@ -275,6 +277,17 @@ def tuned(_):
   }
 
 
+def chats(_):
+  """A folder of the hub and conversations."""
+  turns = lambda i: [
+      {'role': 'user', 'content': f'add {i} and {i}'},
+      {'role': 'assistant', 'content': str(2 * i)},
+  ]
+  lines = [json.dumps({'messages': turns(i)}) for i in range(40)]
+  pathlib.Path('chats.jsonl').write_text('\n'.join(lines))
+  return {**checkpoint(_), 'tokenizer': tokenizer}
+
+
 PREPARED = {
     'Which leaves are matrices': trees_of_all_kinds,
     'Recipes': finished_link,
@@ -287,6 +300,7 @@ PREPARED = {
     'Checkpoints of the Hugging Face hub': checkpoint,
     'A few lines': checkpoint,
     'Adapters of PEFT': tuned,
+    'Text of your own': chats,
     'A task of your own': federation,
 }
 
