@@ -887,6 +887,7 @@ class AuditTest(X64TestCase):
     values = column(found.tables['constants'], 'constant', 'value')
     self.assertBetween(values['mu'], 0.2 * (1 - 1e-3), 0.3)
 
+  @pytest.mark.slow
   def test_sgd_of_digits(self):
     found = audit_run.audit(self.train(digits_config()), **QUICK)
     held = self.held(found)

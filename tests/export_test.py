@@ -716,6 +716,7 @@ class LoadTest(FormatTest):
     )
 
   @parameterized.parameters(True, False)
+  @pytest.mark.slow
   def test_ours_comes_back(self, scan_layers):
     model = self.model('qwen3', scan_layers)
     adapter = None

@@ -306,6 +306,7 @@ class TaskTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'kernel.*began with.*changed'):
       self.train('run', config, program)
 
+  @pytest.mark.slow
   def test_runs_together_keep_their_end(self):
     self.check_ends('adapter', 'bernoulli')
 

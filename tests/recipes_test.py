@@ -264,6 +264,7 @@ class ReplayTest(TemporaryTest):
     )
     self.check(policy, make_base(SMALL), num_steps=2)
 
+  @pytest.mark.slow
   def test_each_part_of_a_recipe_counts(self):
     base = make_base(SMALL, 'bfloat16')
     policy = adapters.ChainPolicy.bernoulli(

@@ -393,6 +393,7 @@ class LoopTest(parameterized.TestCase):
     with checkpoint.Checkpointer(self.tmp) as saver:
       self.assertEqual(saver.latest(), 16)
 
+  @pytest.mark.slow
   def test_checkpoint_of_other_shapes_is_named(self):
     experiment.train(small_config(), self.tmp, small_program())
     with self.assertRaisesRegex(
