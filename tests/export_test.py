@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+import pytest
 from safetensors import numpy as safetensors
 
 import bernoulli_lora_jax as bl
