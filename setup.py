@@ -11,9 +11,9 @@ _VERSION = re.search(r"__version__ = '([^']+)'", _INIT)
 
 # Checkpoints of the Hugging Face hub in and out.
 _HF = [
-    'grain>=0.2.12',
+    'grain>=0.2.18',  # Packs at most so many documents a row.
     'huggingface-hub>=0.34',
-    'jinja2>=3.1',
+    'jinja2>=3.1.6',  # Its sandbox is mended there.
     'safetensors>=0.6',
     'tokenizers>=0.21',
 ]
