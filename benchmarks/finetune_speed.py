@@ -37,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -73,6 +74,8 @@ _FOLDER = flags.DEFINE_string('folder', '', 'Of checkpoints; else temporary.')
 _OUT = flags.DEFINE_string('out', '', 'Folder for results as JSON lines, logs.')
 _STYLE = flags.DEFINE_string('style', 'simple', 'Table format of tabulate.')
 _ONE = flags.DEFINE_string('one', '', 'Runs one row in this process.')
+
+Row = dict[str, Any]
 
 _COMMAND = (sys.executable, '-m', 'bernoulli_lora_jax', 'finetune')
 
@@ -124,7 +127,7 @@ def timed(step, wait) -> dict[str, float]:
   }
 
 
-def peft(kind: str) -> dict[str, object]:
+def peft(kind: str) -> Row:
   """Measures transformers and PEFT: eager, compiled, compiled_*."""
   import peft as peft_lib
   import torch
@@ -207,7 +210,7 @@ def batch_of(vocabulary: int, is_packed: bool) -> dict[str, jax.Array]:
   return batch
 
 
-def jax_step(start, kind: str) -> dict[str, object]:
+def jax_step(start, kind: str) -> Row:
   """Measures a step in JAX, of `start(method, config, params)`."""
   raw, _, length = sizes()
   method = kind.removesuffix('_unpacked')
@@ -217,7 +220,7 @@ def jax_step(start, kind: str) -> dict[str, object]:
   per_token = flops(config, chain.adapted(params), length)
   trained = sum(x.size for x in jax.tree.leaves(state.factors))
   del params
-  carry = [state, None]
+  carry: list[Any] = [state, None]
   del state
 
   def once():
@@ -261,7 +264,7 @@ def plain(method: str, config, params):
       return out + (args[0] @ left) @ right
 
     with nn.intercept_methods(add):
-      return loss(params, batch)[0]
+      return loss(params, batch, None)[0]
 
   def step(state, batch):
     value, grads = jax.value_and_grad(of_factors)(
@@ -275,7 +278,7 @@ def plain(method: str, config, params):
   return chain, state, jax.jit(step, donate_argnums=0)
 
 
-def command(kind: str, work: pathlib.Path, log) -> dict[str, object]:
+def command(kind: str, work: pathlib.Path, log) -> Row:
   """Runs the command in a process of its own and reads what it wrote."""
   raw, rows, length = sizes()
   mode = 'memory' if kind.endswith('_memory') else 'speed'
@@ -374,7 +377,7 @@ def finish(arguments, log) -> str:
   return output
 
 
-def measure(name: str) -> dict[str, object]:
+def measure(name: str) -> Row:
   """Returns a row that is measured in this process."""
   room, _, kind = name.partition('_')
   rooms = {
@@ -385,7 +388,7 @@ def measure(name: str) -> dict[str, object]:
   return rooms[room](kind)
 
 
-def row(name: str, argv, work: pathlib.Path, log) -> dict[str, object]:
+def row(name: str, argv, work: pathlib.Path, log) -> Row:
   """Returns a row from a process of its own, or why there is none."""
   start = time.perf_counter()
   try:
@@ -401,7 +404,7 @@ def row(name: str, argv, work: pathlib.Path, log) -> dict[str, object]:
   return {'row': name, **found, 'wall_seconds': time.perf_counter() - start}
 
 
-def compared(new, rows) -> dict[str, object]:
+def compared(new, rows) -> Row:
   """Returns a row with what it is beside the rows before it."""
   rate = new.get('tokens_per_second')
   rates = {x['row']: x.get('tokens_per_second') for x in rows}
