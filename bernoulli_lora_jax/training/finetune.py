@@ -171,8 +171,8 @@ def finetune(
   config = make_config(arguments_given, found)
   config, program = _fitting(config, mode, directory)
   _check_exports(directory, chosen, program.settings.num_steps)
-  _show_start(config, program, directory)
   experiment.check_workdir(config, directory)
+  _show_start(config, program, directory)
   summary = loop.train(*experiment.run_of(config, directory, program))
   task = program.task
   del program
@@ -359,7 +359,7 @@ def _fitting(
   limit = _memory()
   for i, name in enumerate(tried):
     config.task.kwargs.scan_layers, config.task.kwargs.remat = modes[name]
-    config, program = _compiled(config)
+    config, program = _compiled(config, directory)
     needed = _bytes_of(program)['step']
     if limit is None or needed <= _FITS * limit:
       break
@@ -372,7 +372,7 @@ def _fitting(
 
 
 def _compiled(
-    config: config_dict.ConfigDict,
+    config: config_dict.ConfigDict, directory: pathlib.Path
 ) -> tuple[config_dict.ConfigDict, programs.Program]:
   """Returns a config with its steps counted, and its program, compiled."""
   task = arguments.make_task(config)
@@ -384,7 +384,8 @@ def _compiled(
   t.checkpoint_every = t.checkpoint_every or t.eval_every
   t.steps_per_dispatch = _dispatch(config, _steps_of_seconds(task))
   program = experiment.make_program(config, task)
-  if program.driver.kind == 'none':
+  is_over = loop.finished(directory, t.num_steps) is not None
+  if program.driver.kind == 'none' and not is_over:
     loop.compile_ahead(program)
   return config, program
 
