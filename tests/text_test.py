@@ -609,8 +609,8 @@ class DatasetsTest(TextTest):
     rows = self.load(path, tokenizer, **options)['train']
     lines = self.load(self.write(*records), tokenizer, **options)['train']
     self.assertEqual(rows.digest, lines.digest)
-    seen = dict(records_lib.contents(path))['row 1']
-    self.assertEqual(seen, records[0])
+    seen = dict(records_lib.contents(path))
+    self.assertEqual(seen, {f'row {i + 1}': x for i, x in enumerate(records)})
 
   def test_rejects(self):
 
