@@ -220,6 +220,19 @@ class SourcesTest(TextTest):
     self.assertEqual(sum(map(len, found.values())), 120)
     self.assertBetween(len(parts[1]), 5, 25)
 
+  @parameterized.parameters(
+      (lambda i: {'text': f'{i}'}, 'language_model'),
+      (lambda i: {'instruction': f'{i}', 'output': 'a'}, 'instruction'),
+  )
+  def test_held_out_by_what_is_read(self, line, kind):
+    """Fields beside it change nothing."""
+    found = [
+        self.load(path, kind=kind, eval_fraction=0.5)['validation'].digest
+        for more in ({}, {'id': 1})
+        for path in [self.write(*({**line(i), **more} for i in range(40)))]
+    ]
+    self.assertEqual(found[0], found[1])
+
   def test_fraction(self):
     """A fourth is held out; a larger fraction holds out those, and others."""
     path = self.write(
@@ -376,6 +389,12 @@ class SourcesTest(TextTest):
     pieces = backend.encode_batch_fast.call_args.args[0]
     self.assertEqual(''.join(pieces), words * 9)
     self.assertLess(max(map(len, pieces)), 120)
+
+  def test_show_keeps_spaces(self):
+    backend = tokenizer_folders.metaspace()
+    tokenizer = self.tokenizer(chat_templates.LLAMA2, backend)
+    (shown,) = self.texts(self.write({'messages': TURNS[:2]}), tokenizer)
+    self.assertEqual(shown, '<s> [INST] Hello [/INST]« the answer </s>»')
 
   def test_show_of_long_and_odd_texts(self):
     """The middle is left out; what moves the cursor is escaped."""

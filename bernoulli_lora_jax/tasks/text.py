@@ -477,12 +477,16 @@ def _marked(
 ) -> str:
   """Returns the text of ids, runs that are trained in «»."""
   borders = np.flatnonzero(np.diff(trained)) + 1
-  texts = [
-      (_visible(tokenizer.decode(ids[run])), trained[run[0]])
-      for run in np.split(np.arange(len(ids)), borders)
-      if len(run)
-  ]
-  return ''.join(f'«{text}»' if on else text for text, on in texts)
+  parts, before = [], ''
+  for run in np.split(np.arange(len(ids)), borders):
+    # Of all up to here: alone, a run may lose the space that it begins with.
+    whole = tokenizer.decode(ids[: run[-1] + 1])
+    text = whole.removeprefix(before)
+    if not whole.startswith(before):
+      text = tokenizer.decode(ids[run])
+    before = whole
+    parts.append(f'«{_visible(text)}»' if trained[run[0]] else _visible(text))
+  return ''.join(parts)
 
 
 def _visible(text: str) -> str:
