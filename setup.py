@@ -53,6 +53,8 @@ setuptools.setup(
     extras_require={
         # Runs over a network: launch/federated_flower.
         'federated': ['flwr>=1.41'],
+        # Data of the Hugging Face hub, .parquet and .csv: pyarrow and pandas, 250 MB.
+        'datasets': [*_HF, 'datasets>=4.0'],
         # Bases in nf4, int4, int8; LoRA of NNX models.
         'quantized': ['qwix>=0.1.8'],
         'hf': _HF,
@@ -61,6 +63,7 @@ setuptools.setup(
         'test': [
             *_HF,
             'chex>=0.1.90',
+            'datasets>=4.0',
             'ipykernel>=6.29',  # Runs the notebooks.
             'nbclient>=0.10',
             'pytest>=8',

@@ -300,7 +300,7 @@ PREPARED = {
     'Checkpoints of the Hugging Face hub': checkpoint,
     'A few lines': checkpoint,
     'Adapters of PEFT': tuned,
-    'Text of your own': chats,
+    'Data': chats,
     'A task of your own': federation,
 }
 

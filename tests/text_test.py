@@ -1,8 +1,10 @@
 """Text of one's own: masks, packing, places, errors, and a decoder trained on it."""
 
 import dataclasses
+import gzip
 import json
 import pathlib
+import sys
 from unittest import mock
 import warnings
 
@@ -23,6 +25,7 @@ from bernoulli_lora_jax.models import hf
 from bernoulli_lora_jax.models import tokenizer as tokenizer_lib
 from bernoulli_lora_jax.tasks import language_model
 from bernoulli_lora_jax.tasks import packing
+from bernoulli_lora_jax.tasks import records as records_lib
 from bernoulli_lora_jax.tasks import text
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import base_config
@@ -217,6 +220,19 @@ class SourcesTest(TextTest):
     self.assertEqual(sum(map(len, found.values())), 120)
     self.assertBetween(len(parts[1]), 5, 25)
 
+  @parameterized.parameters(
+      (lambda i: {'text': f'{i}'}, 'language_model'),
+      (lambda i: {'instruction': f'{i}', 'output': 'a'}, 'instruction'),
+  )
+  def test_held_out_by_what_is_read(self, line, kind):
+    """Fields beside it change nothing."""
+    found = [
+        self.load(path, kind=kind, eval_fraction=0.5)['validation'].digest
+        for more in ({}, {'id': 1})
+        for path in [self.write(*({**line(i), **more} for i in range(40)))]
+    ]
+    self.assertEqual(found[0], found[1])
+
   def test_fraction(self):
     """A fourth is held out; a larger fraction holds out those, and others."""
     path = self.write(
@@ -237,21 +253,212 @@ class SourcesTest(TextTest):
     self.assertEqual(BYTES.decode(found['train'].tokens), 'ab<end>')
     self.assertEqual(BYTES.decode(found['validation'].tokens), 'cd<end>')
 
+  def texts(self, data, tokenizer=BYTES, **options):
+    """Returns the texts of documents, what is trained in «»."""
+    documents = self.load(data, tokenizer, kind='auto', **options)['train']
+    shown = text.show(documents, tokenizer, count=9).split('--- document ')
+    return [x.partition('\n')[2].rstrip('\n') for x in shown[1:]]
+
+  def test_kinds(self):
+    pair, chat = {'prompt': 'a', 'completion': 'b'}, {'messages': TURNS}
+    for first, kind in (
+        (pair, 'instruction'),
+        ({**chat, 'text': 'x'}, 'instruction'),
+        ({'messages': None, 'text': 'x'}, 'language_model'),
+        ({'conversations': TURNS}, 'instruction'),
+        ({'instruction': 'x', 'output': 'y'}, 'instruction'),
+        ({'text': 'x'}, 'language_model'),
+    ):
+      self.assertEqual(text.kind_of(self.write(first, '{')), kind)
+      self.assertEqual(text.kind_of(self.write('{', first)), kind)
+    prose = self.write('prose', name='a.txt')
+    self.assertEqual(text.kind_of(prose), 'language_model')
+    path = self.write({'q': 'a'}, '{')
+    with self.assertRaisesRegex(ValueError, r"got line 1 \(.*\['q'\]; known"):
+      text.kind_of(path)
+    self.assertEqual(
+        text.kind_of(path, columns={'q': 'text'}), 'language_model'
+    )
+    mixed = self.write({'text': 'a'}, pair)
+    with self.assertRaisesRegex(ValueError, "1 bad of 2: line 2 .*'text'"):
+      self.texts(mixed)
+
+  def test_columns(self):
+    path = self.write({'question': 'a', 'answer': 'b', 'prompt': 'no'})
+    columns = {'question': 'prompt', 'answer': 'completion'}
+    self.assertEqual(self.texts(path, columns=columns), ['a«b<end>»'])
+
+  def test_alpaca(self):
+    path = self.write(
+        {'instruction': 'add', 'input': '1 2', 'output': '3', 'text': 'x'},
+        {'instruction': 'say', 'input': '', 'output': 'a'},
+        {'instruction': 'say', 'input': None, 'output': 'b'},
+    )
+    plain = '### Instruction:\n{}\n\n### Response:\n«{}<end>»'
+    self.assertEqual(
+        self.texts(path),
+        [
+            plain.format(*x)
+            for x in [('add\n1 2', '3'), ('say', 'a'), ('say', 'b')]
+        ],
+    )
+    chat = (
+        '<|im_start|>user\nadd\n1 2<|im_end|>\n<|im_start|>assistant\n'
+        '«3<|im_end|>»'
+    )
+    tokenizer = self.tokenizer(chat_templates.GENERATION)
+    self.assertEqual(self.texts(path, tokenizer)[0], chat)
+
+  def test_spellings_of_chats(self):
+    """ShareGPT, lists of parts, and turns before a completion."""
+    tokenizer = self.tokenizer(chat_templates.GENERATION)
+    roles = {'system': 'system', 'user': 'human', 'assistant': 'gpt'}
+    turns = [{'role': 'system', 'content': 'model'}, *TURNS]
+    parts = [{'type': 'text', 'text': 'mo'}, {'type': 'text', 'text': 'del'}]
+    shared = [{'from': roles[x['role']], 'value': x['content']} for x in turns]
+    expected = self.texts(self.write({'messages': turns}), tokenizer)
+    self.assertIn('«fine<|im_end|>»', expected[0])
+    path = self.write(
+        {'conversations': shared},
+        {'system': 'model', 'conversations': shared[1:]},
+        {'conversations': turns, 'prompt': 'not read'},
+        {'messages': [{'role': 'system', 'content': parts}, *TURNS]},
+    )
+    self.assertEqual(self.texts(path, tokenizer), expected * 4)
+    path = self.write({'prompt': turns[:-1], 'completion': turns[-1:]})
+    last = expected[0].replace('«the answer<|im_end|>»', 'the answer<|im_end|>')
+    self.assertEqual(self.texts(path, tokenizer), [last])
+
+  def test_tools_as_json(self):
+    tokenizer = self.tokenizer(chat_templates.QWEN3)
+    tools = [{'type': 'function', 'function': {'name': 'add'}}]
+    path = self.write(
+        {'messages': TURNS[:2], 'tools': tools},
+        {'messages': TURNS[:2], 'tools': json.dumps(tools)},
+    )
+    found = self.texts(path, tokenizer, max_length=400)
+    self.assertIn('<tools>', found[0])
+    self.assertEqual(found[0], found[1])
+
+  def test_forms_of_files(self):
+    """Marks and ends of lines of other systems, arrays, gzip."""
+    pair = {'prompt': 'a\u2028', 'completion': 'b'}
+    line = json.dumps(pair, ensure_ascii=False)
+    expected = ['a\\u2028«b<end>»'] * 2
+    for name, content in (
+        ('a.jsonl', f'\ufeff{line}\r\n\r\n{line}\r\n \n'),
+        ('b.json', json.dumps([pair] * 2, indent=1)),
+        ('c.json', f'{line}\n{line}'),
+        ('d.jsonl.gz', f'{line}\n{line}\n'),
+        ('e.json.gz', json.dumps([pair] * 2)),
+    ):
+      raw = content.encode()
+      path = self.tmp / name
+      path.write_bytes(gzip.compress(raw) if name.endswith('gz') else raw)
+      self.assertEqual(self.texts(path), expected, name)
+    path = self.tmp / 'f.txt.gz'
+    path.write_bytes(gzip.compress(b'ab'))
+    self.assertEqual(self.texts(path), ['a«b<end>»'])
+    for name, content, message in (
+        ('a.jsonl', '\ufeff\r\n', 'got an empty file'),
+        ('a.jsonl.gz', line, 'in gzip, got: Not a gzipped file'),
+        ('a.json', '[]', 'got an empty file'),
+        ('a.json', '[3]', r'got record 1 \(no JSON object: 3\)'),
+        ('a.json', '{"data": []}', r"record 1 \(no field .*\['data'\]"),
+    ):
+      path = self.tmp / name
+      path.write_bytes(content.encode())
+      with self.assertRaisesRegex(ValueError, message):
+        self.texts(path)
+
+  def test_a_long_text_in_pieces(self):
+    """The ids are those of the whole, special tokens around it included."""
+    words = 'def add(x, y):\n    return x + y\n\nHello there,\nhow are you?\n'
+    for kind in ('byte_level_with_bos', 'metaspace'):
+      tokenizer = self.tokenizer(backend=getattr(tokenizer_folders, kind)())
+      whole = tokenizer.encode(words * 9)
+      with mock.patch.object(text, '_PIECE', 50):
+        found = text._encode_long(tokenizer, words * 9)
+      self.assertEqual(found.tolist(), whole)
+    tokenizer = self.tokenizer(backend=tokenizer_folders.byte_level())
+    backend = mock.Mock(wraps=tokenizer.backend)
+    with mock.patch.object(text, '_PIECE', 50):
+      text._encode_long(
+          dataclasses.replace(tokenizer, backend=backend), words * 9
+      )
+    pieces = backend.encode_batch_fast.call_args.args[0]
+    self.assertEqual(''.join(pieces), words * 9)
+    self.assertLess(max(map(len, pieces)), 120)
+
+  def test_show_keeps_spaces(self):
+    backend = tokenizer_folders.metaspace()
+    tokenizer = self.tokenizer(chat_templates.LLAMA2, backend)
+    (shown,) = self.texts(self.write({'messages': TURNS[:2]}), tokenizer)
+    self.assertEqual(shown, '<s> [INST] Hello [/INST]« the answer </s>»')
+
+  def test_show_of_long_and_odd_texts(self):
+    """The middle is left out; what moves the cursor is escaped."""
+    path = self.write({'text': 'a' * 500 + '\x1b[2J\r\n' + 'b' * 500})
+    documents = self.load(path, kind='language_model', max_length=2000)['train']
+    shown = text.show(documents, BYTES, longest=9).split('\n')
+    self.assertEqual(
+        shown[1:], ['a«aaaa»', '[... 998 tokens left out ...]', '«bbb<end>»']
+    )
+    shown = text.show(documents, BYTES, longest=2000)
+    self.assertIn(r'a\x1b[2J\r' + '\n', shown)
+
   def test_show(self):
     path = self.write(*({'prompt': 'ab', 'completion': 'cd'} for _ in 'xyz'))
     shown = text.show(self.load(path)['train'], BYTES)
-    one = '--- document {}: 3 of 5 tokens trained\nab«cd<end>»'
+    one = '--- document {}: 3 of 5 tokens trained, those in «»\nab«cd<end>»'
     self.assertEqual(shown, f'{one.format(0)}\n{one.format(1)}')
 
   BAD = (
       ('{"prompt": ', 'line 2 (no JSON: '),
       ('[1]', 'line 2 (no JSON object: [1])'),
       ({'prompt': 'a'}, "line 2 (no field 'completion' among ['prompt'])"),
-      ({'q': 'a'}, "line 2 (neither 'messages' nor 'prompt' and 'completion'"),
+      ({'q': 'a'}, "line 2 (no field that is known among ['q']; known are 'mes"),
+      ({'text': 'a'}, "line 2 ('text', which kind='language_model' reads)"),
       ({'prompt': 1, 'completion': 'b'}, "line 2 ('prompt' is no text but 1)"),
       ({'prompt': 'a', 'completion': ' '}, "line 2 ('completion' is empty)"),
       ({'messages': 'a'}, "line 2 ('messages' is no list of turns but 'a')"),
-      ({'messages': [], 'prompt': 'a'}, "line 2 (both 'messages' and"),
+      ({'messages': TURNS, 'completion': 'a'}, "2 (both 'messages' and 'comp"),
+      ({'prompt': 'a', 'completion': None}, "'completion' is no text but None"),
+      ('{"prompt": "a", "completion": "\\ud83d"}', 'half a character'),
+      ('[' * 99999, 'line 2 (no JSON: maximum recursion'),
+      (
+          {'messages': [{'role': 'user', 'content': None}, TURNS[1]]},
+          'Expected messages[0] to have content that is text',
+      ),
+      (
+          {'messages': [{'role': 'user', 'content': '\ud83d'}, TURNS[1]]},
+          'line 2 (messages[0] has ',
+      ),
+      (
+          {'messages': [{'role': 'user', 'content': [
+              {'type': 'text', 'text': 'a'}, {'type': 'image_url'}]}]},
+          "no text: parts of types ['text', 'image_url']",
+      ),
+      (
+          {'messages': [TURNS[0], {**TURNS[1], 'weight': 0}]},
+          'messages[1] has weight=0: turns count alike',
+      ),
+      (
+          {'conversations': [{'from': 'function_call', 'value': 'a'}]},
+          "conversations[0] is from 'function_call', known are human",
+      ),
+      ({'conversations': [{'from': 'gpt'}]}, 'content that is text'),
+      ({'messages': TURNS, 'tools': '{'}, "'tools' is no JSON"),
+      ({'instruction': 'a', 'output': ''}, "line 2 ('output' is empty)"),
+      ({'instruction': 'a'}, "no field 'output' among ['instruction']"),
+      (
+          {'instruction': 'a', 'output': 'b', 'history': [['c', 'd']]},
+          "'history' beside 'instruction': give messages",
+      ),
+      (
+          {'prompt': TURNS[:1], 'completion': TURNS[1:]},
+          "'completion' has more than one turn",
+      ),
       ({'messages': TURNS[:1]}, "line 2 (Expected a turn of the 'assistant'"),
       ({'messages': [3]}, 'line 2 (Expected messages[0] to have a role'),
       ({'messages': [{'role': 'assistant'}]}, 'to have content that is text'),
@@ -310,16 +517,22 @@ class SourcesTest(TextTest):
     blank.write_text('')
     prose = self.write('prose', name='prose.txt')
     chats = self.write({'messages': TURNS}, name='chats.jsonl')
+    no_roles = self.tokenizer("{{ messages[0]['content'] }}")
     no_end = self.tokenizer()
     no_end = tokenizer_lib.Tokenizer(no_end.backend, {})
     conflict = dataclasses.replace(self.tokenizer(), conflict='they disagree')
     for data, options, message in (
-        (self.tmp / 'none.txt', {}, 'a pattern of files in .*, got none'),
+        (
+            self.tmp / 'none.txt',
+            {},
+            'a pattern of files or a dataset in .*, got none',
+        ),
         (self.tmp / 'tokenizer', {}, 'files in the folder .*, got none'),
         (empty, {}, 'got an empty file'),
         (blank, {'kind': 'language_model'}, 'got an empty file'),
         (prose, {}, "kind='instruction', got text: 'prose"),
         (chats, {}, 'chat template for messages, got none'),
+        (chats, {'tokenizer': no_roles}, 'writes messages.1., which it leaves'),
         (good, {'tokenizer': no_end}, 'end token, got none: name eos_token'),
         (prose, {'tokenizer': no_end, 'kind': 'language_model'}, 'end token'),
         (good, {'tokenizer': conflict}, 'they disagree'),
@@ -336,6 +549,139 @@ class SourcesTest(TextTest):
     with self.assertRaisesRegex(ValueError, 'below 100, .*got id=256'):
       text.check_vocabulary(self.load(good)['train'], BYTES, 100)
     text.check_vocabulary(self.load(good)['train'], BYTES, 257)
+
+
+class DatasetsTest(TextTest):
+
+  @pytest.fixture(autouse=True)
+  def _library(self, monkeypatch, tmp_path):
+    self.lib = pytest.importorskip('datasets')
+    self.lib.disable_progress_bars()
+    cache = str(tmp_path / 'cache')
+    monkeypatch.setattr(self.lib.config, 'HF_DATASETS_CACHE', cache)
+
+  def found(self, data, **options):
+    documents = self.load(data, **options)['train']
+    return BYTES.decode(documents.tokens).split('<end>')[:-1]
+
+  def rows(self, *texts):
+    return self.lib.Dataset.from_list(
+        [{'prompt': x, 'completion': 'z', 'id': 1} for x in texts]
+    )
+
+  def test_files(self):
+    """Rows of files, alone and of a pattern, and a folder by its splits."""
+    folder = self.tmp / 'of'
+    (folder / 'data').mkdir(parents=True)
+    (folder / 'README.md').write_text('---\nlicense: mit\n---\nnot a text')
+    one, two = (
+        folder / 'data' / f'{x}-00000-of-00001.parquet'
+        for x in ('train', 'test')
+    )
+    self.rows('a', 'b').to_parquet(one)
+    self.rows('c').to_parquet(two)
+    self.rows('d').to_csv(self.tmp / 'e.csv')
+    self.assertEqual(self.found(one, kind='auto'), ['az', 'bz'])
+    self.assertEqual(
+        self.found(folder / 'data' / '*.parquet'), ['cz', 'az', 'bz']
+    )
+    self.assertEqual(self.found(self.tmp / 'e.csv'), ['dz'])
+    self.assertEqual(self.found(folder), ['az', 'bz'])
+    self.assertEqual(self.found(f'{folder}:test'), ['cz'])
+    self.assertEqual(self.found(f'{folder}:train[:1]'), ['az'])
+    with self.assertRaisesRegex(ValueError, 'Unknown split "val". .*test'):
+      self.load(f'{folder}:val')
+
+  def test_saved(self):
+    one, two = self.tmp / 'one', self.tmp / 'two'
+    self.rows('a').save_to_disk(one)
+    parts = {'train': self.rows('b'), 'test': self.rows('c')}
+    self.lib.DatasetDict(parts).save_to_disk(two)
+    self.assertEqual(self.found(one), ['az'])
+    self.assertEqual(self.found(two), ['bz'])
+    self.assertEqual(self.found(f'{two}:test'), ['cz'])
+    (arrow,) = (two / 'test').glob('*.arrow')
+    self.assertEqual(self.found(arrow), ['cz'])
+    for data, message in (
+        (f'{one}:train', 'no split of .*, got split=train'),
+        (f'{two}:val', r"split in \['test', 'train'\] of .*, got split=val"),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        self.load(data)
+
+  def test_rows_are_lines(self):
+    """Fields that a column has for other rows' sake are not there."""
+    call = {'type': 'function', 'function': {'name': 'add', 'arguments': '{}'}}
+    records = [
+        {'messages': TURNS[:2]},
+        {'messages': [
+            TURNS[0],
+            {'role': 'assistant', 'content': None, 'tool_calls': [call]},
+            {'role': 'tool', 'content': '2'},
+            TURNS[1],
+        ]},
+    ]  # fmt: skip
+    path = self.tmp / 'a.parquet'
+    self.lib.Dataset.from_list(records).to_parquet(path)
+    tokenizer = self.tokenizer(chat_templates.QWEN3)
+    options = dict(turns='last', eval_fraction=0.0)
+    rows = self.load(path, tokenizer, **options)['train']
+    lines = self.load(self.write(*records), tokenizer, **options)['train']
+    self.assertEqual(rows.digest, lines.digest)
+    seen = dict(records_lib.contents(path))
+    self.assertEqual(seen, {f'row {i + 1}': x for i, x in enumerate(records)})
+
+  def test_rejects(self):
+
+    def table(name, rows):
+      self.lib.Dataset.from_dict(rows).to_parquet(self.tmp / name)
+      return self.tmp / name
+
+    broken = self.tmp / 'broken.parquet'
+    broken.write_bytes(b'PAR1')
+    for data, message in (
+        (
+            table('a.parquet', {'text': ['a', None]}),
+            "1 bad of 2: row 2 .'text'",
+        ),
+        (table('b.parquet', {'q': ['a']}), r"columns=\['q'\]; known are"),
+        (table('c.parquet', {'text': []}), 'got an empty file'),
+        (broken, 'or a dataset, got: '),
+    ):
+      with self.assertRaisesRegex(ValueError, message) as raised:
+        self.load(data, kind='auto')
+      self.assertNotIn('\n', str(raised.exception))
+
+  def test_hub(self):
+    """A name, its config and split; what cannot be had, in one line."""
+    with mock.patch.object(self.lib, 'load_dataset') as load:
+      load.return_value = self.rows('a')
+      for name, args, split in (
+          ('owner/name', ('owner/name',), 'train'),
+          ('owner/name:test[:9]', ('owner/name',), 'test[:9]'),
+          ('owner/name/main:test', ('owner/name', 'main'), 'test'),
+      ):
+        self.assertEqual(self.found(name), ['az'])
+        load.assert_called_with(*args, split=split)
+      for error, kind in (
+          (ConnectionError('No\n network.'), FileNotFoundError),
+          (ValueError('Config name is\nmissing.'), ValueError),
+      ):
+        load.side_effect = error
+        with self.assertRaisesRegex(kind, 'owner/name, or a data.*: [CN]') as e:
+          self.load('owner/name')
+        self.assertNotIn('\n', str(e.exception))
+      load.reset_mock()
+      for name in ('data/a.jsonl', './a/b', 'a/*', 'a', '/a/b', 'a/b/c/d'):
+        with self.assertRaisesRegex(FileNotFoundError, 'got none'):
+          self.load(name)
+      load.assert_not_called()
+
+
+def test_no_library():
+  with mock.patch.dict(sys.modules, datasets=None):
+    with pytest.raises(ImportError, match=r'pip install .*\[datasets\]'):
+      text.load('owner/name', BYTES, max_length=9)
 
 
 class PackingTest(TextTest):

@@ -1,22 +1,21 @@
 """Text for decoders: files to tokenised documents, with what of them is trained.
 
     tokenizer = tokenizer_lib.load(folder)
-    found = text.load('chats.jsonl', tokenizer, kind='instruction',
-                      max_length=1024, eval_fraction=0.05)
+    found = text.load('chats.jsonl', tokenizer, max_length=1024,
+                      eval_fraction=0.05)
     print(text.show(found['train'], tokenizer))
 
 Files are read and tokenised once, into memory: what is bad or too long is known
 before the first step.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
-import glob
 import hashlib
 import itertools
 import json
 import os
-import pathlib
+import re
 from typing import Any, NamedTuple, Protocol
 import warnings
 
@@ -26,12 +25,18 @@ from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.models import chat
 from bernoulli_lora_jax.models import tokenizer as tokenizer_lib
 from bernoulli_lora_jax.tasks import packing
+from bernoulli_lora_jax.tasks import records
 
-KINDS = ('instruction', 'language_model')
+KINDS = ('auto', 'instruction', 'language_model')
 OVER_LIMIT = ('error', 'truncate', 'drop')
 TURNS = ('all', 'last', 'each')
-_SUFFIXES = ('.jsonl', '.md', '.txt')  # Of files that a folder is read for.
 _NAMED = 3  # Bad lines that a message has in full.
+_PIECE = 1 << 16  # Characters: the library takes 500 bytes a token of one text.
+_PIECES = 16
+_BREAK = re.compile(r'\n(?=\n?\S)')  # Indents are often a token with the break.
+_ALPACA = '### Instruction:\n{}\n\n### Response:\n'
+
+kind_of = records.kind_of
 
 
 class TextTokenizer(Protocol):
@@ -87,15 +92,11 @@ class Encoding(NamedTuple):
   turns: str = 'all'
 
 
-class _BadLineError(ValueError):
-  """A line that is not as it should be."""
-
-
 def load(
     data: str | os.PathLike[str],
     tokenizer: TextTokenizer,
     *,
-    kind: str,
+    kind: str = 'auto',
     max_length: int,
     eval_fraction: float = 0.0,
     eval_data: str | os.PathLike[str] = '',
@@ -104,38 +105,51 @@ def load(
     turns: str = 'all',
     over_limit: str = 'error',
     skip_bad: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, packing.Documents]:
-  """Reads and tokenises files.
+  """Reads and tokenises documents.
 
   Args:
-    data: a file, a folder (its .jsonl, .md and .txt files, at any depth) or a glob
-      pattern. Lines of .json and .jsonl files are documents, see `kind`; any other
-      file is one document of text, or several, see `separator`.
+    data: a file, a folder or a glob pattern; or a dataset, 'owner/name' of the Hub,
+      'owner/name/config', each with ':split' after it or of 'train'. Lines of
+      .jsonl, records of .json (an array or lines), rows of .parquet, .arrow and
+      .csv are documents, see `kind`; any other file is one of text, or several,
+      see `separator`. .jsonl.gz, .json.gz and .txt.gz are read, too. A folder is
+      one of `datasets.save_to_disk`; or has .parquet files, and is read as on the
+      Hub; or its .jsonl, .md and .txt files are, at any depth.
     tokenizer: of `tokenizer.load`, or `Bytes()`.
-    kind: 'instruction': lines {"messages": [...]}, of which the assistant's turns
+    kind: 'instruction': records {"messages": [...]}, of which the assistant's turns
       are trained, see `chat.encode_chat` ("tools" may stand beside them), or
       {"prompt": ..., "completion": ...}, of which the completion and an end token
-      are. 'language_model': text, or lines {"text": ...}, trained as a whole: an end
+      are; ShareGPT's {"conversations": [{"from", "value"}]} are messages, and so
+      are prompt and completion that are lists of turns, of which but the
+      completion is trained; Alpaca's {"instruction", "input", "output"} become
+      turns where the tokenizer has a template, else the '### Instruction:' text.
+      'language_model': text, or records {"text": ...}, trained as a whole: an end
       token is added, and what is longer than max_length is cut into windows that
       share one token, so that each token but a document's first is predicted once.
+      'auto': as `kind_of` data says.
     max_length: most tokens of a document, >= 2.
     eval_fraction: part of the documents that is held out, in [0, 1): by a hash of
       their content, whatever file, place or tokenizer; equal ones stay together.
-    eval_data: files in place of it.
+    eval_data: data in place of it.
     separator: of the documents in files of text, such as '\\n\\n'; '' for none.
     template: see `Encoding`.
     turns: see `Encoding`.
     over_limit: what becomes of instructions longer than max_length: 'error',
       'truncate' (from their end) or 'drop', with a warning of how many.
     skip_bad: bad lines are left out, with a warning, in place of an error.
+    columns: {name of a field in data: name here}, such as {'question': 'prompt',
+      'answer': 'completion'}.
 
   Returns:
     'train', and where something is held out, 'validation'.
 
   Raises:
-    FileNotFoundError: no such files.
+    FileNotFoundError: no such files, and no dataset that could be had.
     ValueError: bad lines, by file, line and reason; an argument outside its range;
-      a part without documents.
+      a dataset without that split or known columns; a part without documents.
+    ImportError: a dataset, but no library datasets.
   """
   checks.one_of(KINDS, kind=kind)
   checks.one_of(TURNS, turns=turns)
@@ -149,14 +163,18 @@ def load(
       eval_fraction=eval_fraction,
   )
   encoding = Encoding(tokenizer, max_length, template, turns)
+  if kind == 'auto':
+    kind = kind_of(data, separator=separator, columns=columns)
   encode = _encode_text if kind == 'language_model' else _encode_instruction
   read = functools.partial(
       _read,
       encode=functools.partial(encode, encoding=encoding),
+      is_instruction=kind == 'instruction',
       separator=separator,
       over_limit=over_limit,
       max_length=max_length,
       skip_bad=skip_bad,
+      columns=columns,
   )
   train, held_out = read(data, eval_fraction=eval_fraction)
   found = {'train': train}
@@ -179,23 +197,27 @@ def _read(
     data: str | os.PathLike[str],
     *,
     encode: Callable[[Any], list[packing.Document]],
+    is_instruction: bool,
     separator: str,
     over_limit: str,
     max_length: int,
     skip_bad: bool,
+    columns: Mapping[str, str] | None,
     eval_fraction: float,
 ) -> tuple[packing.Documents, packing.Documents]:
   """Returns the documents of files, and those that are held out."""
   parts: tuple[list[packing.Document], ...] = ([], [])
   bad, count, num_long, num_untrained = [], 0, 0, 0
-  for where, content in _contents(data, separator):
+  for where, content in records.contents(data, separator, columns):
     count += 1
     try:
-      value = _parsed(content) if isinstance(content, bytes) else content
+      value = records.parsed(content, columns)
+      if is_instruction:
+        value = _instruction(value)
       pieces = encode(value)
       if not any(any(mask[1:]) for _, mask in pieces):
-        raise _BadLineError('no token that could be trained')
-    except _BadLineError as e:
+        raise records.BadRecordError('no token that could be trained')
+    except records.BadRecordError as e:
       bad.append(f'{where} ({e})')
       continue
     part = parts[_hash(value) < eval_fraction]
@@ -249,74 +271,15 @@ def _report_long(
   )
 
 
-def _files(data: str | os.PathLike[str]) -> list[pathlib.Path]:
-  """Returns the files of a name, a folder or a pattern, in order."""
-  path = pathlib.Path(data).expanduser()
-  if path.is_file():
-    return [path]
-  if path.is_dir():
-    found = [p for p in path.rglob('*') if p.suffix in _SUFFIXES]
-    what = f'{", ".join(_SUFFIXES)} files in the folder {data}'
-  else:
-    found = map(pathlib.Path, glob.glob(str(path), recursive=True))
-    what = f'a file, a folder or a pattern of files in {data}'
-  found = sorted(p for p in found if p.is_file())
-  if not found:
-    raise FileNotFoundError(f'Expected {what}, got none.')
-  return found
-
-
-def _contents(
-    data: str | os.PathLike[str], separator: str
-) -> Iterator[tuple[str, str | bytes]]:
-  """Yields documents with their places: text, or bytes of a line of JSON."""
-  files = _files(data)
-  for path in files:
-    name = f'{path.name} ' if len(files) > 1 else ''
-    raw = path.read_bytes()
-    if not raw.strip():
-      raise ValueError(f'Expected text in {path}, got an empty file.')
-    if path.suffix in ('.json', '.jsonl'):
-      for number, line in enumerate(raw.split(b'\n'), start=1):
-        if line.strip():
-          yield f'{name}line {number}', line
-      continue
-    try:
-      text = raw.decode('utf-8-sig')
-    except UnicodeDecodeError as e:
-      raise ValueError(f'Expected {path} in UTF-8, got: {e}.') from e
-    for i, part in enumerate(text.split(separator) if separator else [text]):
-      if part.strip():
-        yield f'{name}document {i + 1}', part
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-  try:
-    value = json.loads(line.decode('utf-8-sig'))
-  except ValueError as e:  # UnicodeDecodeError is one, too.
-    raise _BadLineError(f'no JSON: {e}') from e
-  if not isinstance(value, dict):
-    raise _BadLineError(f'no JSON object: {value!r:.40}')
-  return value
-
-
 def _hash(value: str | dict[str, Any]) -> float:
   """Returns a number in [0, 1) by the content of a document."""
   if isinstance(value, dict):
     fields = 'messages', 'tools', 'prompt', 'completion', 'text'
-    value = json.dumps([value.get(k) for k in fields], sort_keys=True)
+    value = json.dumps(
+        [value.get(k) for k in fields], sort_keys=True, default=str
+    )
   digest = hashlib.sha256(value.encode('utf-8', 'surrogatepass')).digest()
   return int.from_bytes(digest[:6]) / 2**48
-
-
-def _string(record: dict[str, Any], name: str) -> str:
-  """Returns a field that is text."""
-  if name not in record:
-    raise _BadLineError(f'no field {name!r} among {sorted(record)}')
-  value = record[name]
-  if not isinstance(value, str):
-    raise _BadLineError(f'{name!r} is no text but {value!r:.40}')
-  return value
 
 
 def _end(tokenizer: TextTokenizer) -> int:
@@ -332,45 +295,87 @@ def _encode_text(
     value: str | dict[str, Any], *, encoding: Encoding
 ) -> list[packing.Document]:
   """Returns the windows of a text."""
-  text = value if isinstance(value, str) else _string(value, 'text')
+  text = value if isinstance(value, str) else records.string(value, 'text')
   if not text.strip():
-    raise _BadLineError("'text' is empty")
+    raise records.BadRecordError("'text' is empty")
   end = _end(encoding.tokenizer)
-  ids = encoding.tokenizer.encode(text)
-  ids = ids if ids[-1:] == [end] else [*ids, end]
+  ids = _encode_long(encoding.tokenizer, text)
+  if ids[-1:].tolist() != [end]:
+    ids = np.append(ids, np.int32(end))
   length = encoding.max_length
   starts = range(0, max(1, len(ids) - 1), length - 1)
   windows = [ids[start : start + length] for start in starts]
-  return [(x, [False] + [True] * (len(x) - 1)) for x in windows]
+  return [(x, np.arange(len(x)) > 0) for x in windows]  # pyrefly: ignore
+
+
+def _encode_long(tokenizer: TextTokenizer, text: str) -> np.ndarray:
+  """Returns the ids of a text, of a long one from pieces in little memory.
+
+  It is cut behind a line where the ids nearby are the same without the cut; where
+  there is no such line, or the tokenizer puts spaces before a text, it stays whole.
+  """
+  if isinstance(tokenizer, Bytes):
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+  if not isinstance(tokenizer, tokenizer_lib.Tokenizer) or len(text) <= _PIECE:
+    return np.asarray(tokenizer.encode(text), np.int32)
+  bare = functools.partial(tokenizer.encode, add_special_tokens=False)
+  around, inside = tokenizer.encode('a'), bare('a')
+  places = [
+      i
+      for i in range(len(around))
+      if inside and around[i : i + len(inside)] == inside
+  ]
+  pieces, start = [], 0
+  while places and len(text) - start > _PIECE:
+    breaks = _BREAK.finditer(text, start + _PIECE)
+    for found in itertools.islice(breaks, 16):
+      cut = found.end()
+      left, right = text[max(start, cut - 200) : cut], text[cut : cut + 200]
+      if bare(left) + bare(right) == bare(left + right):
+        break
+    else:
+      break
+    pieces.append(text[start:cut])
+    start = cut
+  if not pieces:
+    return np.asarray(tokenizer.encode(text), np.int32)
+  pieces.append(text[start:])
+  ids = [np.asarray(around[: places[0]], np.int32)]
+  for i in range(0, len(pieces), _PIECES):
+    batch = pieces[i : i + _PIECES]
+    found = tokenizer.backend.encode_batch_fast(batch, add_special_tokens=False)
+    ids.extend(np.asarray(x.ids, np.int32) for x in found)
+  ids.append(np.asarray(around[places[0] + len(inside) :], np.int32))
+  return np.concatenate(ids)
+
+
+def _instruction(value: str | dict[str, Any]) -> dict[str, Any]:
+  if isinstance(value, str):
+    raise ValueError(
+        'Expected records, in files named .json or .jsonl or a dataset, for'
+        f" kind='instruction', got text: {value!r:.40}."
+    )
+  return records.instruction(value)
 
 
 def _encode_instruction(
-    value: str | dict[str, Any], *, encoding: Encoding
+    value: dict[str, Any], *, encoding: Encoding
 ) -> list[packing.Document]:
   """Returns the documents of a conversation, or of a prompt and completion."""
-  if isinstance(value, str):
-    raise ValueError(
-        'Expected JSON lines, files named .json or .jsonl, for'
-        f" kind='instruction', got text: {value!r:.40}."
-    )
   if 'messages' in value:
-    if {'prompt', 'completion'} & value.keys():
-      raise _BadLineError("both 'messages' and 'prompt' or 'completion'")
-    return _encode_messages(value['messages'], value.get('tools'), encoding)
-  if not {'prompt', 'completion'} & value.keys():
-    raise _BadLineError(
-        "neither 'messages' nor 'prompt' and 'completion' among"
-        f' {sorted(value)}'
-    )
-  prompt, completion = (_string(value, k) for k in ('prompt', 'completion'))
-  if not completion.strip():
-    raise _BadLineError("'completion' is empty")
-  if encoding.template:
+    if value['turns']:
+      encoding = encoding._replace(turns=value['turns'])
+    return _encode_messages(value['messages'], value['tools'], encoding)
+  prompt, completion = value['prompt'], value['completion']
+  has_template = getattr(encoding.tokenizer, 'chat_template', None) is not None
+  if encoding.template or value['is_alpaca'] and has_template:
     messages = [
         {'role': 'user', 'content': prompt},
         {'role': 'assistant', 'content': completion},
     ]
     return _encode_messages(messages, None, encoding)
+  if value['is_alpaca']:
+    prompt = _ALPACA.format(prompt)
   end = _end(encoding.tokenizer)
   ids, mask = _encode_pair(encoding.tokenizer, prompt, completion)
   if ids[-1] == end:  # The tokenizer adds it itself.
@@ -397,7 +402,7 @@ def _encode_pair(
 
 
 def _encode_messages(
-    messages: Any, tools: Any, encoding: Encoding
+    messages: list[Any], tools: Any, encoding: Encoding
 ) -> list[packing.Document]:
   """Returns the documents of a conversation."""
   tokenizer = encoding.tokenizer
@@ -406,8 +411,6 @@ def _encode_messages(
         'Expected a tokenizer with a chat template for messages, got none: put'
         ' its chat_template.jinja into the folder, or give prompt and completion.'
     )
-  if not isinstance(messages, list) or not messages:
-    raise _BadLineError(f"'messages' is no list of turns but {messages!r:.40}")
   assert isinstance(tokenizer, tokenizer_lib.Tokenizer)
   one = functools.partial(chat.encode_chat, tokenizer, tools=tools)
   try:
@@ -421,7 +424,7 @@ def _encode_messages(
     ends = asked or [len(messages) - 1]  # Which is refused, with the reason.
     return [one(messages[: k + 1], turns='last') for k in ends]
   except (TypeError, ValueError) as e:
-    raise _BadLineError(str(e).removesuffix('.')) from e
+    raise records.BadRecordError(records.one_line(e)) from e
 
 
 def check_vocabulary(
@@ -437,7 +440,10 @@ def check_vocabulary(
 
 
 def show(
-    documents: packing.Documents, tokenizer: TextTokenizer, count: int = 2
+    documents: packing.Documents,
+    tokenizer: TextTokenizer,
+    count: int = 2,
+    longest: int = 400,
 ) -> str:
   """Returns the first documents as text; what is trained stands in «».
 
@@ -445,20 +451,46 @@ def show(
     documents: of `load`.
     tokenizer: theirs.
     count: of documents.
+    longest: tokens of a document; of a longer one the middle is left out.
   """
   lines = []
   for i in range(min(count, len(documents))):
     document = documents[i]
-    trained = document['weights'] > 0
+    trained, ids = document['weights'] > 0, document['tokens']
     num, size = int(trained.sum()), len(trained)
-    lines.append(f'--- document {i}: {num} of {size} tokens trained')
-    borders = np.flatnonzero(np.diff(trained)) + 1
-    runs = np.split(np.arange(size), borders)
-    texts = [tokenizer.decode(document['tokens'][run]) for run in runs]
     lines.append(
-        ''.join(
-            f'«{text}»' if trained[run[0]] else text
-            for run, text in zip(runs, texts, strict=True)
-        )
+        f'--- document {i}: {num} of {size} tokens trained, those in «»'
     )
+    write = functools.partial(_marked, tokenizer)
+    if size <= longest:
+      lines.append(write(ids, trained))
+      continue
+    head, tail = slice(longest - longest // 2), slice(size - longest // 2, size)
+    lines.append(write(ids[head], trained[head]))
+    lines.append(f'[... {size - longest} tokens left out ...]')
+    lines.append(write(ids[tail], trained[tail]))
   return '\n'.join(lines)
+
+
+def _marked(
+    tokenizer: TextTokenizer, ids: np.ndarray, trained: np.ndarray
+) -> str:
+  """Returns the text of ids, runs that are trained in «»."""
+  borders = np.flatnonzero(np.diff(trained)) + 1
+  parts, before = [], ''
+  for run in np.split(np.arange(len(ids)), borders):
+    # Of all up to here: alone, a run may lose the space that it begins with.
+    whole = tokenizer.decode(ids[: run[-1] + 1])
+    text = whole.removeprefix(before)
+    if not whole.startswith(before):
+      text = tokenizer.decode(ids[run])
+    before = whole
+    parts.append(f'«{_visible(text)}»' if trained[run[0]] else _visible(text))
+  return ''.join(parts)
+
+
+def _visible(text: str) -> str:
+  """Returns text with what moves a terminal's cursor escaped, but for \\n."""
+  return ''.join(
+      c if c == '\n' or c.isprintable() else ascii(c)[1:-1] for c in text
+  )
