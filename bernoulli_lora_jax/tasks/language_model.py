@@ -6,7 +6,7 @@ config.task.kwargs.data = 'chats.jsonl'
 config.training.eval_gradient = False  # A stream has no full gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
 import os
 from typing import Any, NamedTuple
@@ -36,7 +36,8 @@ def make_task(
     model: str | os.PathLike[str] | hf.Checkpoint,
     data: str | os.PathLike[str],
     batch_size: int,
-    kind: str = 'instruction',
+    kind: str = 'auto',
+    columns: Mapping[str, str] | None = None,
     tokenizer: str | os.PathLike[str] | text.TextTokenizer = '',
     max_length: int = 1024,
     eval_fraction: float = 0.05,
@@ -62,7 +63,8 @@ def make_task(
     model: a folder, a name on the hub, or what `hf.load` made of it.
     data: see `text.load`.
     batch_size: rows of max_length tokens in a batch, of all processes.
-    kind: 'instruction' or 'language_model', see `text.load`.
+    kind: 'auto', 'instruction' or 'language_model', see `text.load`.
+    columns: see `text.load`.
     tokenizer: a folder; '' for that of the model; 'bytes'; or one that is loaded.
     max_length: tokens of a row, and most of a document.
     eval_fraction: see `text.load`; 0 for no validation.
@@ -70,7 +72,7 @@ def make_task(
     eval_batch_size: rows at a time in evaluations; 0 for batch_size. It takes the
       place of config.task.chunk.
     watch_data: files whose loss is evaluated, too: what the model should not forget.
-      Its documents are text, whatever `kind` is, unless all are instructions.
+      Their kind is told by their first document.
     in_memory: whether weights and rows are kept on the device, as of small tasks,
       whose runs may train together (a sweep). Each epoch then passes through the
       same rows in another order, and train_loss is that of the first rows. Otherwise
@@ -122,11 +124,12 @@ def make_task(
   documents = read(
       data,
       kind=kind,
+      columns=columns,
       eval_fraction=0.0 if eval_data else eval_fraction,
       eval_data=eval_data,
   )
   if watch_data:
-    documents['watched'] = read(watch_data, kind=kind)['train']
+    documents['watched'] = read(watch_data, kind='auto')['train']
   for part in documents.values():
     text.check_vocabulary(part, found_tokenizer, config.vocab_size)
   if max_length > config.max_length:
