@@ -6,8 +6,10 @@ config.task.kwargs.data = 'chats.jsonl'
 config.training.eval_gradient = False  # A stream has no full gradient.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+import dataclasses
 import functools
+import math
 import os
 from typing import Any, NamedTuple
 import warnings
@@ -27,7 +29,7 @@ from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.tasks import text
 
 # How a model is loaded, see `hf.load`.
-RUN_FIELDS = ('dtype', 'compute_dtype', 'remat', 'max_segments', 'scan_layers')
+RUN_FIELDS = ('dtype', 'compute_dtype', 'remat', 'scan_layers')
 _TRAIN_CHUNKS = 4  # Of the training rows that evaluations look at.
 
 
@@ -52,7 +54,8 @@ def make_task(
     turns: str = 'all',
     over_limit: str = 'error',
     skip_bad: bool = False,
-    loss_chunk: int = 1024,
+    loss_chunk: int = 2048,
+    max_segments: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     **run: Any,
@@ -86,10 +89,12 @@ def make_task(
     over_limit: see `text.load`.
     skip_bad: see `text.load`.
     loss_chunk: positions whose logits exist at once, see `decoder.make_loss`.
+    max_segments: most documents of a row, padding counted; 0 for what their mean
+      length asks for. The fewer, the faster is packed attention.
     process_index: of `jax.process_index()`, where processes share a batch.
     process_count: of `jax.process_count()`; divides batch_size.
     **run: how a model is loaded, see `hf.load`: dtype, compute_dtype, remat,
-      max_segments, scan_layers.
+      scan_layers.
 
   Returns:
     A task; num_samples is the rows of its first epoch. Metrics of validation and of
@@ -138,7 +143,10 @@ def make_task(
         ' that the model was made for.',
         stacklevel=2,
     )
-  rows = packing_lib.Packing(max_length, config.max_segments, window, packing)
+  most = max_segments or _segments(documents.values(), max_length)
+  config = dataclasses.replace(config, max_segments=most)
+  loss = decoder.make_loss(config, loss_chunk)
+  rows = packing_lib.Packing(max_length, most, window, packing)
   splits = {
       name: _with_index(packing_lib.arrays(part, rows))
       for name, part in documents.items()
@@ -164,13 +172,20 @@ def make_task(
   chunk = eval_batch_size or batch_size
   return bare.task._replace(
       data=splits,
+      loss=loss,
       num_samples=num_samples,
       num_tokens=batch_size * max_length,
       preview=text.show(documents['train'], found_tokenizer),
-      metrics=functools.partial(_metrics, bare.task.loss, chunk),
+      metrics=functools.partial(_metrics, loss, chunk),
       chunk=chunk,
       **drawn,
   )
+
+
+def _segments(parts_of: Iterable[packing_lib.Documents], length: int) -> int:
+  """Returns room for half again as many documents in a row as fit in the mean."""
+  mean = min(len(part.tokens) / len(part) for part in parts_of)
+  return int(np.clip(2 ** math.ceil(math.log2(1.5 * length / mean + 1)), 4, 64))
 
 
 class Bare(NamedTuple):
