@@ -9,6 +9,7 @@ import contextlib
 import sys
 import traceback
 from typing import Any, Literal
+import warnings
 
 from absl import flags
 from absl import logging
@@ -62,7 +63,9 @@ def guarded(argv: list[str]) -> Iterator[list[str]]:
     logging.set_verbosity(verbosity)
     if verbosity > logging.WARNING:
       logging.use_absl_handler()
-    yield argv
+    with warnings.catch_warnings():
+      warnings.showwarning = _show_warning
+      yield argv
   except (
       ValueError,
       TypeError,
@@ -82,6 +85,11 @@ def guarded(argv: list[str]) -> Iterator[list[str]]:
       raise
     print('Ended by SIGINT.', file=sys.stderr)
     raise SystemExit(130) from None
+
+
+def _show_warning(message: Any, *unused: Any, **also_unused: Any) -> None:
+  """Prints a warning in one line, without the place in the code."""
+  print(f'Warning: {config_files.one_line(message)}', file=sys.stderr)
 
 
 def train(argv: list[str]) -> None:

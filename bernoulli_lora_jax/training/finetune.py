@@ -22,6 +22,7 @@ import numpy as np
 
 from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import files
+from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax.models import generate
 from bernoulli_lora_jax.models import hf
 from bernoulli_lora_jax.models import tokenizer as tokenizer_lib
@@ -138,8 +139,8 @@ def finetune(
     skip_bad: bool = False,
     separator: str = '',
     mode: Literal['auto', 'speed', 'memory'] = 'auto',
-    dtype: str = '',
-    compute_dtype: str = '',
+    dtype: Literal['', 'float32', 'bfloat16', 'float16'] = '',
+    compute_dtype: Literal['', 'float32', 'bfloat16', 'float16'] = '',
     rounding: Literal['auto', 'nearest', 'stochastic', 'compensated'] = 'auto',
     parallel: Literal['none', 'jit'] = 'none',
     checkpoint_every: int = 0,
@@ -242,6 +243,21 @@ def make_config(
   Raises:
     ValueError: an argument outside its range, by name.
   """
+  for name in ('data', 'output'):
+    checks.that(bool(given[name]), f'{name} to be named', **{name: "''"})
+  checks.that(
+      given['num_steps'] > 0 or given['num_epochs'] > 0,
+      'num_steps > 0 or num_epochs > 0',
+      num_steps=given['num_steps'],
+      num_epochs=given['num_epochs'],
+  )
+  checks.that(
+      not given['early_stopping']
+      or bool(given['eval_data'])
+      or given['eval_fraction'] > 0,
+      'something held out (eval_fraction, eval_data) with early_stopping',
+      early_stopping=given['early_stopping'],
+  )
   is_full = given['method'] == 'full'
   low = {'BF16': 'bfloat16', 'F16': 'float16'}
   stored = [low[d] for d in found.dtypes.values() if d in low]
@@ -315,7 +331,12 @@ def _others(
         'Expected train_others or train_tokens, got both:'
         f' {given["train_others"]!r} and {given["train_tokens"]!r}.'
     )
-  words = tokenizer_lib.load(given['tokenizer'] or str(found.folder))
+  words = language_model.load_tokenizer(given['tokenizer'], found)
+  if not isinstance(words, tokenizer_lib.Tokenizer):
+    raise ValueError(
+        'Expected a tokenizer with a vocabulary for train_tokens, got bytes.'
+    )
+  _pattern('train_tokens', given['train_tokens'])
   rows = sorted(
       number
       for token, number in words.backend.get_vocab(True).items()
@@ -327,6 +348,16 @@ def _others(
       train_tokens=given['train_tokens'],
   )
   return r'^embed_tokens/embedding$|^lm_head/kernel$', tuple(rows)
+
+
+def _pattern(name: str, pattern: str) -> re.Pattern[str]:
+  """Returns a regular expression; raises for what is none."""
+  try:
+    return re.compile(pattern)
+  except re.error as e:
+    raise ValueError(
+        f'Expected {name} to be a regular expression, got {name}={pattern!r}: {e}.'
+    ) from e
 
 
 def _exports(export: str, method: str, has_others: bool) -> list[str]:
@@ -362,12 +393,15 @@ def _flags_named() -> Iterator[None]:
 def _check_output(directory: pathlib.Path) -> None:
   """Raises for a directory that cannot be that of a run, or is of other things."""
   directory_lib.check(directory)
-  if directory.is_dir() and not (directory / 'config.json').is_file():
-    others = sorted(p.name for p in directory.iterdir() if p.name != '.lock')
+  path = directory / 'config.json'
+  record = files.read_json(path) if path.is_file() else {}
+  task = record.get('task') if isinstance(record, dict) else None
+  if not isinstance(task, dict) or task.get('name') != tuned.TASK:
+    others = {p.name for p in directory.glob('*')} - {'.lock'}
     if others:
       raise ValueError(
           f'Expected an output that is new, empty or of an earlier run, got {directory}'
-          f' with {", ".join(others[:3])}.'
+          f' with {", ".join(sorted(others)[:3])}.'
       )
 
 
@@ -379,6 +413,18 @@ def _check_method(config: config_dict.ConfigDict) -> None:
   bare = language_model.without_data(
       model=kwargs.model, batch_size=config.task.batch_size
   )
+  paths = list(matrices_lib.named_leaves(task_lib.shapes(bare.task)))
+  linear = [path for path in paths if path.endswith('/kernel')]
+  for flag, pattern, known in (
+      ('targets', config.method.select, linear),
+      ('train_others', config.method.others, paths),
+  ):
+    if pattern and not any(map(_pattern(flag, pattern).search, known)):
+      kinds = sorted({tuned.kind(path) for path in known})
+      raise ValueError(
+          f'Expected {flag} to match one of {", ".join(kinds)}, got'
+          f' {flag}={pattern!r}.'
+      )
   # Of epochs it is not known yet.
   config.training.num_steps = config.training.num_steps or 1 << 30
   experiment.make_program(config, bare.task)
@@ -404,15 +450,11 @@ def _check_exports(
 
 def _with_checkpoint(text: str, directory: pathlib.Path) -> str:
   """Returns what has diverged, and where the last good checkpoint is."""
-  steps = [
-      int(path.name)
-      for path in (directory / 'checkpoints').glob('*')
-      if path.name.isdigit()
-  ]
-  if not steps:
+  step = tuned.last_checkpoint(directory)
+  if step is None:
     return f'{text} None was saved yet in {directory}.'
   return (
-      f'{text} It is that of step {max(steps)}, which blora merge {directory}'
+      f'{text} It is that of step {step}, which blora merge {directory}'
       ' writes; another try needs another output.'
   )
 
@@ -431,14 +473,16 @@ def _fitting(
   tried = list(modes) if mode == 'auto' else [mode]
   if mode == 'auto' and jax.devices()[0].platform == 'cpu':
     tried = ['memory']  # It compiles in a fraction of the time.
-  if mode == 'auto' and (directory / 'config.json').is_file():
-    kwargs = experiment.read_config(directory).task.kwargs
-    is_scanned = kwargs.get('scan_layers', True)
+  begun = None
+  if (directory / 'config.json').is_file():
+    begun = experiment.read_config(directory)
+  if mode == 'auto' and begun is not None:
+    is_scanned = begun.task.kwargs.get('scan_layers', True)
     tried = ['memory' if is_scanned else 'speed']
   limit = _memory()
   for i, name in enumerate(tried):
     config.task.kwargs.scan_layers, config.task.kwargs.remat = modes[name]
-    program = _made(config)
+    program = _made(config, begun)
     # What takes no time before what takes long.
     experiment.check_workdir(config, directory)
     _check_exports(directory, chosen, program.settings)
@@ -457,7 +501,9 @@ def _fitting(
   return config, program  # pyrefly: ignore
 
 
-def _made(config: config_dict.ConfigDict) -> programs.Program:
+def _made(
+    config: config_dict.ConfigDict, begun: config_dict.ConfigDict | None
+) -> programs.Program:
   """Returns the program of a config, whose steps are counted in it."""
   task = arguments.make_task(config)
   t = config.training
@@ -465,6 +511,8 @@ def _made(config: config_dict.ConfigDict) -> programs.Program:
   t.num_steps = t.num_steps or max(1, round(steps))
   links = config.method.period if t.recipe else 1
   t.eval_every = _aligned(max(1, t.num_steps // t.num_evals), links)
+  if begun is not None:  # A longer one goes on as it was, too.
+    t.eval_every = begun.training.eval_every
   t.checkpoint_every = t.checkpoint_every or t.eval_every
   t.steps_per_dispatch = _dispatch(config, _steps_of_seconds(task))
   return experiment.make_program(config, task)

@@ -163,6 +163,8 @@ class Program:
     Weights that are loaded are large: their products are met by the factors. Others
     are merged first.
     """
+    if not self.settings.eval_gradient and not evaluated(self.data):
+      return {}
     return self._at(self._evaluate, state)
 
   def test(self, state: Any) -> dict[str, jax.Array]:
@@ -323,6 +325,11 @@ def of_split(
   return task_lib.evaluate(task, params, data, split)
 
 
+def evaluated(data: Any) -> list[str]:
+  """Returns the splits that evaluations look at."""
+  return sorted(data.keys() - {'test', 'clients'})
+
+
 def evaluate(
     task: task_lib.Task,
     method: methods.Method,
@@ -342,7 +349,7 @@ def evaluate(
         grad,
     )
     metrics['grad_norm_sq'] = sum(jax.tree.leaves(squares))
-  for split in sorted(data.keys() - {'test', 'clients'}):
+  for split in evaluated(data):
     for name, value in task_lib.evaluate(task, params, data, split).items():
       metrics[f'{split}_{name}'] = value
   return metrics

@@ -23,7 +23,6 @@ from bernoulli_lora_jax.models import peft_import
 from bernoulli_lora_jax.tasks import language_model
 from bernoulli_lora_jax.tasks import text
 from bernoulli_lora_jax.training import directory
-from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import reporting
 from bernoulli_lora_jax.training import tuned
 
@@ -96,9 +95,7 @@ def export(
     raise ValueError(f'Expected a rank of an adapter alone, got rank={rank}.')
   folder = pathlib.Path(output or pathlib.Path(run, FOLDERS[format]))
   files.check_new(folder)
-  experiment.read_config(
-      run
-  )  # Before a lock is left in a folder of other things.
+  tuned.read_config(run)  # Before a lock is left in another folder.
   with directory.hold(run):
     found = tuned.load(run)
     if format == 'merged':
@@ -198,7 +195,7 @@ def open_model(source: str) -> tuple[hf.Checkpoint, str]:
   folder = pathlib.Path(source).expanduser()
   if not tuned.is_run(folder):
     return hf.load(source, scan_layers=True), ''
-  words = experiment.read_config(folder).task.kwargs.get('tokenizer', '')
+  words = tuned.read_config(folder).task.kwargs.get('tokenizer', '')
   if (folder / 'merged' / 'config.json').is_file():
     return hf.load(folder / 'merged', scan_layers=True), words
   with directory.hold(folder):
@@ -226,7 +223,9 @@ def _with_adapters(
   )
   state = adapters_lib.with_factors(chain, state, found.factors)
   factors = adapters_lib.scaled(state.factors, chain.adapted(state.params))
-  rows = merging.merge_report(state.params, factors, found.matrices)
+  rows = merging.merge_report(
+      state.params, dict(factors), found.matrices  # pyrefly: ignore
+  )
   columns = 'largest error', 'relative error', 'update lost'
   return tuned.donated(chain.params, state), tuned.by_kind(rows, columns)
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import warnings
 
 import jax
+from ml_collections import config_dict
 import numpy as np
 
 from bernoulli_lora_jax import adapters
@@ -67,6 +68,32 @@ def is_run(folder: str | os.PathLike[str]) -> bool:
   return pathlib.Path(folder, 'checkpoints').is_dir()
 
 
+def read_config(directory: str | os.PathLike[str]) -> config_dict.ConfigDict:
+  """Returns the config of a run that has a checkpoint.
+
+  Raises:
+    ValueError: no such run.
+  """
+  directory = pathlib.Path(directory)
+  if not is_run(directory):
+    raise ValueError(f'Expected the directory of a run, got {directory}.')
+  config = experiment.read_config(directory)
+  if config.task.name != TASK:
+    raise ValueError(
+        f'Expected a run of a language model in {directory}, got'
+        f' task.name={config.task.name!r}.'
+    )
+  if last_checkpoint(directory) is None:
+    raise ValueError(f'Expected a checkpoint in {directory}, got none yet.')
+  return config
+
+
+def last_checkpoint(directory: str | os.PathLike[str]) -> int | None:
+  """Returns the step of the newest checkpoint of a run."""
+  names = [path.name for path in pathlib.Path(directory).glob('checkpoints/*')]
+  return max((int(name) for name in names if name.isdigit()), default=None)
+
+
 def load(directory: str | os.PathLike[str]) -> Tuned:
   """Reads a run of `blora finetune`, or of its task in a config.
 
@@ -78,12 +105,7 @@ def load(directory: str | os.PathLike[str]) -> Tuned:
     ValueError: no such run, or one without checkpoints.
   """
   directory = pathlib.Path(directory)
-  config = experiment.read_config(directory)
-  if config.task.name != TASK:
-    raise ValueError(
-        f'Expected a run of a language model in {directory}, got'
-        f' task.name={config.task.name!r}.'
-    )
+  config = read_config(directory)
   kwargs = config.task.kwargs.to_dict()
   names = ('model', 'loss_chunk', 'in_memory', *language_model.RUN_FIELDS)
   bare = language_model.without_data(
@@ -93,9 +115,6 @@ def load(directory: str | os.PathLike[str]) -> Tuned:
   method = experiment.make_method(config, bare.task)
   settings = experiment.make_settings(config, bare.task)
   program = programs.Program(bare.task, method, settings)
-  checkpoints = directory / 'checkpoints'
-  if not checkpoints.is_dir() or not any(checkpoints.iterdir()):
-    raise ValueError(f'Expected a checkpoint in {checkpoints}, got none yet.')
   state = program.start(jax.random.key(config.seed))
   with loop.open_checkpoints(program, directory, state) as saver:
     state, best, progress = loop.restore(saver, program, state)
@@ -293,7 +312,7 @@ def last_step(directory: str | os.PathLike[str]) -> int | None:
   """Returns the step that `load` would read of a finished run, else None."""
   path = pathlib.Path(directory, 'summary.json')
   summary = loop.read_summary(path) if path.is_file() else {}
-  is_best = experiment.read_config(directory).training.patience
+  is_best = experiment.read_config(str(directory)).training.patience
   return summary.get('best_step' if is_best else 'step')
 
 
