@@ -1,4 +1,4 @@
-"""The command `blora`: train, sweep, report, audit, theory.
+"""The command `blora`: train, sweep, report, finetune, merge, export, and more.
 
 Without an installation `python -m bernoulli_lora_jax` and `launch/*.py` are the
 same. A user's error is one line on stderr and the exit status 1.
@@ -9,6 +9,7 @@ import contextlib
 import sys
 import traceback
 from typing import Any, Literal
+import warnings
 
 from absl import flags
 from absl import logging
@@ -62,7 +63,9 @@ def guarded(argv: list[str]) -> Iterator[list[str]]:
     logging.set_verbosity(verbosity)
     if verbosity > logging.WARNING:
       logging.use_absl_handler()
-    yield argv
+    with warnings.catch_warnings():
+      warnings.showwarning = _show_warning
+      yield argv
   except (
       ValueError,
       TypeError,
@@ -82,6 +85,11 @@ def guarded(argv: list[str]) -> Iterator[list[str]]:
       raise
     print('Ended by SIGINT.', file=sys.stderr)
     raise SystemExit(130) from None
+
+
+def _show_warning(message: Any, *unused: Any, **also_unused: Any) -> None:
+  """Prints a warning in one line, without the place in the code."""
+  print(f'Warning: {config_files.one_line(message)}', file=sys.stderr)
 
 
 def train(argv: list[str]) -> None:
@@ -191,7 +199,28 @@ def finetune(argv: list[str]) -> None:
   """Fine-tunes a checkpoint on a file: one command to merged weights, an adapter."""
   from bernoulli_lora_jax.training import finetune as finetune_lib
 
-  flags_of_functions.call('finetune', finetune_lib.finetune, argv)
+  flags_of_functions.call('finetune', finetune_lib.finetune, argv, dashes=True)
+
+
+def merge(argv: list[str]) -> None:
+  """Writes merged weights, of a run or of a checkpoint and adapters of PEFT."""
+  _served('merge', argv)
+
+
+def export(argv: list[str]) -> None:
+  """Writes what a run has changed as an adapter, or its merged weights."""
+  _served('export', argv)
+
+
+def generate(argv: list[str]) -> None:
+  """Prints what a model, or a run, says."""
+  _served('generate', argv)
+
+
+def _served(name: str, argv: list[str]) -> None:
+  from bernoulli_lora_jax.training import served
+
+  flags_of_functions.call(name, getattr(served, name), argv, dashes=True)
 
 
 def audit(argv: list[str]) -> None:
@@ -221,6 +250,9 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     'report': lambda argv: flags_of_functions.call('report', report, argv),
     'audit': audit,
     'finetune': finetune,
+    'merge': merge,
+    'export': export,
+    'generate': generate,
     'theory': theory,
 }
 

@@ -20,8 +20,11 @@ def call(
     functions: Callable[..., None] | dict[str, Callable[..., None]],
     argv: Sequence[str],
     description: str | None = None,
+    dashes: bool = False,
 ) -> None:
   """Calls a function, or the one that argv begins with, with the flags of argv.
+
+  A flag is read with - or _ between its words; `dashes` says how a help writes it.
 
   Raises:
     ValueError: flags that are missing, unknown or wrong.
@@ -31,7 +34,7 @@ def call(
 
   options: dict[str, Any] = {
       'prog': f'blora {name}',
-      'use_underscores': True,
+      'use_underscores': not dashes,
       'registry': _registry(),
       'config': (
           tyro.conf.OmitArgPrefixes,

@@ -6,10 +6,13 @@ read by `blora report`. Here are its flags, what it prints, and what it writes a
 (`tuned`).
 """
 
+from collections.abc import Iterator
+import contextlib
 import math
 import os
 import pathlib
 import re
+import shutil
 import sys
 from typing import Any, Literal
 
@@ -19,6 +22,7 @@ import numpy as np
 
 from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import files
+from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax.models import generate
 from bernoulli_lora_jax.models import hf
 from bernoulli_lora_jax.models import tokenizer as tokenizer_lib
@@ -26,7 +30,9 @@ from bernoulli_lora_jax.tasks import language_model
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import base_config
+from bernoulli_lora_jax.training import directory as directory_lib
 from bernoulli_lora_jax.training import experiment
+from bernoulli_lora_jax.training import fields
 from bernoulli_lora_jax.training import figures
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import programs
@@ -49,6 +55,44 @@ EXPORTS = {
     'adapter:peft': ('adapter', 'peft'),
     'adapter:vllm': ('adapter_vllm', 'vllm'),
 }
+# {flag: its field}.
+_FIELDS = {
+    'seed': 'seed',
+    'batch_size': 'task.batch_size',
+    'method': 'method.name',
+    'rank': 'method.rank',
+    'period': 'method.period',
+    'prob': 'method.prob',
+    'alpha': 'method.alpha',
+    'sketch': 'method.sketch',
+    'optimizer': 'method.optimizer',
+    'weight_decay': 'method.weight_decay',
+    'clip_norm': 'method.clip_norm',
+    'targets': 'method.select',
+    'schedule': 'method.schedule',
+    'warmup': 'method.warmup_steps',
+    'num_steps': 'training.num_steps',
+    'num_evals': 'training.num_evals',
+    'early_stopping': 'training.patience',
+    'micro_batches': 'training.num_micro_batches',
+    'checkpoint_every': 'training.checkpoint_every',
+    'parallel': 'training.parallel',
+    'progress': 'training.progress',
+}
+# Of which the field has more than the flag.
+_DERIVED = {
+    'learning_rate': 'method.learning_rate',
+    'rounding': 'method.rounding',
+    'train_others': 'method.others',
+    'train_tokens': 'method.other_rows',
+    'num_epochs': 'training.num_passes',
+    'output': 'workdir',
+}
+_OF_TASK = (
+    *('kind', 'max_length', 'eval_fraction', 'template'),
+    *('turns', 'over_limit', 'skip_bad', 'separator'),
+)
+_END = 'end.json'  # What was printed at the end, and at which step.
 _SECONDS = 2.0  # Of a dispatch, about: between two looks at signals and losses.
 _RATES = {'cpu': 1e10, 'gpu': 3e14, 'tpu': 1e14}  # FLOP/s, of a CPU's core.
 _SAMPLE = 48  # Tokens of a sample.
@@ -95,8 +139,8 @@ def finetune(
     skip_bad: bool = False,
     separator: str = '',
     mode: Literal['auto', 'speed', 'memory'] = 'auto',
-    dtype: str = '',
-    compute_dtype: str = '',
+    dtype: Literal['', 'float32', 'bfloat16', 'float16'] = '',
+    compute_dtype: Literal['', 'float32', 'bfloat16', 'float16'] = '',
     rounding: Literal['auto', 'nearest', 'stochastic', 'compensated'] = 'auto',
     parallel: Literal['none', 'jit'] = 'none',
     checkpoint_every: int = 0,
@@ -164,39 +208,27 @@ def finetune(
     prompt: of the sample; '' for the beginning of a held-out document.
     progress: whether to show a progress bar.
   """
-  arguments_given = dict(locals())
-  chosen = _exports(export, method, bool(train_others or train_tokens))
+  given = dict(locals())
   directory = pathlib.Path(output)
-  found = hf.open_folder(resolve(model))
-  config = make_config(arguments_given, found)
-  config, program = _fitting(config, mode, directory)
-  _check_exports(directory, chosen, program.settings.num_steps)
-  experiment.check_workdir(config, directory)
+  with _flags_named():
+    chosen = _exports(export, method, bool(train_others or train_tokens))
+    checks.integers(0, adapter_rank=adapter_rank)
+    _check_output(directory)
+    found = hf.open_folder(tuned.resolve(model))
+    config = make_config(given, found)
+    _check_method(config)
+    config, program = _fitting(config, mode, directory, chosen)
   _show_start(config, program, directory)
-  summary = loop.train(*experiment.run_of(config, directory, program))
+  try:
+    summary = loop.train(*experiment.run_of(config, directory, program))
+  except loop.DivergedError as e:
+    raise loop.DivergedError(_with_checkpoint(str(e), directory)) from e
   task = program.task
-  del program
-  run = tuned.load(directory)
-  _write(run, directory, chosen, adapter_rank, dtype)
-  _draw(directory)
-  _show_end(run, directory, summary, task, tokenizer, prompt)
-
-
-def resolve(model: str) -> str:
-  """Returns the folder of a model: of a run its merged weights.
-
-  Raises:
-    ValueError: a run that has none.
-  """
-  folder = pathlib.Path(model).expanduser()
-  if (folder / 'merged' / 'config.json').is_file():
-    return str((folder / 'merged').absolute())
-  if (folder / 'metrics.jsonl').is_file():
-    raise ValueError(
-        f'Expected merged weights in {folder}, got a run without them: blora merge'
-        f' {folder} {folder / "merged"}.'
-    )
-  return str(folder.absolute()) if folder.is_dir() else model
+  del program  # And what it has compiled.
+  with directory_lib.hold(directory):
+    _draw(directory)
+    end = _finish(directory, chosen, adapter_rank, task, tokenizer, prompt)
+  _show_end(directory, chosen, summary, end)
 
 
 def make_config(
@@ -211,6 +243,21 @@ def make_config(
   Raises:
     ValueError: an argument outside its range, by name.
   """
+  for name in ('data', 'output'):
+    checks.that(bool(given[name]), f'{name} to be named', **{name: "''"})
+  checks.that(
+      given['num_steps'] > 0 or given['num_epochs'] > 0,
+      'num_steps > 0 or num_epochs > 0',
+      num_steps=given['num_steps'],
+      num_epochs=given['num_epochs'],
+  )
+  checks.that(
+      not given['early_stopping']
+      or bool(given['eval_data'])
+      or given['eval_fraction'] > 0,
+      'something held out (eval_fraction, eval_data) with early_stopping',
+      early_stopping=given['early_stopping'],
+  )
   is_full = given['method'] == 'full'
   low = {'BF16': 'bfloat16', 'F16': 'float16'}
   stored = [low[d] for d in found.dtypes.values() if d in low]
@@ -221,10 +268,34 @@ def make_config(
   if rounding == 'auto':
     is_low = dtype in low.values() or not dtype and bool(stored)
     rounding = 'stochastic' if is_low else 'nearest'
+  if is_full and (given['targets'] or given['train_others']):
+    raise ValueError(
+        "Expected targets='' and train_others='' with method=full, which trains all"
+        f' weights, got targets={given["targets"]!r},'
+        f' train_others={given["train_others"]!r}.'
+    )
   config = base_config.get_config()
-  config.seed = given['seed']
-  config.task.name = tuned.TASK
-  config.task.batch_size = given['batch_size']
+  rate = given['learning_rate']
+  others, other_rows = _others(given, found)
+  values = {field: given[flag] for flag, field in _FIELDS.items()}
+  values |= {
+      'task.name': tuned.TASK,
+      'method.mode': 'gradient' if is_full else 'adapter',
+      'method.learning_rate': LEARNING_RATES[given['method']]
+      if rate is None
+      else rate,
+      'method.rounding': rounding,
+      'method.train_others': is_full,
+      'method.others': others,
+      'method.other_rows': other_rows,
+      'training.num_passes': float(given['num_epochs']),
+      'training.recipe': not is_full and not others,
+      'training.max_to_keep': 1,
+  }
+  if is_full or given['method'] == 'lora':
+    values['method.period'] = 1
+  config.update_from_flattened_dict(values)
+  is_fast = given['mode'] == 'speed'
   config.task.kwargs = config_dict.ConfigDict(
       {
           'model': str(found.folder),
@@ -233,43 +304,12 @@ def make_config(
           'watch_data': _absolute(given['watch_data']),
           'dtype': dtype,
           'compute_dtype': compute,
-          'scan_layers': given['mode'] != 'speed',
-          'remat': 'none' if given['mode'] == 'speed' else 'full',
-          **{
-              name: given[name]
-              for name in (
-                  *('kind', 'tokenizer', 'max_length', 'eval_fraction'),
-                  *('template', 'turns', 'over_limit', 'skip_bad', 'separator'),
-              )
-          },
+          'scan_layers': not is_fast,
+          'remat': 'none' if is_fast else 'full',
+          **{name: given[name] for name in _OF_TASK},
+          'tokenizer': _absolute(given['tokenizer']),
       }
   )
-  c = config.method
-  c.mode = 'gradient' if is_full else 'adapter'
-  c.name, c.rank, c.prob = given['method'], given['rank'], given['prob']
-  c.period = given['period'] if given['method'] != 'lora' and not is_full else 1
-  c.sketch, c.optimizer = given['sketch'], given['optimizer']
-  c.weight_decay, c.rounding = given['weight_decay'], rounding
-  c.alpha, c.clip_norm = given['alpha'], given['clip_norm']
-  c.select, c.train_others = given['targets'], is_full
-  rate = given['learning_rate']
-  c.learning_rate = LEARNING_RATES[c.name] if rate is None else rate
-  c.schedule, c.warmup_steps = given['schedule'], given['warmup']
-  if is_full and (given['targets'] or given['train_others']):
-    raise ValueError(
-        "Expected targets='' and train_others='' with method=full, which trains all"
-        f' weights, got targets={given["targets"]!r},'
-        f' train_others={given["train_others"]!r}.'
-    )
-  c.others, c.other_rows = _others(given, found)
-  t = config.training
-  t.num_steps, t.num_passes = given['num_steps'], float(given['num_epochs'])
-  t.num_evals, t.patience = given['num_evals'], given['early_stopping']
-  t.num_micro_batches = given['micro_batches']
-  t.checkpoint_every = given['checkpoint_every']
-  t.recipe = not is_full and not c.others
-  t.parallel, t.progress = given['parallel'], given['progress']
-  t.max_to_keep = 1
   return config
 
 
@@ -291,7 +331,12 @@ def _others(
         'Expected train_others or train_tokens, got both:'
         f' {given["train_others"]!r} and {given["train_tokens"]!r}.'
     )
-  words = tokenizer_lib.load(given['tokenizer'] or str(found.folder))
+  words = language_model.load_tokenizer(given['tokenizer'], found)
+  if not isinstance(words, tokenizer_lib.Tokenizer):
+    raise ValueError(
+        'Expected a tokenizer with a vocabulary for train_tokens, got bytes.'
+    )
+  _pattern('train_tokens', given['train_tokens'])
   rows = sorted(
       number
       for token, number in words.backend.get_vocab(True).items()
@@ -303,6 +348,16 @@ def _others(
       train_tokens=given['train_tokens'],
   )
   return r'^embed_tokens/embedding$|^lm_head/kernel$', tuple(rows)
+
+
+def _pattern(name: str, pattern: str) -> re.Pattern[str]:
+  """Returns a regular expression; raises for what is none."""
+  try:
+    return re.compile(pattern)
+  except re.error as e:
+    raise ValueError(
+        f'Expected {name} to be a regular expression, got {name}={pattern!r}: {e}.'
+    ) from e
 
 
 def _exports(export: str, method: str, has_others: bool) -> list[str]:
@@ -322,27 +377,93 @@ def _exports(export: str, method: str, has_others: bool) -> list[str]:
   return names
 
 
-def _check_exports(
-    directory: pathlib.Path, chosen: list[str], num_steps: int
-) -> None:
-  """Raises where what a longer run would write is there of a shorter one."""
-  for name in chosen:
-    folder = directory / EXPORTS[name][0]
-    if not folder.exists():
-      continue
-    step = tuned.step_of(folder)
-    summary = directory / 'summary.json'
-    is_of_run = summary.is_file() and files.read_json(summary).get('step')
-    if step is None or is_of_run != num_steps:
+@contextlib.contextmanager
+def _flags_named() -> Iterator[None]:
+  """Names flags in errors where a config has fields."""
+  try:
+    yield
+  except ValueError as e:
+    text = str(e)
+    for flag, field in {**_FIELDS, **_DERIVED}.items():
+      *section, name = field.split('.')
+      text = re.sub(rf'(?<![\w.])({re.escape(field)}|{name}(?==))', flag, text)
+    raise ValueError(text) from e
+
+
+def _check_output(directory: pathlib.Path) -> None:
+  """Raises for a directory that cannot be that of a run, or is of other things."""
+  directory_lib.check(directory)
+  path = directory / 'config.json'
+  record = files.read_json(path) if path.is_file() else {}
+  task = record.get('task') if isinstance(record, dict) else None
+  if not isinstance(task, dict) or task.get('name') != tuned.TASK:
+    others = {p.name for p in directory.glob('*')} - {'.lock'}
+    if others:
       raise ValueError(
-          f'Expected no {folder}, which is of'
-          f' {"another run" if step is None else f"step {step}"} where this run has'
-          f' {num_steps} steps: move it, or choose another output.'
+          f'Expected an output that is new, empty or of an earlier run, got {directory}'
+          f' with {", ".join(sorted(others)[:3])}.'
       )
 
 
+def _check_method(config: config_dict.ConfigDict) -> None:
+  """Raises for what is wrong whatever the data are, before they are read."""
+  fields.check(config)
+  config = config.copy_and_resolve_references()
+  kwargs = config.task.kwargs
+  bare = language_model.without_data(
+      model=kwargs.model, batch_size=config.task.batch_size
+  )
+  paths = list(matrices_lib.named_leaves(task_lib.shapes(bare.task)))
+  linear = [path for path in paths if path.endswith('/kernel')]
+  for flag, pattern, known in (
+      ('targets', config.method.select, linear),
+      ('train_others', config.method.others, paths),
+  ):
+    if pattern and not any(map(_pattern(flag, pattern).search, known)):
+      kinds = sorted({tuned.kind(path) for path in known})
+      raise ValueError(
+          f'Expected {flag} to match one of {", ".join(kinds)}, got'
+          f' {flag}={pattern!r}.'
+      )
+  # Of epochs it is not known yet.
+  config.training.num_steps = config.training.num_steps or 1 << 30
+  experiment.make_program(config, bare.task)
+  language_model.load_tokenizer(kwargs.tokenizer, bare.checkpoint)
+
+
+def _check_exports(
+    directory: pathlib.Path, chosen: list[str], settings: programs.Settings
+) -> None:
+  """Raises where what the run would write is there, and of another step."""
+  over = loop.finished(directory, settings.num_steps) or {}
+  last = over.get('best_step' if settings.patience else 'step')
+  for name in chosen:
+    folder = directory / EXPORTS[name][0]
+    step = tuned.step_of(folder)
+    if folder.exists() and (step is None or step != last):
+      raise ValueError(
+          f'Expected no {folder}, which is of'
+          f' {"another run" if step is None else f"step {step}"} where this run has'
+          f' {settings.num_steps} steps: move it, or choose another output.'
+      )
+
+
+def _with_checkpoint(text: str, directory: pathlib.Path) -> str:
+  """Returns what has diverged, and where the last good checkpoint is."""
+  step = tuned.last_checkpoint(directory)
+  if step is None:
+    return f'{text} None was saved yet in {directory}.'
+  return (
+      f'{text} It is that of step {step}, which blora merge {directory}'
+      ' writes; another try needs another output.'
+  )
+
+
 def _fitting(
-    config: config_dict.ConfigDict, mode: str, directory: pathlib.Path
+    config: config_dict.ConfigDict,
+    mode: str,
+    directory: pathlib.Path,
+    chosen: list[str],
 ) -> tuple[config_dict.ConfigDict, programs.Program]:
   """Returns the config and its compiled program, in the first mode that fits.
 
@@ -352,14 +473,23 @@ def _fitting(
   tried = list(modes) if mode == 'auto' else [mode]
   if mode == 'auto' and jax.devices()[0].platform == 'cpu':
     tried = ['memory']  # It compiles in a fraction of the time.
-  if mode == 'auto' and (directory / 'config.json').is_file():
-    kwargs = experiment.read_config(directory).task.kwargs
-    is_scanned = kwargs.get('scan_layers', True)
+  begun = None
+  if (directory / 'config.json').is_file():
+    begun = experiment.read_config(directory)
+  if mode == 'auto' and begun is not None:
+    is_scanned = begun.task.kwargs.get('scan_layers', True)
     tried = ['memory' if is_scanned else 'speed']
   limit = _memory()
   for i, name in enumerate(tried):
     config.task.kwargs.scan_layers, config.task.kwargs.remat = modes[name]
-    config, program = _compiled(config, directory)
+    program = _made(config, begun)
+    # What takes no time before what takes long.
+    experiment.check_workdir(config, directory)
+    _check_exports(directory, chosen, program.settings)
+    if loop.finished(directory, program.settings.num_steps) is not None:
+      break
+    if program.driver.kind == 'none':
+      loop.compile_ahead(program)
     needed = _bytes_of(program)['step']
     if limit is None or needed <= _FITS * limit:
       break
@@ -371,23 +501,21 @@ def _fitting(
   return config, program  # pyrefly: ignore
 
 
-def _compiled(
-    config: config_dict.ConfigDict, directory: pathlib.Path
-) -> tuple[config_dict.ConfigDict, programs.Program]:
-  """Returns a config with its steps counted, and its program, compiled."""
+def _made(
+    config: config_dict.ConfigDict, begun: config_dict.ConfigDict | None
+) -> programs.Program:
+  """Returns the program of a config, whose steps are counted in it."""
   task = arguments.make_task(config)
   t = config.training
   steps = t.num_passes * task.num_samples / task.batch_size
   t.num_steps = t.num_steps or max(1, round(steps))
   links = config.method.period if t.recipe else 1
   t.eval_every = _aligned(max(1, t.num_steps // t.num_evals), links)
+  if begun is not None:  # A longer one goes on as it was, too.
+    t.eval_every = begun.training.eval_every
   t.checkpoint_every = t.checkpoint_every or t.eval_every
   t.steps_per_dispatch = _dispatch(config, _steps_of_seconds(task))
-  program = experiment.make_program(config, task)
-  is_over = loop.finished(directory, t.num_steps) is not None
-  if program.driver.kind == 'none' and not is_over:
-    loop.compile_ahead(program)
-  return config, program
+  return experiment.make_program(config, task)
 
 
 def _aligned(every: int, period: int) -> int:
@@ -497,31 +625,69 @@ def _by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
   return list(made.values())
 
 
-def _write(
-    run: tuned.Tuned,
+def _finish(
     directory: pathlib.Path,
     chosen: list[str],
     adapter_rank: int,
-    dtype: str,
-) -> None:
-  """Writes what is asked for and is not there yet, and prints what it lost."""
-  del dtype
-  thin, params = None, None
-  for name in chosen:
-    folder, style = EXPORTS[name]
-    path = directory / folder
-    if path.exists():
-      continue
+    task: task_lib.Task,
+    tokenizer: str,
+    prompt: str,
+) -> dict[str, Any]:
+  """Writes what is asked for and is not there yet.
+
+  Returns:
+    {'step', 'exports', 'prompt', 'before', 'after', 'lost'}: what the model says, and
+    what merges and the adapter lost.
+  """
+  folders = {EXPORTS[name][0]: EXPORTS[name][1] for name in chosen}
+  missing = [name for name in folders if not (directory / name).exists()]
+  end = files.read_json(directory / _END) if (directory / _END).exists() else {}
+  asked = {'exports': sorted(folders), 'prompt': prompt}
+  last = tuned.last_step(directory)
+  if not missing and {**asked, 'step': last}.items() <= end.items():
+    return end
+  for path in directory.glob('.*'):  # Of a process that was killed.
+    if path.is_dir() and path.name.strip('.').split('.')[0] in folders:
+      shutil.rmtree(path, ignore_errors=True)
+  run = tuned.load(directory)
+  thin = None
+  for name, style in folders.items():
     if style is None:
-      params = tuned.save_merged(run, path)
+      continue
+    if name in missing:
+      thin = tuned.save_adapter(
+          run, directory / name, style=style, rank=adapter_rank
+      )
     else:
-      thin = tuned.save_adapter(run, path, style=style, rank=adapter_rank)
-    print(f'wrote {path}')
-  if thin is not None:
-    params = run.program.params(run.state) if params is None else params
-    print('\nWhat merges and the adapter lost, against base + sum of links:\n')
-    print(reporting.table(tuned.what_merges_lost(run, thin, params)))
-    print()
+      thin = tuned.change(run, adapter_rank)
+  if thin is None and folders and not tuned.why_no_adapter(run):
+    thin = tuned.change(run, adapter_rank)
+  params = tuned.merged(run)
+  if 'merged' in missing:
+    tuned.save_merged(run, directory / 'merged', params=params)
+  base = run.program.task.load()  # pyrefly: ignore
+  lost = tuned.what_merges_lost(run, thin, base, params) if thin else []
+  words = language_model.load_tokenizer(tokenizer, run.checkpoint)
+  ids = words.encode(prompt) if prompt else _beginning(task)
+  say = lambda params: words.decode(
+      generate.generate(
+          run.checkpoint.config,
+          params,
+          [ids],
+          max_new_tokens=_SAMPLE,
+          end_tokens=[] if words.eos_id is None else [words.eos_id],
+      )[0]
+  )
+  end = {
+      **asked,
+      'step': run.step,
+      'begins': words.decode(ids),
+      'before': say(base),
+      'after': say(params),
+      'lost': lost,
+  }
+  files.write_json(directory / _END, end)
+  return end
 
 
 def _draw(directory: pathlib.Path) -> None:
@@ -531,35 +697,48 @@ def _draw(directory: pathlib.Path) -> None:
 
 
 def _show_end(
-    run: tuned.Tuned,
     directory: pathlib.Path,
+    chosen: list[str],
     summary: dict[str, Any],
-    task: task_lib.Task,
-    tokenizer: str,
-    prompt: str,
+    end: dict[str, Any],
 ) -> None:
-  """Prints the results, and what the model says before and after."""
-  print(
-      reporting.table([{'result': k, 'value': v} for k, v in summary.items()])
-  )
-  words = language_model.load_tokenizer(tokenizer, run.checkpoint)
-  ids = words.encode(prompt) if prompt else _beginning(task)
-  print(f'\nprompt: {words.decode(ids)!r}')
-  ends = [] if words.eos_id is None else [words.eos_id]
-  before = run.program.task.load()  # pyrefly: ignore
-  say = lambda params: words.decode(
-      generate.generate(
-          run.checkpoint.config,
-          params,
-          [ids],
-          max_new_tokens=_SAMPLE,
-          end_tokens=ends,
-      )[0]
-  )
-  print(f'before: {say(before)!r}')
-  del before
-  print(f'after:  {say(run.program.params(run.state))!r}')
-  print(f'\nblora generate {directory} --prompt=... asks it more.')
+  """Prints what a run has come to."""
+  if end['lost']:
+    print('\nMerges and adapter against base + sum of links, parts lost:\n')
+    print(reporting.table(end['lost']))
+  (run,) = reporting.load_runs([directory])
+  first = next((line for line in run.metrics if line['step'] == 0), {})
+  rows = [
+      {
+          'text': name,
+          'loss before': first.get(f'{split}_loss', math.nan),
+          'after': summary[f'{split}_loss'],
+          'perplexity before': first.get(f'{split}_perplexity', math.nan),
+          'after ': summary[f'{split}_perplexity'],
+      }
+      for split, name in (('validation', 'held out'), ('watched', 'watched'))
+      if f'{split}_loss' in summary
+  ]
+  if rows:
+    print('\n' + reporting.table(rows))
+  best = summary['best_step']
+  peak = summary.get('peak_memory_bytes')
+  facts = [
+      f'{summary["step"]:,} steps'
+      + (f', the best after {best:,}' if summary['stopped'] else ''),
+      f'{summary["seconds"]:,.0f} s and {summary["compile_seconds"]:,.0f} s to'
+      ' compile',
+      f'{summary.get("tokens_per_second", math.nan):,.0f} tokens/s',
+      *([f'at most {peak / 2**30:.1f} GiB'] if peak else []),
+  ]
+  print('\n' + '; '.join(facts))
+  print(f'\nprompt: {end["begins"]!r}')
+  print(f'before: {end["before"]!r}')
+  print(f'after:  {end["after"]!r}\n')
+  for name in chosen:
+    print(f'{EXPORTS[name][0]}: {directory / EXPORTS[name][0]}')
+  print(f'losses: {directory / "loss.png"}')
+  print(f'more:   blora generate {directory} --prompt ...')
 
 
 def _beginning(task: task_lib.Task) -> list[int]:

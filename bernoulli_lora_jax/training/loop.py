@@ -276,6 +276,7 @@ def _bar(program: Program, step: int) -> tqdm.tqdm:
   )
 
 
+_FINITE = {'grad_norm_sq', 'train_loss', 'validation_loss'}
 _JUDGED = ('validation_loss', 'train_loss')  # The first that is there.
 _SHOWN = ('loss', 'accuracy', 'validation_accuracy', 'validation_loss')
 
@@ -350,10 +351,11 @@ def _means(metrics: Mapping[str, Any], start: int) -> dict[str, float]:
 
 def _check_line(line: dict[str, float], step: int) -> dict[str, float]:
   """Returns what an evaluation has found, if training is not to stop for it."""
-  for name in {'grad_norm_sq', 'train_loss'} & line.keys():
+  for name in _FINITE & line.keys():
     if not math.isfinite(line[name]):
       raise DivergedError(
-          f'Expected a finite {name}, got {line[name]} at step {step}.'
+          f'Expected a finite {name}, got {line[name]} at step {step}; the last'
+          ' good checkpoint is kept.'
       )
   return line
 
@@ -403,14 +405,23 @@ def _save_recipe(
     )
   links = [recipes.load_link(folder, i) for i in range(num_links)]
   task = program.task
+  merged = recipes.checksum(
+      program.params(state)
+  )  # Before another base is there.
   if task.load is None:
     base = programs.init_params(task, key, task.weights)
   else:
     base = task.load()
-  recipes.save_recipe(
-      folder,
-      recipes.make_recipe(base, chain, final.key, links, final),
+  made = recipes.Recipe(
+      recipes.checksum(base),
+      merged,
+      chain.policy,
+      chain.matrices,
+      final.key,
+      step,
+      tuple(links),
   )
+  recipes.save_recipe(folder, made)
 
 
 def _save(

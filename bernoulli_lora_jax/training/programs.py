@@ -4,7 +4,7 @@ Runs that differ in the seed share a `Program`. The functions below it take a ta
 and a method and may be traced within larger programs, see `together`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
@@ -163,8 +163,9 @@ class Program:
     Weights that are loaded are large: their products are met by the factors. Others
     are merged first.
     """
-    has_any = self.settings.eval_gradient or splits(self.task.data)
-    return self._at(self._evaluate, state) if has_any else {}
+    if not self.settings.eval_gradient and not evaluated(self.data):
+      return {}
+    return self._at(self._evaluate, state)
 
   def test(self, state: Any) -> dict[str, jax.Array]:
     """Returns the metrics of the test split."""
@@ -315,11 +316,6 @@ def test_split(task: task_lib.Task) -> str | None:
   return next((x for x in ('test', 'train') if x in task.data), None)
 
 
-def splits(data: Mapping[str, Any]) -> list[str]:
-  """Returns the splits that evaluations look at while a run goes on."""
-  return sorted(data.keys() - {'test', 'clients'})
-
-
 def of_split(
     task: task_lib.Task, params: Any, data: Any, split: str | None
 ) -> dict[str, jax.Array]:
@@ -327,6 +323,11 @@ def of_split(
   if split is None:
     return {}
   return task_lib.evaluate(task, params, data, split)
+
+
+def evaluated(data: Any) -> list[str]:
+  """Returns the splits that evaluations look at."""
+  return sorted(data.keys() - {'test', 'clients'})
 
 
 def evaluate(
@@ -348,7 +349,7 @@ def evaluate(
         grad,
     )
     metrics['grad_norm_sq'] = sum(jax.tree.leaves(squares))
-  for split in splits(data):
+  for split in evaluated(data):
     for name, value in task_lib.evaluate(task, params, data, split).items():
       metrics[f'{split}_{name}'] = value
   return metrics

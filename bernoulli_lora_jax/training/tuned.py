@@ -8,11 +8,15 @@ A run that goes on, or was killed, is read at its newest checkpoint; its data ar
 needed.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
 import os
 import pathlib
 from typing import Any, NamedTuple
+import warnings
 
 import jax
+from ml_collections import config_dict
 import numpy as np
 
 from bernoulli_lora_jax import adapters
@@ -41,6 +45,55 @@ class Tuned(NamedTuple):
   step: int  # After which it was.
 
 
+def resolve(model: str) -> str:
+  """Returns the folder of a model: of a run its merged weights.
+
+  Raises:
+    ValueError: a run that has none.
+  """
+  folder = pathlib.Path(model).expanduser()
+  checks.that(bool(model), 'a model', model=repr(model))
+  if (folder / 'merged' / 'config.json').is_file():
+    return str((folder / 'merged').absolute())
+  if is_run(folder):
+    raise ValueError(
+        f'Expected merged weights in {folder}, got a run without them: blora merge'
+        f' {folder} {folder / "merged"}.'
+    )
+  return str(folder.absolute()) if folder.is_dir() else model
+
+
+def is_run(folder: str | os.PathLike[str]) -> bool:
+  """Returns whether a folder is that of a run, and not of a checkpoint."""
+  return pathlib.Path(folder, 'checkpoints').is_dir()
+
+
+def read_config(directory: str | os.PathLike[str]) -> config_dict.ConfigDict:
+  """Returns the config of a run that has a checkpoint.
+
+  Raises:
+    ValueError: no such run.
+  """
+  directory = pathlib.Path(directory)
+  if not is_run(directory):
+    raise ValueError(f'Expected the directory of a run, got {directory}.')
+  config = experiment.read_config(directory)
+  if config.task.name != TASK:
+    raise ValueError(
+        f'Expected a run of a language model in {directory}, got'
+        f' task.name={config.task.name!r}.'
+    )
+  if last_checkpoint(directory) is None:
+    raise ValueError(f'Expected a checkpoint in {directory}, got none yet.')
+  return config
+
+
+def last_checkpoint(directory: str | os.PathLike[str]) -> int | None:
+  """Returns the step of the newest checkpoint of a run."""
+  names = [path.name for path in pathlib.Path(directory).glob('checkpoints/*')]
+  return max((int(name) for name in names if name.isdigit()), default=None)
+
+
 def load(directory: str | os.PathLike[str]) -> Tuned:
   """Reads a run of `blora finetune`, or of its task in a config.
 
@@ -52,12 +105,7 @@ def load(directory: str | os.PathLike[str]) -> Tuned:
     ValueError: no such run, or one without checkpoints.
   """
   directory = pathlib.Path(directory)
-  config = experiment.read_config(directory)
-  if config.task.name != TASK:
-    raise ValueError(
-        f'Expected a run of a language model in {directory}, got'
-        f' task.name={config.task.name!r}.'
-    )
+  config = read_config(directory)
   kwargs = config.task.kwargs.to_dict()
   names = ('model', 'loss_chunk', 'in_memory', *language_model.RUN_FIELDS)
   bare = language_model.without_data(
@@ -67,9 +115,6 @@ def load(directory: str | os.PathLike[str]) -> Tuned:
   method = experiment.make_method(config, bare.task)
   settings = experiment.make_settings(config, bare.task)
   program = programs.Program(bare.task, method, settings)
-  checkpoints = directory / 'checkpoints'
-  if not checkpoints.is_dir() or not any(checkpoints.iterdir()):
-    raise ValueError(f'Expected a checkpoint in {checkpoints}, got none yet.')
   state = program.start(jax.random.key(config.seed))
   with loop.open_checkpoints(program, directory, state) as saver:
     state, best, progress = loop.restore(saver, program, state)
@@ -79,8 +124,37 @@ def load(directory: str | os.PathLike[str]) -> Tuned:
   return Tuned(directory, program, bare.checkpoint, state, step)
 
 
+def why_no_adapter(run: Tuned) -> str:
+  """Returns what of a run no adapter holds, '' for nothing."""
+  chain = run.program.method.chain
+  if chain is None:
+    return 'of full fine-tuning'
+  if chain.others:
+    return f'that trained {", ".join(chain.others)} at full size'
+  return ''
+
+
+def merged(run: Tuned) -> Any:
+  """Returns the weights with all links merged, in the memory of the state.
+
+  The run cannot be asked for anything that needs its state any more: for `change`,
+  `save_adapter`.
+  """
+  return donated(run.program.method.params, run.state)
+
+
+def donated(function: Callable[[Any], Any], tree: Any) -> Any:
+  """Returns function(tree), compiled, in the memory of the tree."""
+  with warnings.catch_warnings():  # Factors have no place in weights.
+    warnings.filterwarnings('ignore', 'Some donated buffers')
+    return jax.jit(function, donate_argnums=0)(tree)
+
+
 def save_merged(
-    run: Tuned, folder: str | os.PathLike[str], dtype: str | None = None
+    run: Tuned,
+    folder: str | os.PathLike[str],
+    dtype: str | None = None,
+    params: Any = None,
 ) -> Any:
   """Writes the weights with all links merged, as a folder of `transformers`.
 
@@ -88,13 +162,15 @@ def save_merged(
     run: see `load`.
     folder: that is not there yet.
     dtype: see `hf.save`.
+    params: of `merged`; None for the run's, which are made in its memory.
 
   Returns:
     The params.
   """
-  params = run.program.params(run.state)
-  hf.save(folder, params, run.checkpoint, dtype=dtype)
-  _mark(run, folder)
+  files.check_new(folder)
+  params = merged(run) if params is None else params
+  with _marked(run, folder) as scratch:
+    hf.save(scratch, params, run.checkpoint, dtype=dtype)
   return params
 
 
@@ -129,8 +205,8 @@ def save_adapter(
   if style == 'vllm':
     rank = min(rank or peft_format.VLLM_RANKS[-1], peft_format.VLLM_RANKS[-1])
   thin = change(run, rank)
-  peft_format.save(folder, thin, run.checkpoint, style=style, dtype=dtype)
-  _mark(run, folder)
+  with _marked(run, folder) as scratch:
+    peft_format.save(scratch, thin, run.checkpoint, style=style, dtype=dtype)
   return thin
 
 
@@ -145,18 +221,13 @@ def change(run: Tuned, rank: int = 0) -> dict[str, export.Thin]:
     FileNotFoundError: a link that the directory lacks.
     ValueError: see `save_adapter`.
   """
+  if why := why_no_adapter(run):
+    raise ValueError(
+        f'Expected a run in {run.directory} that an adapter holds, got one {why}:'
+        ' export merged weights.'
+    )
   chain = run.program.method.chain
-  if chain is None:
-    raise ValueError(
-        f'Expected a run of adapters in {run.directory}, got one of full'
-        ' fine-tuning, whose change is no adapter: export merged weights.'
-    )
-  if chain.others:
-    raise ValueError(
-        f'Expected a run without others in {run.directory}, got one that trained'
-        f' {list(chain.others)} at full size, which no adapter holds: export merged'
-        ' weights.'
-    )
+  assert chain is not None
   state, period = run.state.chain, chain.policy.period
   if period is None:
     thin = export.of_state(chain, state)
@@ -182,33 +253,45 @@ def change(run: Tuned, rank: int = 0) -> dict[str, export.Thin]:
 
 
 def what_merges_lost(
-    run: Tuned, thin: dict[str, export.Thin], params: Any
+    run: Tuned, thin: dict[str, export.Thin], base: Any, params: Any
 ) -> list[dict[str, Any]]:
   """Returns how far merged weights are from base plus change, a row a kind.
 
   Args:
     run: see `load`.
     thin: of `change`, or truncated.
-    params: merged, as `save_merged` returns them.
+    base: weights before, as the run's task loads them.
+    params: of `merged`.
 
   Returns:
     Rows {'matrix', 'layers', 'rank', 'lost', 'distance'}, see `export.report`: the
     largest of the layers.
   """
-  assert run.program.task.load is not None
-  base = run.program.task.load()
   matrices = run.program.method.chain.matrices  # pyrefly: ignore
-  kinds: dict[str, list[dict[str, Any]]] = {}
-  for row in export.report(thin, base, params, matrices):
+  return by_kind(
+      export.report(thin, base, params, matrices), ('rank', 'lost', 'distance')
+  )
+
+
+def by_kind(
+    rows: Iterable[Mapping[str, Any]], columns: Sequence[str]
+) -> list[dict[str, Any]]:
+  """Returns rows of layers as rows of kinds of matrices: the largest of each.
+
+  Args:
+    rows: with 'matrix', a path, and the columns.
+    columns: of numbers.
+  """
+  kinds: dict[str, list[Mapping[str, Any]]] = {}
+  for row in rows:
     kinds.setdefault(kind(row['matrix']), []).append(row)
-  largest = lambda rows, name: max(row[name] for row in rows)
   return [
       {
           'matrix': name,
-          'layers': len(rows),
-          **{k: largest(rows, k) for k in ('rank', 'lost', 'distance')},
+          'layers': len(own),
+          **{column: max(row[column] for row in own) for column in columns},
       }
-      for name, rows in kinds.items()
+      for name, own in kinds.items()
   ]
 
 
@@ -225,6 +308,21 @@ def step_of(folder: str | os.PathLike[str]) -> int | None:
   return files.read_json(path)['step'] if path.is_file() else None
 
 
-def _mark(run: Tuned, folder: str | os.PathLike[str]) -> None:
+def last_step(directory: str | os.PathLike[str]) -> int | None:
+  """Returns the step that `load` would read of a finished run, else None."""
+  path = pathlib.Path(directory, 'summary.json')
+  summary = loop.read_summary(path) if path.is_file() else {}
+  is_best = experiment.read_config(str(directory)).training.patience
+  return summary.get('best_step' if is_best else 'step')
+
+
+@contextlib.contextmanager
+def _marked(
+    run: Tuned, folder: str | os.PathLike[str]
+) -> Iterator[pathlib.Path]:
+  """Yields where to write what appears as a folder with its mark, or not at all."""
   record = {'run': str(run.directory.absolute()), 'step': run.step}
-  files.write_json(pathlib.Path(folder, MARK), record)
+  with files.new_folder(folder) as scratch:
+    scratch.rmdir()  # What writes into it wants to make it.
+    yield scratch
+    files.write_json(scratch / MARK, record)
