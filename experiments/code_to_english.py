@@ -331,17 +331,25 @@ def train(
   packing = packing_lib.Packing(size.length)
   stream = packing_lib.Stream(documents, packing, size.batch_size, seed=seed)
   state = params, tx.init(params)
+  losses: Any = None
   started = time.monotonic()
   with tqdm.tqdm(total=size.num_steps, unit='step') as bar:
-    while bar.n < size.num_steps:
-      count = min(steps_per_call, size.num_steps - bar.n)
-      batches = [next(stream) for _ in range(count)]
-      state, losses = run(state, jax.tree.map(lambda *x: np.stack(x), *batches))
-      loss = float(losses[-1])
-      bar.update(count)
+
+    def show(losses: jax.Array) -> None:
+      loss = float(losses[-1])  # Waits for the device.
+      bar.update(len(losses))
       rate = bar.n * size.batch_size * size.length
       rate /= time.monotonic() - started
       bar.set_postfix_str(f'loss {loss:.3f}, {rate:,.0f} tokens/s')
+
+    for first in range(0, size.num_steps, steps_per_call):
+      count = min(steps_per_call, size.num_steps - first)
+      # Rows are packed while the device computes the steps before.
+      batches = [next(stream) for _ in range(count)]
+      if losses is not None:
+        show(losses)
+      state, losses = run(state, jax.tree.map(lambda *x: np.stack(x), *batches))
+    show(losses)
   return state[0]
 
 

@@ -199,24 +199,42 @@ class ConfigTest(parameterized.TestCase):
       module['get_config']('large')
 
 
-@pytest.mark.slow
 class PretrainingTest(parameterized.TestCase):
 
   @pytest.fixture(autouse=True)
   def _folder(self, tmp_path, capsys):
     self.tmp, self.capsys = tmp_path, capsys
 
-  def test_pretrain(self):
-    transformers = pytest.importorskip('transformers')
-    corpora = self.tmp / 'corpora'
-    corpora.mkdir()
+  def _corpora(self):
+    """Returns the folder of small corpora."""
+    folder = self.tmp / 'corpora'
+    folder.mkdir()
     for domain, line in (('code', 'x[{0}] = f({0})\n'), ('english', 'Is {0}.')):
       for part, numbers in (('train', range(40)), ('validation', range(4))):
         lines = [
             json.dumps({'text': line.format(i) * 40}) + '\n' for i in numbers
         ]
-        (corpora / f'{domain}_{part}.jsonl').write_text(''.join(lines))
-    model = self.tmp / 'model'
+        (folder / f'{domain}_{part}.jsonl').write_text(''.join(lines))
+    return folder
+
+  def test_tokenizer(self):
+    study, model = _study(), self.tmp / 'model'
+    model.mkdir()
+    study['write_tokenizer'](model, self._corpora(), study['SIZES']['smoke'])
+    tokenizer = tokenizer_lib.load(model)
+    sample = _SOURCE + " don't . \u00fc \u4f60\t\n\n"
+    ids = tokenizer.encode(sample)
+    self.assertEqual(tokenizer.decode(ids), sample)
+    self.assertNotIn(tokenizer.eos_id, ids)
+    self.assertEqual(tokenizer.encode('<|endoftext|>'), [tokenizer.eos_id])
+    # It has seen the words of both.
+    for words in (' f', 'Is'):
+      self.assertLen(tokenizer.encode(words), 1)
+
+  @pytest.mark.slow
+  def test_pretrain(self):
+    transformers = pytest.importorskip('transformers')
+    model, corpora = self.tmp / 'model', self._corpora()
     _study()['pretrain'](str(model), str(corpora), 'smoke')
     shown = self.capsys.readouterr().out
     rows = {
@@ -231,11 +249,10 @@ class PretrainingTest(parameterized.TestCase):
     self.assertAlmostEqual(perplexity / math.exp(after), 1, delta=2e-3)
     tokenizer = tokenizer_lib.load(model)
     theirs = transformers.AutoTokenizer.from_pretrained(model)
-    sample = _SOURCE + " don't . \u00fc \u4f60\t\n\n"
-    self.assertEqual(tokenizer.encode(sample), theirs.encode(sample))
-    self.assertEqual(tokenizer.decode(tokenizer.encode(sample)), sample)
-    self.assertEqual(theirs.decode(theirs.encode(sample)), sample)
-    self.assertEqual(tokenizer.eos_id, theirs.eos_token_id)
+    ids = tokenizer.encode(_SOURCE)
+    self.assertEqual(theirs.encode(_SOURCE), ids)
+    self.assertEqual(theirs.decode(ids), _SOURCE)
+    self.assertEqual(theirs.eos_token_id, tokenizer.eos_id)
     raw = hf.load(model).raw
     self.assertEqual(raw['eos_token_id'], tokenizer.eos_id)
     self.assertLessEqual(tokenizer.vocab_size, raw['vocab_size'])
