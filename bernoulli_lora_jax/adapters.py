@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any, NamedTuple
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,8 @@ Matrices = matrices_lib.Matrices
 Matrix = matrices_lib.Matrix
 Pairs = merging.Pairs  # {path: {'left' and/or 'right': array}}
 
-_ROUND = 3  # Purpose folded into a matrix's key; 0, 1: links.py, 2: factors.py.
+# Purposes folded into a matrix's key; 0, 1: links.py, 2: factors.py.
+_ROUND, _ROUND_OTHERS = 3, 4
 
 
 class AdapterState(NamedTuple):
@@ -160,7 +162,8 @@ def make_chain(
       are trained at full size beside the factors (a new head, norms, biases),
       learning rate included. Each sees {path: leaf} of its own leaves alone, so
       norms for clipping are separate; links never restart them, and the policy's
-      warmup is not theirs. None: all that is not adapted is frozen.
+      warmup is not theirs. Where merges are rounded at random so are their steps,
+      else to nearest. None: all that is not adapted is frozen.
     restart: (fresh, old) -> the optimiser's state at the start of a link, where
       `policy.reset_optimizer`. None: what holds leaves of factors is fresh,
       schedules and the like go on, see `restart.restart`.
@@ -511,7 +514,10 @@ def _moved_by(
         rest[pattern],
         value=value,
     )
-    moved_rest[pattern] = _moved(rest[pattern], changes, scale)
+    key = jax.random.fold_in(state.key, state.count)
+    moved_rest[pattern] = _moved_others(
+        rest[pattern], changes, scale, key, policy.rounding
+    )
   if policy.warmup:
     place = state.count % policy.period if policy.period else state.count
     scale = scale * jnp.minimum(1.0, (place + 1) / policy.warmup)
@@ -574,6 +580,26 @@ def _moved(leaves: Any, updates: Any, scale: Any) -> Any:
   return jax.tree.map(
       lambda w, u: w + (scale * u).astype(w.dtype), leaves, updates
   )
+
+
+def _moved_others(
+    leaves: Mapping[str, jax.Array],
+    updates: Any,  # Of the same paths.
+    scale: Any,
+    key: jax.Array,
+    mode: str,
+) -> dict[str, jax.Array]:
+  """Returns {path: leaf} moved, rounded at random where merges are."""
+  if mode != 'stochastic':
+    return _moved(leaves, updates, scale)
+  moved = {}
+  for path, leaf in leaves.items():
+    own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    own = jax.random.fold_in(own, _ROUND_OTHERS)
+    wide = matrices_lib.wide(leaf.dtype)
+    total = leaf.astype(wide) + scale * updates[path].astype(wide)
+    moved[path] = rounding_lib.stochastic(total, own, leaf.dtype)
+  return moved
 
 
 def _other_leaves(params: Any, chosen: Mapping[str, Any]) -> Any:

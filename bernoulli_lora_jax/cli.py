@@ -97,6 +97,8 @@ def train(argv: list[str]) -> None:
   experiment.check_workdir(config, workdir)
   jax.config.update('jax_enable_x64', config.x64)
   program = experiment.make_program(config)
+  if program.task.preview:
+    print(program.task.preview)
   print(reporting.table(experiment.selection(config, program.task)))
   print(
       f'{labels.name(config.to_dict())} on {config.task.name}:'
@@ -185,6 +187,13 @@ def report(
       print(written)
 
 
+def finetune(argv: list[str]) -> None:
+  """Fine-tunes a checkpoint on a file: one command to merged weights, an adapter."""
+  from bernoulli_lora_jax.training import finetune as finetune_lib
+
+  flags_of_functions.call('finetune', finetune_lib.finetune, argv)
+
+
 def audit(argv: list[str]) -> None:
   """Audits a finished run: its constants, its assumptions, its bound."""
   from bernoulli_lora_jax.studies import commands
@@ -211,6 +220,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     'sweep': sweep,
     'report': lambda argv: flags_of_functions.call('report', report, argv),
     'audit': audit,
+    'finetune': finetune,
     'theory': theory,
 }
 

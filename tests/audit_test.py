@@ -1029,7 +1029,7 @@ class RunsTest(X64TestCase):
   def tamper(self, program):
     start = program.start(jax.random.key(0))
     with loop.open_checkpoints(program, self.folder, start) as saver:
-      state, best, progress = loop.restore(saver, program, start, start.params)
+      state, best, progress = loop.restore(saver, program, start)
     old, new = start.params['w'], state.params['w']
     state = state._replace(params={'w': new + 0.5 * (new - old)})
     shutil.rmtree(self.folder / 'checkpoints')

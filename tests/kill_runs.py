@@ -30,7 +30,7 @@ sys.path.insert(0, str(_ROOT))
 
 _SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 _EVERY = 5  # Steps between checkpoints.
-_TIMES = ('seconds', 'peak_memory_bytes')
+_TIMES = ('seconds', 'compile_seconds', 'peak_memory_bytes')
 _READY = 'ready to train'
 
 
@@ -138,8 +138,7 @@ def result(workdir: pathlib.Path, num_steps: int) -> dict[str, object]:
   key = jax.random.key(config.seed)
   state = program.start(key)
   with loop.open_checkpoints(program, workdir, state) as saver:
-    params = program.params(state)
-    state, best, progress = loop.restore(saver, program, state, params)
+    state, best, progress = loop.restore(saver, program, state)
   progress = jax.tree.map(np.asarray, progress._replace(seconds=0.0))
   tree = {'method': state, 'best': best, 'progress': progress}
   found = {}

@@ -117,7 +117,7 @@ class TaskTest(parameterized.TestCase):
     program = experiment.make_program(config)
     start = program.start(jax.random.key(config.seed))
     with loop.open_checkpoints(program, self.tmp / name, start) as saver:
-      state, _, _ = loop.restore(saver, program, start, None)
+      state, _, _ = loop.restore(saver, program, start)
     return program.params(state)
 
   def test_guide(self):

@@ -620,6 +620,7 @@ class TaskTest(TextTest):
     kwargs.eval_fraction, kwargs.window = 0.3, 4
     config.method.mode, config.method.name = mode, name
     config.method.rank, config.method.period = 4, 6
+    config.method.select = 'layers|lm_head'
     config.method.learning_rate = 0.5
     t = config.training
     t.num_steps, t.num_evals, t.checkpoint_every = 24, 4, 4
@@ -650,7 +651,7 @@ class TaskTest(TextTest):
     for name in ('whole', 'cut'):
       start = program.start(jax.random.key(config.seed))
       with loop.open_checkpoints(program, self.tmp / name, start) as saver:
-        ends.append(loop.restore(saver, program, start, None)[0])
+        ends.append(loop.restore(saver, program, start)[0])
     chex.assert_trees_all_equal(*(program.params(x) for x in ends))
     log = (self.tmp / 'whole' / 'metrics.jsonl').read_text().splitlines()
     first = json.loads(log[0])

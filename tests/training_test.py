@@ -80,7 +80,7 @@ def final_params(directory, config):
   """Returns the params of the newest checkpoint as NumPy arrays."""
   program, state = first_state(config)
   with loop.open_checkpoints(program, directory, state) as saver:
-    state, _, _ = loop.restore(saver, program, state, state.params)
+    state, _, _ = loop.restore(saver, program, state)
   return jax.tree.map(np.asarray, state.params)
 
 
@@ -310,13 +310,15 @@ class LoopTest(parameterized.TestCase):
   def test_a_checkpoint_holds_state_best_weights_and_progress(self):
     state, best = {'w': jnp.arange(1.0, 3.0)}, {'w': jnp.arange(3.0, 6.0)}
     progress = loop.Progress(4, 2, 0.5, 1, 1, 3.0)
-    like = jax.tree.map(jnp.zeros_like, (state, best))
+    like, like_best = jax.tree.map(jnp.zeros_like, (state, best))
     program = types.SimpleNamespace(
-        settings=programs.Settings(8, 4, patience=1)
+        settings=programs.Settings(8, 4, patience=1),
+        snapshot=lambda state: like_best,
+        method=types.SimpleNamespace(params=lambda state: state),
     )
     with checkpoint.Checkpointer(self.tmp) as saver:
       loop._save(saver, state, best, progress)
-      found = loop.restore(saver, program, *like)
+      found = loop.restore(saver, program, like)
     chex.assert_trees_all_equal(found[:2], (state, best))
     self.assertEqual(found[2], progress)
 

@@ -10,7 +10,7 @@ asked for: the host holds one leaf at a time. What is missing, superfluous or of
 another shape is named and refused; pickled weights are never opened.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import importlib
@@ -137,19 +137,14 @@ def load(
         'Expected a sharding, or (path, shape) -> sharding, got a Mesh: give'
         ' sharding_rules.placer(mesh, rules).'
     )
-  folder = find(source).absolute()
-  raw = read_object(folder, 'config.json')
-  where = str(folder / 'config.json')
-  run['dtype'] = run.pop('compute_dtype', None)
-  config = hf_config.from_dict(raw, where, **run)
-  family = hf_config.family_of(raw, where)
+  found = open_folder(source, **run)
+  config, folder = found.config, found.folder
+  assert folder is not None
   tensors = _tensors(folder)
-  shapes = param_shapes(config)
-  wanted = {path: tensor_names(family, config, path) for path in shapes}
-  _check_names(config, tensors, wanted, folder)
   leaves = {}
-  for path, shape in shapes.items():
-    stored = [tensors[name] for name in wanted[path]]
+  for path, shape in param_shapes(config).items():
+    names = tensor_names(found.family, config, path)
+    stored = [tensors[name] for name in names]
     leaf = _read_leaf(path, shape.shape, stored, dtype, config)
     place = sharding(path, jax.typeof(leaf)) if callable(sharding) else sharding
     leaves[path] = jax.block_until_ready(jax.device_put(leaf, place))
@@ -157,8 +152,47 @@ def load(
   params = traverse_util.unflatten_dict(leaves, sep='/')
   if config.tied and 'lm_head.weight' in tensors:
     _check_tied(tensors, folder)
+  return dataclasses.replace(found, params=params)
+
+
+def open_folder(source: str | os.PathLike[str], **run: Any) -> Checkpoint:
+  """Returns what a folder says of its model, checked; its weights are not read.
+
+  Args:
+    source: as of `load`.
+    **run: as of `load`.
+
+  Raises: as `load`, but for what the weights' values are.
+  """
+  folder = find(source).absolute()
+  raw = read_object(folder, 'config.json')
+  where = str(folder / 'config.json')
+  run['dtype'] = run.pop('compute_dtype', None)
+  config = hf_config.from_dict(raw, where, **run)
+  family = hf_config.family_of(raw, where)
+  tensors = _tensors(folder)
+  wanted = {
+      path: tensor_names(family, config, path) for path in param_shapes(config)
+  }
+  _check_names(config, tensors, wanted, folder)
   dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-  return Checkpoint(config, params, family, raw, folder, dtypes)
+  return Checkpoint(config, None, family, raw, folder, dtypes)
+
+
+def weight_shapes(checkpoint: Checkpoint, dtype: Any = None) -> Any:
+  """Returns the tree that `load` would return as params, shapes in its places.
+
+  Args:
+    checkpoint: of `open_folder`.
+    dtype: as of `load`.
+  """
+  leaves = {}
+  for path, leaf in param_shapes(checkpoint.config).items():
+    names = tensor_names(checkpoint.family, checkpoint.config, path)
+    stored = {checkpoint.dtypes[name] for name in names}
+    own = _leaf_dtype(path, stored, dtype)
+    leaves[path] = jax.ShapeDtypeStruct(leaf.shape, own)
+  return traverse_util.unflatten_dict(leaves, sep='/')
 
 
 def find(source: str | os.PathLike[str]) -> pathlib.Path:
@@ -440,16 +474,10 @@ def _read_leaf(
     config: decoder.DecoderConfig,
 ) -> np.ndarray:
   """Returns a leaf in host memory, its layers stacked where they are."""
-  if dtype is None:
-    dtype = jnp.result_type(*{_DTYPES[tensor.dtype] for tensor in stored})
-  if jnp.dtype(dtype) != jax.dtypes.canonicalize_dtype(dtype):
-    raise ValueError(
-        f'Expected jax_enable_x64 for {path} of {jnp.dtype(dtype)}: set it, or give'
-        ' load(dtype=).'
-    )
+  dtype = _leaf_dtype(path, {tensor.dtype for tensor in stored}, dtype)
   is_kernel = path.endswith('/kernel')
   own = shape[1:] if path.startswith('layers/') else shape
-  leaf = _empty((len(stored), *own), jnp.dtype(dtype))
+  leaf = _empty((len(stored), *own), dtype)
   for i, tensor in enumerate(stored):
     theirs = own[::-1] if is_kernel else own
     if tensor.shape != theirs:
@@ -463,6 +491,18 @@ def _read_leaf(
       else:
         leaf[i, rows] = values
   return leaf.reshape(shape)
+
+
+def _leaf_dtype(path: str, stored: Collection[str], dtype: Any) -> Any:
+  """Returns the dtype of a leaf: the one asked for, or that of its tensors."""
+  if dtype is None:
+    dtype = jnp.result_type(*{_DTYPES[name] for name in stored})
+  if jnp.dtype(dtype) != jax.dtypes.canonicalize_dtype(dtype):
+    raise ValueError(
+        f'Expected jax_enable_x64 for {path} of {jnp.dtype(dtype)}: set it, or give'
+        ' load(dtype=).'
+    )
+  return jnp.dtype(dtype)
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -11,8 +11,7 @@ from ml_collections import config_dict
 import numpy as np
 
 from bernoulli_lora_jax import checks
-from bernoulli_lora_jax.training import base_config
-from bernoulli_lora_jax.training import checkpoint
+from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import programs
 from bernoulli_lora_jax.training import reporting
@@ -74,28 +73,7 @@ def load(directory: str | pathlib.Path) -> Finished:
     )
   if 'diverged' in run.summary:
     raise ValueError(f'Expected a run that ended, got {run.summary}.')
-  config = base_config.get_config()
-  known = checkpoint.flatten(config.to_dict())
-  for field, value in checkpoint.flatten(run.config).items():
-    if field.startswith('task.kwargs.'):
-      with config.unlocked():
-        config.task.kwargs[field.removeprefix('task.kwargs.')] = value
-      continue
-    if field not in known:
-      raise ValueError(
-          f'Expected a field of base_config, got {field}={value!r} in'
-          f' {directory / "config.json"}.'
-      )
-    value = tuple(value) if isinstance(value, list) else value
-    try:
-      config.update_from_flattened_dict({field: value})
-    except TypeError as e:
-      raise ValueError(
-          f'Expected another {field} in {directory}, got {e}'
-      ) from e
-  with config.unlocked():
-    config.training.progress = False
-  return Finished(run, config)
+  return Finished(run, experiment.read_config(directory))
 
 
 def replay(
@@ -131,7 +109,7 @@ def replay(
       steps.append(begin + num)
       points.append(program.params(state))
   with loop.open_checkpoints(program, finished.run.path, start) as saver:
-    end, _, _ = loop.restore(saver, program, program.get(state), points[0])
+    end, _, _ = loop.restore(saver, program, program.get(state))
     saved = program.params(program.put(end))
   distance = lambda a, b: math.sqrt(
       sum(

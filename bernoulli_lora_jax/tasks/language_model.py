@@ -9,15 +9,15 @@ config.training.eval_gradient = False  # A stream has no full gradient.
 from collections.abc import Callable
 import functools
 import os
-from typing import Any
+from typing import Any, NamedTuple
 import warnings
 
-from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bernoulli_lora_jax import checks
+from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import parts
 from bernoulli_lora_jax.models import decoder
 from bernoulli_lora_jax.models import hf
@@ -25,6 +25,10 @@ from bernoulli_lora_jax.models import tokenizer as tokenizer_lib
 from bernoulli_lora_jax.tasks import packing as packing_lib
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.tasks import text
+
+# How a model is loaded, see `hf.load`.
+RUN_FIELDS = ('dtype', 'compute_dtype', 'remat', 'max_segments', 'scan_layers')
+_TRAIN_CHUNKS = 4  # Of the training rows that evaluations look at.
 
 
 def make_task(
@@ -38,6 +42,8 @@ def make_task(
     eval_fraction: float = 0.05,
     eval_data: str | os.PathLike[str] = '',
     eval_batch_size: int = 0,
+    watch_data: str | os.PathLike[str] = '',
+    in_memory: bool = False,
     packing: bool = True,
     window: int = 64,
     separator: str = '',
@@ -63,6 +69,13 @@ def make_task(
     eval_data: see `text.load`; with it eval_fraction is not looked at.
     eval_batch_size: rows at a time in evaluations; 0 for batch_size. It takes the
       place of config.task.chunk.
+    watch_data: files whose loss is evaluated, too: what the model should not forget.
+      Its documents are text, whatever `kind` is, unless all are instructions.
+    in_memory: whether weights and rows are kept on the device, as of small tasks,
+      whose runs may train together (a sweep). Each epoch then passes through the
+      same rows in another order, and train_loss is that of the first rows. Otherwise
+      rows are packed anew each epoch, and weights are loaded for a run that owns
+      them.
     packing: whether a row has many documents.
     window: see `packing.Packing`.
     separator: see `text.load`.
@@ -74,12 +87,11 @@ def make_task(
     process_index: of `jax.process_index()`, where processes share a batch.
     process_count: of `jax.process_count()`; divides batch_size.
     **run: how a model is loaded, see `hf.load`: dtype, compute_dtype, remat,
-      max_segments, scan_layers (False by default here: a config's
-      method.select takes matrices, no stacks of them).
+      max_segments, scan_layers.
 
   Returns:
-    A task of batches from a stream; num_samples is the rows of its first epoch.
-    Metrics of validation are loss, in nats a token, and perplexity.
+    A task; num_samples is the rows of its first epoch. Metrics of validation and of
+    what is watched are loss, in nats a token, and perplexity.
 
   Raises:
     FileNotFoundError: no such files.
@@ -93,25 +105,30 @@ def make_task(
       f'batch_size to be a multiple of process_count={process_count}',
       batch_size=batch_size,
   )
-  checkpoint = _checkpoint(model, run)
-  config, params = checkpoint.config, checkpoint.params
-  found_tokenizer = _tokenizer(tokenizer, checkpoint)
-  documents = text.load(
-      data,
-      found_tokenizer,
-      kind=kind,
+  bare = without_data(model, batch_size, loss_chunk, in_memory, **run)
+  checkpoint = bare.checkpoint
+  config = checkpoint.config
+  found_tokenizer = load_tokenizer(tokenizer, checkpoint)
+  read = functools.partial(
+      text.load,
+      tokenizer=found_tokenizer,
       max_length=max_length,
-      eval_fraction=0.0 if eval_data else eval_fraction,
-      eval_data=eval_data,
       separator=separator,
       template=template,
       turns=turns,
       over_limit=over_limit,
       skip_bad=skip_bad,
   )
+  documents = read(
+      data,
+      kind=kind,
+      eval_fraction=0.0 if eval_data else eval_fraction,
+      eval_data=eval_data,
+  )
+  if watch_data:
+    documents['watched'] = read(watch_data, kind=kind)['train']
   for part in documents.values():
     text.check_vocabulary(part, found_tokenizer, config.vocab_size)
-  logging.info('%s', text.show(documents['train'], found_tokenizer))
   if max_length > config.max_length:
     warnings.warn(
         f'max_length={max_length} is more than the {config.max_length} positions'
@@ -119,57 +136,118 @@ def make_task(
         stacklevel=2,
     )
   rows = packing_lib.Packing(max_length, config.max_segments, window, packing)
-  loss = decoder.make_loss(config, loss_chunk)
-  splits = {}
-  if 'validation' in documents:
-    held_out = packing_lib.arrays(documents['validation'], rows)
-    index = np.arange(len(held_out['tokens']), dtype=np.int32)
-    splits['validation'] = jax.tree.map(
-        jnp.asarray, {**held_out, 'index': index}
+  splits = {
+      name: _with_index(packing_lib.arrays(part, rows))
+      for name, part in documents.items()
+      if in_memory or name != 'train'
+  }
+  drawn: dict[str, Any]
+  if in_memory:
+    num_samples = len(splits['train']['index'])
+    task_lib.check_batch_size(batch_size, num_samples, str(data))
+    drawn = {'sampling': 'epochs', 'batch': task_lib.epoch_batch(batch_size)}
+  else:
+    counted = packing_lib.rows(documents['train'], rows, seed=0)
+    num_samples = sum(1 for _ in counted)
+    stream = functools.partial(
+        _stream,
+        documents['train'],
+        rows,
+        batch_size // process_count,
+        process_index,
+        process_count,
     )
-  stream = functools.partial(
-      _stream,
-      documents['train'],
-      rows,
-      batch_size // process_count,
-      process_index,
-      process_count,
-  )
+    drawn = {'sampling': 'stream', 'stream': stream}
   chunk = eval_batch_size or batch_size
-  num_samples = sum(
-      1 for _ in packing_lib.rows(documents['train'], rows, seed=0)
-  )
-  return task_lib.Task(
-      name=kind,
-      init=lambda key: params,
+  return bare.task._replace(
       data=splits,
-      loss=loss,
       num_samples=num_samples,
+      num_tokens=batch_size * max_length,
+      preview=text.show(documents['train'], found_tokenizer),
+      metrics=functools.partial(_metrics, bare.task.loss, chunk),
+      chunk=chunk,
+      **drawn,
+  )
+
+
+class Bare(NamedTuple):
+  """A task without data, and the checkpoint that its model is of."""
+
+  task: task_lib.Task
+  checkpoint: hf.Checkpoint
+
+
+def without_data(
+    model: str | os.PathLike[str] | hf.Checkpoint,
+    batch_size: int = 1,
+    loss_chunk: int = 1024,
+    in_memory: bool = False,
+    **run: Any,
+) -> Bare:
+  """Returns the task of a model with nothing to train on, see `make_task`.
+
+  Args:
+    model: see `make_task`, like the others.
+    batch_size: rows of a batch.
+    loss_chunk: positions whose logits exist at once.
+    in_memory: whether weights are kept.
+    **run: how a model is loaded.
+  """
+  checkpoint, weights, load = _weights(model, in_memory, run)
+  task = task_lib.Task(
+      name='language_model',
+      init=lambda key: weights(),
+      data={},
+      loss=decoder.make_loss(checkpoint.config, loss_chunk),
+      num_samples=batch_size,
       batch_size=batch_size,
       sampling='stream',
-      stream=stream,
-      weights=params,
-      metrics=functools.partial(_metrics, loss, chunk),
-      chunk=chunk,
+      weights=None if load else weights(),
+      load=load,
+      matrices=functools.partial(_matrices, checkpoint.config),
   )
+  return Bare(task, checkpoint)
 
 
-def _checkpoint(model: Any, run: dict[str, Any]) -> hf.Checkpoint:
-  if not isinstance(model, hf.Checkpoint):
-    run = {'scan_layers': False, **run}
-    run = {
-        k: jnp.dtype(v) if k.endswith('dtype') and v else v
-        for k, v in run.items()
-    }
-    return hf.load(model, **run)
-  checks.that(not run, 'a folder beside how a model is loaded', got=run)
-  checks.that(
-      model.params is not None, 'a checkpoint with its params', params=None
-  )
-  return model
+def _weights(
+    model: Any, in_memory: bool, run: dict[str, Any]
+) -> tuple[hf.Checkpoint, Callable[[], Any], Callable[[], Any] | None]:
+  """Returns a checkpoint, what `init` returns, and what loads the weights."""
+  if isinstance(model, hf.Checkpoint):
+    checks.that(not run, 'a folder beside how a model is loaded', got=run)
+    params = model.params
+    checks.that(params is not None, 'a checkpoint with its params', params=None)
+    return model, lambda: params, None
+  run = {
+      k: jnp.dtype(v) if k.endswith('dtype') else v
+      for k, v in run.items()
+      if v != ''
+  }
+  if in_memory:
+    return _weights(hf.load(model, **run), in_memory, {})
+  dtype = run.pop('dtype', None)
+  found = hf.open_folder(model, **run)
+  shapes = hf.weight_shapes(found, dtype)
+  zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  folder = str(found.folder)
+  return found, zeros, lambda: hf.load(folder, dtype=dtype, **run).params
 
 
-def _tokenizer(tokenizer: Any, checkpoint: hf.Checkpoint) -> text.TextTokenizer:
+def _matrices(
+    config: decoder.DecoderConfig, select: str
+) -> matrices_lib.Matrices:
+  """Returns the linear maps of a decoder, all of its layers' for ''."""
+  return decoder.matrices(config, *([select] if select else []))
+
+
+def _with_index(rows: dict[str, np.ndarray]) -> task_lib.Batch:
+  index = np.arange(len(rows['tokens']), dtype=np.int32)
+  return jax.tree.map(jnp.asarray, {**rows, 'index': index})
+
+
+def load_tokenizer(
+    tokenizer: Any, checkpoint: hf.Checkpoint
+) -> text.TextTokenizer:
   if not isinstance(tokenizer, str | os.PathLike):
     return tokenizer
   if tokenizer == 'bytes':
@@ -208,5 +286,8 @@ def _metrics(
     split: str,
 ) -> dict[str, jax.Array]:
   """Returns the loss in nats a token over all tokens of a split, and exp of it."""
-  value, _ = parts.chunked(loss, chunk)(params, data[split])
+  rows = data[split]
+  if split == 'train':  # All of it would cost an epoch.
+    rows = jax.tree.map(lambda x: x[: _TRAIN_CHUNKS * chunk], rows)
+  value, _ = parts.chunked(loss, chunk)(params, rows)
   return {'loss': value, 'perplexity': jnp.exp(value)}

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from bernoulli_lora_jax import checks
+from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import parts
 
 Batch = dict[str, jax.Array]
@@ -67,6 +68,14 @@ class Task(NamedTuple):
   stream: Callable[[int], Stream] | None = None  # (seed) -> batches from disk.
   # Pre-trained weights, which `init` returns too. None: init makes them.
   weights: Any = None
+  # () -> weights read from disk for one run, which owns them: its steps move them
+  # in place. `init` tells their shapes alone.
+  load: Callable[[], Any] | None = None
+  # (regular expression, '' for all) -> what it selects, where a tree does not tell
+  # the axes of its kernels; None: by paths.
+  matrices: Callable[[str], matrices_lib.Matrices] | None = None
+  num_tokens: int = 0  # Of a batch, where speed is told in tokens; 0: in steps.
+  preview: str = ''  # What a user looks at before training, as examples.
   # (params, data, split) -> metrics, where they are not those of the loss without
   # noise; see `evaluate`.
   metrics: (

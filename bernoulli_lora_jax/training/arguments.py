@@ -6,6 +6,7 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import functools
 import importlib
 import os
 import sys
@@ -198,8 +199,11 @@ def _cast(task: task_lib.Task, dtype: str) -> task_lib.Task:
     is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
     return jax.tree.map(lambda x: x.astype(dtype) if is_float(x) else x, params)
 
+  load = task.load
   return task._replace(
-      init=lambda key: cast(task.init(key)), weights=cast(task.weights)
+      init=lambda key: cast(task.init(key)),
+      weights=cast(task.weights),
+      load=load and (lambda: cast(load())),
   )
 
 
@@ -245,10 +249,12 @@ def make_schedule(
     )
   if c.schedule == 'constant' and c.warmup_steps == 0:
     return peak
-  rest: optax.Schedule = optax.constant_schedule(peak)
-  if c.schedule == 'cosine':
-    steps = max(1, num_steps - c.warmup_steps)
-    rest = optax.cosine_decay_schedule(peak, steps)
+  steps = max(1, num_steps - c.warmup_steps)
+  rest: optax.Schedule = {
+      'constant': lambda: optax.constant_schedule(peak),
+      'cosine': lambda: optax.cosine_decay_schedule(peak, steps),
+      'linear': lambda: optax.linear_schedule(peak, 0.0, steps),
+  }[c.schedule]()
   warmup = optax.linear_schedule(0.0, peak, max(1, c.warmup_steps))
   return optax.join_schedules([warmup, rest], [c.warmup_steps])
 
@@ -294,6 +300,8 @@ def make_matrices(
 ) -> matrices_lib.Matrices:
   """Returns what is a matrix, by method.select."""
   select = config.method.select
+  if task.matrices is not None and select != 'all-linear':
+    return task.matrices(select)
   if select == 'all-linear':
     key = jax.random.key(0)
     batch = task_lib.example(task)
@@ -386,6 +394,48 @@ def make_optimizer(
   return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
 
 
+def make_others(
+    config: config_dict.ConfigDict, learning_rate: Any
+) -> dict[str, optax.GradientTransformation]:
+  """Returns {pattern: optimiser} of what adapter mode trains at full size.
+
+  Raises:
+    ValueError: rows of no leaf.
+  """
+  c = config.method
+  if not c.others:
+    if c.other_rows:
+      raise ValueError(
+          'Expected method.others with method.other_rows, got'
+          f' other_rows={tuple(c.other_rows)}.'
+      )
+    return {}
+  tx = make_optimizer(config, learning_rate)
+  if c.other_rows:
+    keep = functools.partial(_rows_alone, np.asarray(c.other_rows))
+    tx = optax.chain(optax.stateless(keep), tx, optax.stateless(keep))
+  return {c.others: tx}
+
+
+def _rows_alone(rows: np.ndarray, updates: Any, params: Any = None) -> Any:
+  """Returns {path: update} of tokens' rows of embeddings and heads, zero else."""
+  del params
+
+  def keep(path, update):
+    axis = 0 if path.endswith('embedding') else update.ndim - 1
+    if not rows.max() < update.shape[axis]:
+      raise ValueError(
+          f'Expected method.other_rows below {update.shape[axis]}, the rows of'
+          f' {path}, got {rows.max()}.'
+      )
+    chosen = jnp.zeros(update.shape[axis], bool).at[rows].set(True)
+    shape = [1] * update.ndim
+    shape[axis] = -1
+    return jnp.where(chosen.reshape(shape), update, 0)
+
+  return {path: keep(path, update) for path, update in updates.items()}
+
+
 def _inner(config: config_dict.ConfigDict) -> Any:
   c = config.method
   if c.optimizer == 'sgd':
@@ -411,6 +461,7 @@ def check_federated(config: config_dict.ConfigDict) -> None:
   }
   if c.mode == 'adapter':
     needed |= {'method.estimator': 'sgd', 'method.train_others': False}
+    needed |= {'method.others': '', 'method.other_rows': ()}
   if c.mode == 'adapter' or c.estimator == 'fedavg':
     needed['federated.compressor'] = 'identity'
   for field, value in needed.items():

@@ -64,7 +64,13 @@ def get_config() -> config_dict.ConfigDict:
   config.method.period_passes = config_dict.placeholder(float)
   config.method.shared_coin = False  # One coin for all matrices.
   config.method.select = ''  # Regular expression of the matrices; '': kernels.
-  config.method.train_others = False  # Whether biases and the like move too.
+  # Gradient mode: whether biases and the like move too.
+  config.method.train_others = False
+  # Adapter mode: regular expression of further leaves, trained at full size by the
+  # same optimiser; '': none.
+  config.method.others = ''
+  # Of those, the rows of tokens that move, in embeddings and heads; (): all.
+  config.method.other_rows = ()
   # 'sgd', 'momentum', 'adam' or 'adamw' (adapter mode and 'full'); in chains it
   # lives in the subspace and restarts at each link.
   config.method.optimizer = 'sgd'
@@ -77,7 +83,7 @@ def get_config() -> config_dict.ConfigDict:
   )
   # gamma = factor / L in place of learning_rate, for tasks that know L.
   config.method.stepsize_factor = config_dict.placeholder(float)
-  config.method.schedule = 'constant'  # or 'cosine' (to zero).
+  config.method.schedule = 'constant'  # or 'cosine', 'linear' (to zero).
   config.method.warmup_steps = 0  # Linear warm-up from zero.
   config.method.clip_norm = config_dict.placeholder(float)  # Global norm.
 
@@ -123,6 +129,7 @@ def get_config() -> config_dict.ConfigDict:
   # In place of num_passes: the FLOPs of that many passes of full fine-tuning.
   config.training.num_full_passes = config_dict.placeholder(float)
   config.training.num_evals = 20  # Evaluations, evenly spaced.
+  config.training.eval_every = 0  # Steps between them; 0: by their number.
   config.training.checkpoint_every = 0  # Steps; 0: at the end only.
   config.training.steps_per_dispatch = 1000  # Most steps in one compiled loop.
   config.training.num_micro_batches = 1  # Parts of a minibatch's gradient.

@@ -27,6 +27,7 @@ _FREE = (
     'training.keep_weights',
     'training.max_to_keep',
     'training.group_size',
+    'training.steps_per_dispatch',
     'task.data_dir',
 )
 _DIGEST = 'digest.json'  # Of a checkpoint's files, in its folder.
@@ -56,16 +57,7 @@ class Checkpointer:
       frozen: {path: leaf} that no step changes: their hashes are stored in place
         of them, and compared when a checkpoint is restored.
       stream: iterator with get_state and set_state, whose place is stored.
-
-    Raises:
-      TypeError: a stream without them.
     """
-    for name in ('get_state', 'set_state'):
-      if stream is not None and not hasattr(stream, name):
-        raise TypeError(
-            f'Expected a stream of batches with {name}, got {stream!r}: a resumed'
-            ' run goes on where it was.'
-        )
     # At once: a step donates them.
     self._frozen = {
         path: _fingerprint(leaf) for path, leaf in (frozen or {}).items()

@@ -13,9 +13,11 @@ from ml_collections import config_dict
 
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import chain
+from bernoulli_lora_jax import files
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import arguments
+from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import federated_methods as federated
@@ -53,6 +55,40 @@ def apply_overrides(
 
 
 check_config = fields.check
+
+
+def read_config(directory: str | pathlib.Path) -> config_dict.ConfigDict:
+  """Returns the config of a run, from its config.json.
+
+  Raises:
+    ValueError: a file that is missing or damaged, a field that is unknown or of
+      another type, by name.
+  """
+  path = pathlib.Path(directory, 'config.json')
+  if not path.is_file():
+    raise ValueError(f'Expected the directory of a run with {path}, got none.')
+  record = files.read_json(path)
+  if not isinstance(record, dict):
+    raise ValueError(f'Expected a mapping in {path}, got {record!r:.40}.')
+  config = base_config.get_config()
+  known = checkpoint.flatten(config.to_dict())
+  for field, value in checkpoint.flatten(record).items():
+    value = tuple(value) if isinstance(value, list) else value
+    if field.startswith('task.kwargs.'):
+      with config.unlocked():
+        config.task.kwargs[field.removeprefix('task.kwargs.')] = value
+      continue
+    if field not in known:
+      raise ValueError(
+          f'Expected a field of base_config, got {field}={value!r} in {path}.'
+      )
+    try:
+      config.update_from_flattened_dict({field: value})
+    except TypeError as e:
+      raise ValueError(f'Expected another {field} in {path}, got {e}') from e
+  with config.unlocked():
+    config.training.progress = False
+  return config
 
 
 def check_workdir(
@@ -153,6 +189,7 @@ def make_settings(
     wanted = _equal_flops(config, task, t.num_full_passes)
   # Whole evaluation intervals: one length of dispatch, compiled once.
   every = max(1, (t.num_steps or round(wanted)) // t.num_evals)
+  every = t.eval_every or every
   return programs.Settings(
       num_steps=t.num_steps or every * max(1, round(wanted / every)),
       eval_every=every,
@@ -251,13 +288,24 @@ def _make_method(
       raise ValueError(
           'Expected method.train_others=False in adapter mode, got True.'
       )
+    if config.training.recipe and c.others:
+      raise ValueError(
+          'Expected training.recipe=False with method.others, which no recipe'
+          f' holds, got others={c.others!r}.'
+      )
     return methods.adapter_method(
         task.loss,
         arguments.make_policy(config, task, prob),
         arguments.make_optimizer(config, schedule),
         matrices=matrices,
         additive=not arguments.is_flax(task),
+        others=arguments.make_others(config, schedule),
         **common,
+    )
+  if c.others or c.other_rows:
+    raise ValueError(
+        "Expected method.others='' and no method.other_rows in gradient mode"
+        f' (see method.train_others), got others={c.others!r}.'
     )
   return methods.gradient_method(
       task.loss,
@@ -368,6 +416,8 @@ def step_flops(
   except RuntimeError:  # JAX_PLATFORMS leaves it out.
     return None
   args = jax.eval_shape(lambda: (jax.random.key(0), task.data, task.weights))
+  if task.load is not None:
+    args = (*args[:2], task_lib.shapes(task))
 
   def count(f):
     with jax.default_device(cpu):
@@ -447,7 +497,8 @@ def selection(
   matrices = arguments.make_matrices(config, task)
   if c.mode == 'adapter':
     policy = arguments.make_policy(config, task, c.prob)
-    return adapters.adapter_table(params, policy, matrices)
+    others = [c.others] if c.others else []
+    return adapters.adapter_table(params, policy, matrices, others)
   if c.name == 'full':
     return [
         {'matrix': m.path, 'shape': f'{m.m} x {m.n}', 'trained': m.m * m.n}

@@ -121,6 +121,14 @@ class EstimatorMethod:
     """Returns the weights."""
     return state.inner[0]
 
+  def snapshot(self, state: FederatedState) -> FederatedState:
+    """Returns the state without that of the optimiser."""
+    return state._replace(inner=(state.inner[0], ()))
+
+  def at(self, f: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns (state, *args) -> f(params, *args)."""
+    return lambda state, *args: f(self.params(state), *args)
+
   def trained(self, params: Any) -> Any:
     """Returns a tree of bool: the leaves that move."""
     return (self.select or methods.all_true)(params)
@@ -281,6 +289,14 @@ class RoundsMethod:
   def params(self, state: FederatedState) -> Any:
     """Returns the merged weights."""
     return self.rounds.params(state.inner)
+
+  def snapshot(self, state: FederatedState) -> FederatedState:
+    """Returns the state, which is what the weights are made of."""
+    return state
+
+  def at(self, f: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns (state, *args) -> f(params, *args), merged."""
+    return lambda state, *args: f(self.params(state), *args)
 
   def trained(self, params: Any) -> Any:
     """Returns a tree of bool: the leaves that move."""

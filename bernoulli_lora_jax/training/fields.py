@@ -90,6 +90,11 @@ _RULES: dict[str, _Rule] = {
     'method.shared_coin': _FREE,
     'method.select': _Rule(_is_pattern, 'to be a regular expression'),
     'method.train_others': _FREE,
+    'method.others': _Rule(_is_pattern, 'to be a regular expression'),
+    'method.other_rows': _Rule(
+        lambda x: all(_is_whole(row) and 0 <= row < _END for row in x),
+        'of whole numbers >= 0',
+    ),
     'method.optimizer': _one_of('sgd', 'momentum', 'adam', 'adamw'),
     'method.weight_decay': _NOT_NEGATIVE,
     'method.optimizer_momentum': _NOT_ONE,
@@ -97,7 +102,7 @@ _RULES: dict[str, _Rule] = {
     'method.mvr_momentum': _NOT_ONE,
     'method.learning_rate': _POSITIVE,
     'method.stepsize_factor': _POSITIVE,
-    'method.schedule': _one_of('constant', 'cosine'),
+    'method.schedule': _one_of('constant', 'cosine', 'linear'),
     'method.warmup_steps': _FREE,  # The steps of the run bound it.
     'method.clip_norm': _POSITIVE,
     'method.alpha': _POSITIVE,
@@ -125,6 +130,7 @@ _RULES: dict[str, _Rule] = {
     'training.num_passes': _NOT_NEGATIVE,
     'training.num_full_passes': _POSITIVE,
     'training.num_evals': _at_least(1),
+    'training.eval_every': _at_least(0),
     'training.checkpoint_every': _at_least(0),
     'training.steps_per_dispatch': _at_least(1),
     'training.num_micro_batches': _at_least(1),

@@ -323,3 +323,35 @@ def plot_prob(runs: Sequence[Run]) -> matplotlib.figure.Figure | None:
       title_fontsize=9,
   )
   return figure
+
+
+def write_losses(run: Run, path: pathlib.Path) -> None:
+  """Draws a run's losses in nats a token against its steps.
+
+  Args:
+    run: of a language model.
+    path: of the PNG.
+  """
+  figure = matplotlib.figure.Figure(figsize=(6.4, 4.2), layout='constrained')
+  panel = figure.subplots()
+  told = {
+      'loss': 'training',
+      'validation_loss': 'held out',
+      'watched_loss': 'watched',
+  }
+  for i, (metric, name) in enumerate(told.items()):
+    points = [(x['step'], x[metric]) for x in run.metrics if metric in x]
+    if not points:
+      continue
+    look: Any = style(i)
+    if metric == 'loss':  # One line of many noisy points.
+      look = {'color': '0.6', 'linewidth': 1.0}
+    elif i == 2:
+      look['markerfacecolor'] = 'white'
+    panel.plot(*zip(*points, strict=True), label=name, markersize=5, **look)
+  panel.set_xlabel('steps')
+  panel.set_ylabel('loss, nats a token')
+  panel.set_title(labels.name(run.config), fontsize=11)
+  panel.legend(fontsize=9)
+  grid(panel)
+  figure.savefig(path, dpi=130)

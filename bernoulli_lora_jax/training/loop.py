@@ -19,6 +19,7 @@ from bernoulli_lora_jax import deprecated
 from bernoulli_lora_jax import files
 from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.training import batches
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import methods
@@ -126,44 +127,52 @@ def train(
       return summary
     # Before all else: an interrupt within a compilation would end in jax's errors.
     terminated = stack.enter_context(_catch_signals())
-    stream = program.task.stream(seed) if program.task.stream else None
+    stream = batches.Batches(program.task, program.driver, seed)
     saver, state, best, progress = _restored(
         program, workdir, key, stream, stack
     )
     # Of fewer steps: the run is not finished any more.
     (workdir / 'summary.json').unlink(missing_ok=True)
     log = stack.enter_context(metrics_log.MetricsLog(workdir, progress.step))
-    bar = stack.enter_context(_bar(settings, progress.step))
-    begun = time.perf_counter() - progress.seconds
+    bar = stack.enter_context(_bar(program, progress.step))
+    begun, speeds = time.perf_counter() - progress.seconds, []
     try:
       # After a resume, too: it compiles what `seconds` is not to hold.
-      first = _evaluate(program, state)
+      first = _floats(program.evaluate(state))
       if progress.step == 0:
         log.write(0, first)
       while (num := _num_next(program, progress)) > 0:
-        args = program.data, state, key, progress.step, _stacked(stream, num)
+        args = program.data, state, key, progress.step, stream.take(num)
+        since = time.perf_counter()
         if num not in program.compiled:  # Here, for a short way to a fault.
           lowered = program.jit(num, state).lower(*args)
           program.compiled[num] = lowered.compile()
+          program.compile_seconds[num] = time.perf_counter() - since
         since = time.perf_counter()
         state, metrics = program.compiled[num](*args)
-        line = _means(program.driver.get(metrics), progress.step)
         step = progress.step + num
+        # While the device works.
+        stream.prepare(_num_next(program, progress._replace(step=step)))
+        line = _means(program.driver.get(metrics), progress.step)
+        if program.task.num_tokens:
+          spent = time.perf_counter() - since
+          speeds.append(num * program.task.num_tokens / spent)
+          line['tokens_per_second'] = speeds[-1]
         if step % settings.eval_every == 0 or step == settings.num_steps:
-          line |= _check_line(_evaluate(program, state), step)
+          line |= _check_line(_floats(program.evaluate(state)), step)
         seconds = progress.seconds + time.perf_counter() - since
         progress = progress._replace(step=step, seconds=seconds)
         if line.keys() & _JUDGED:
           is_best, drops, progress = _judged(line, progress, settings)
           if is_best and settings.patience:  # A copy: the state is donated.
-            best = jax.tree.map(jnp.copy, program.params(state))
+            best = program.snapshot(program.get(state))
           if drops:
             scale = state.lr_scale * settings.plateau_factor
             state = state._replace(lr_scale=scale)
         if settings.recipe and program.method.chain is not None:
           _save_link(program, workdir, state, step)
         log.write(step, line)
-        _show(bar, step, line)
+        _show(bar, program, step, line)
         every = settings.checkpoint_every
         is_due = terminated or (every and step % every == 0)
         if is_due or _num_next(program, progress) == 0:
@@ -180,7 +189,10 @@ def train(
     log.close()
     if settings.recipe:
       _save_recipe(program, workdir, key, state)
-    params = best if settings.patience else program.params(state)
+    if settings.patience:
+      state = program.filled(best, state)
+    if speeds:
+      facts = {'tokens_per_second': float(np.median(speeds)), **facts}
     summary = {
         'step': progress.step,
         'stopped': progress.step < settings.num_steps,
@@ -188,9 +200,10 @@ def train(
         'seconds': progress.seconds,
         **facts,
         'peak_memory_bytes': _peak_memory(),
+        'compile_seconds': sum(program.compile_seconds.values()),
         'device': jax.devices()[0].device_kind,
-        **_floats(program.evaluate(params)),
-        **_floats(program.test(params)),
+        **_floats(program.evaluate(state)),
+        **_floats(program.test(state)),
     }
     files.write_json(workdir / 'summary.json', summary)
     _end_if_terminated(terminated, 'the run is finished')
@@ -235,28 +248,31 @@ def _restored(
     program: Program,
     workdir: pathlib.Path,
     key: jax.Array,
-    stream: task_lib.Stream | None,
+    stream: batches.Batches,
     stack: contextlib.ExitStack,
 ) -> tuple[checkpoint.Checkpointer, Any, Any, Progress]:
-  """Returns checkpoints, state, best params and progress to go on from."""
+  """Returns checkpoints, state, best snapshot and progress to go on from."""
   state = program.start(key)
-  base = programs.init_params(program.task, key, program.task.weights)
-  best = base if program.settings.patience else None
+  # Of the start, for a run that has found no better one.
+  best = program.snapshot(state) if program.settings.patience else None
   progress = Progress(0, 0, math.inf, 0, 0, 0.0)
-  saver = stack.enter_context(open_checkpoints(program, workdir, state, stream))
+  place = None if program.task.stream is None else stream
+  saver = stack.enter_context(open_checkpoints(program, workdir, state, place))
   if saver.latest() is not None:
-    state, best, progress = restore(saver, program, state, base)
+    state, best, progress = restore(saver, program, state)
   _check_length(workdir, progress.step, program.settings.num_steps)
   return saver, program.put(state), best, progress
 
 
-def _bar(settings: Settings, step: int) -> tqdm.tqdm:
-  """Returns a progress bar of the steps."""
+def _bar(program: Program, step: int) -> tqdm.tqdm:
+  """Returns a progress bar of the steps, in tokens where they are counted."""
+  tokens = program.task.num_tokens
   return tqdm.tqdm(
-      total=settings.num_steps,
-      initial=step,
-      unit='step',
-      disable=not settings.progress,
+      total=program.settings.num_steps * (tokens or 1),
+      initial=step * (tokens or 1),
+      unit='tok' if tokens else 'step',
+      unit_scale=bool(tokens),
+      disable=not program.settings.progress,
   )
 
 
@@ -264,8 +280,10 @@ _JUDGED = ('validation_loss', 'train_loss')  # The first that is there.
 _SHOWN = ('loss', 'accuracy', 'validation_accuracy', 'validation_loss')
 
 
-def _show(bar: tqdm.tqdm, step: int, line: Mapping[str, float]) -> None:
-  bar.update(step - bar.n)
+def _show(
+    bar: tqdm.tqdm, program: Program, step: int, line: Mapping[str, float]
+) -> None:
+  bar.update(step * (program.task.num_tokens or 1) - bar.n)
   bar.set_postfix({k: f'{v:.4g}' for k, v in line.items() if k in _SHOWN})
 
 
@@ -273,25 +291,45 @@ def _num_next(program: Program, progress: Progress) -> int:
   """Returns the steps of the next dispatch, 0 at the end of the run.
 
   It depends on `progress` alone, so a resumed run has the dispatches of the
-  uninterrupted one.
+  uninterrupted one. They are counted from what has happened last (an evaluation, a
+  checkpoint, the end of a link), so that few lengths are compiled.
   """
   settings, chain = program.settings, program.method.chain
   if settings.patience and progress.stale >= settings.patience:
     return 0
-  cadences = [settings.eval_every, settings.steps_per_dispatch]
+  cadences = [settings.eval_every]
   cadences += [settings.checkpoint_every] if settings.checkpoint_every else []
   if settings.recipe and chain is not None and chain.policy.period:
     cadences.append(chain.policy.period)
-  ends = [(progress.step // every + 1) * every for every in cadences]
-  return min(settings.num_steps, *ends) - progress.step
+  step, longest = progress.step, settings.steps_per_dispatch
+  last = max(step // every * every for every in cadences)
+  ends = [(step // every + 1) * every for every in cadences]
+  left = min(settings.num_steps, *ends) - step
+  return min(longest - (step - last) % longest, left)
 
 
-def _stacked(stream: task_lib.Stream | None, num: int) -> Any:
-  """Returns the next batches of a stream, stacked."""
-  if stream is None:
-    return ()
-  rows = [next(stream) for _ in range(num)]
-  return jax.tree.map(lambda *xs: np.stack(xs), *rows)
+def compile_ahead(program: Program) -> Any:
+  """Returns the first dispatch compiled from shapes, nothing loaded.
+
+  Args:
+    program: of one device, with a stream.
+
+  Returns:
+    What jax compiles to; `memory_analysis` tells what it takes.
+  """
+  num = _num_next(program, Progress(0, 0, math.inf, 0, 0, 0.0))
+  task, key = program.task, jax.random.key(0)
+  start = functools.partial(programs.start, task, program.method)
+  state = jax.eval_shape(start, key, task_lib.shapes(task))
+  one = task_lib.example(task)
+  rows = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((num, *x.shape), x.dtype), one
+  )
+  begun = time.perf_counter()
+  lowered = program.jit(num, state).lower(program.data, state, key, 0, rows)
+  program.compiled[num] = lowered.compile()
+  program.compile_seconds[num] = time.perf_counter() - begun
+  return program.compiled[num]
 
 
 def _means(metrics: Mapping[str, Any], start: int) -> dict[str, float]:
@@ -334,10 +372,6 @@ def _judged(
   return bool(is_best), bool(drops), progress
 
 
-def _evaluate(program: Program, state: Any) -> dict[str, float]:
-  return _floats(program.evaluate(program.params(state)))
-
-
 def _save_link(
     program: Program, workdir: pathlib.Path, state: Any, step: int
 ) -> None:
@@ -367,8 +401,12 @@ def _save_recipe(
     recipes.save_link(
         folder, num_links - 1, recipes.trained_factors(final, chain)
     )
-  base = programs.init_params(program.task, key, program.task.weights)
   links = [recipes.load_link(folder, i) for i in range(num_links)]
+  task = program.task
+  if task.load is None:
+    base = programs.init_params(task, key, task.weights)
+  else:
+    base = task.load()
   recipes.save_recipe(
       folder,
       recipes.make_recipe(base, chain, final.key, links, final),
@@ -403,9 +441,10 @@ def save_end(
     program: of the run.
     workdir: its directory.
     state: of the method, after the last step.
-    best: params of the lowest validation loss; None without patience.
+    best: `Method.snapshot` at the lowest validation loss; None without patience.
     progress: at the end.
   """
+  best = None if best is None else program.snapshot(best)
   with open_checkpoints(program, workdir, state) as saver:
     _save(saver, state, best, progress)
 
@@ -423,7 +462,7 @@ def open_checkpoints(
     program: Program,
     workdir: str | pathlib.Path,
     state: Any,
-    stream: task_lib.Stream | None = None,
+    stream: Any = None,
 ) -> checkpoint.Checkpointer:
   """Returns the checkpoints of a run of the program.
 
@@ -442,19 +481,20 @@ def open_checkpoints(
 
 
 def restore(
-    saver: checkpoint.Checkpointer, program: Program, state: Any, params: Any
+    saver: checkpoint.Checkpointer, program: Program, state: Any
 ) -> tuple[Any, Any, Progress]:
-  """Returns state, best params (or None) and progress of the newest checkpoint.
+  """Returns state, best snapshot (or None) and progress of the newest checkpoint.
 
   Args:
     saver: see `open_checkpoints`.
     program: see `Program`.
     state: at step 0.
-    params: of their shapes.
   """
   zero = Progress(0, 0, 0.0, 0, 0, 0.0)
-  best = params if program.settings.patience else None
+  best = program.snapshot(state) if program.settings.patience else None
   like = jax.tree.map(jnp.asarray, checkpoint_tree(state, best, zero))
+  # Checkpoints of the first version hold params besides.
+  params = jax.eval_shape(program.method.params, state)
   tree = saver.restore(like, older={'best': params})
   found = {name: value.item() for name, value in tree['progress'].items()}
   return tree['method'], tree.get('best'), Progress(**found)

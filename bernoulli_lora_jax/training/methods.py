@@ -7,7 +7,7 @@ the LoRA family over pairs of thin factors. Both states have a field `lr_scale`
 that multiplies every update, for the loop to lower on plateaus.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import functools
 from typing import Any, NamedTuple, Protocol
@@ -76,6 +76,14 @@ class Method(Protocol):
 
   def params(self, state: Any) -> Any:
     """Returns the params, merged."""
+    ...
+
+  def snapshot(self, state: Any) -> Any:
+    """Returns the state without what only steps need; `params` takes it."""
+    ...
+
+  def at(self, f: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns (state, *args) -> f(params, *args), nothing merged where it can."""
     ...
 
   def trained(self, params: Any) -> Any:
@@ -187,6 +195,12 @@ class GradientMethod:
 
   def params(self, state: GradientState) -> Any:
     return jax.tree.map(jnp.copy, state.params)  # A donated state's.
+
+  def snapshot(self, state: GradientState) -> GradientState:
+    return state._replace(opt_state=())
+
+  def at(self, f: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda state, *args: f(state.params, *args)
 
   def trained(self, params: Any) -> Any:
     return (self.is_trained or all_true)(params)
@@ -314,6 +328,8 @@ class AdapterMethod:
   """Trains adapters by minibatch gradients; see `adapter_method`."""
 
   loss: Callable[..., Any]  # (params, factors, (batch, key)), see `inject`.
+  # (params, *args) -> any, to the same of (params, factors, *args).
+  enter: Callable[[Callable[..., Any]], Callable[..., Any]]
   chain: adapters.Chain
   passes_per_step: float
   driver: parallel.Driver
@@ -339,16 +355,36 @@ class AdapterMethod:
   def params(self, state: AdapterMethodState) -> Any:
     return adapters.merged_params(self.chain, state.chain)
 
+  def snapshot(self, state: AdapterMethodState) -> AdapterMethodState:
+    kept = state.chain._replace(opt_state=(), other_states=())
+    return state._replace(chain=kept)
+
+  def at(self, f: Callable[..., Any]) -> Callable[..., Any]:
+    adapted = self.enter(f)
+
+    def at_state(state, *args):
+      found = self.chain.adapted(state.chain.params)
+      factors = adapters.scaled(state.chain.factors, found)
+      return adapted(state.chain.params, factors, *args)
+
+    return at_state
+
   def trained(self, params: Any) -> Any:
-    return adapted_leaves(self.chain, params)
+    adapted = adapted_leaves(self.chain, params)
+    others = other_leaves(self.chain, params)
+    return jax.tree.map(lambda a, o: a or o, adapted, others)
 
   def per_client(self, state: AdapterMethodState) -> Any:
     return none_marked(state)
 
   def frozen(self, state: AdapterMethodState) -> Any:
     merges = self.chain.policy.period is not None
-    moves = self.trained(state.chain.params)
-    marks = jax.tree.map(lambda m: not (m and merges), moves)
+    params = state.chain.params
+    moves = (
+        adapted_leaves(self.chain, params) if merges else none_marked(params)
+    )
+    others = other_leaves(self.chain, params)
+    marks = jax.tree.map(lambda m, o: not (m or o), moves, others)
     unmarked = none_marked(state)
     return unmarked._replace(chain=unmarked.chain._replace(params=marks))
 
@@ -363,6 +399,7 @@ def adapter_method(
     matrices: matrices_lib.Matrices | None = None,
     additive: bool = False,
     num_micro_batches: int = 1,
+    others: Mapping[str, optax.GradientTransformation] | None = None,
     driver: parallel.Driver | None = None,
 ) -> AdapterMethod:
   """Returns the method that trains adapters by minibatch gradients.
@@ -377,6 +414,7 @@ def adapter_method(
     additive: whether factors enter by W + s L R, for losses that are no Linen
       model.
     num_micro_batches: parts in which a minibatch's gradient is accumulated.
+    others: see `adapters.make_chain`.
     driver: None for one device.
 
   Returns:
@@ -390,15 +428,16 @@ def adapter_method(
       matrices,
       num_micro_batches=num_micro_batches,
       average=driver.mapped,
+      others=others,
   )
   # The key within the batch: noise is keyed by example, not by micro-batch.
   keyed = lambda params, both: loss(params, *both)
-  adapted = (
-      inject.by_addition(keyed, matrices)
-      if additive
-      else inject.by_product(keyed)
+  enter: Any = inject.by_product
+  if additive:
+    enter = functools.partial(inject.by_addition, matrices=matrices)
+  return AdapterMethod(
+      enter(keyed), enter, chain, batch_size / num_samples, driver
   )
-  return AdapterMethod(adapted, chain, batch_size / num_samples, driver)
 
 
 def make_policy(
@@ -509,7 +548,18 @@ def matrices_only(
 
 def adapted_leaves(chain: adapters.Chain, params: Any) -> Any:
   """Returns a tree of bool: the leaves that a chain of adapters adapts."""
-  chosen = {one.matrix.index for one in chain.adapted(params)}
+  return _marked(params, {one.matrix.index for one in chain.adapted(params)})
+
+
+def other_leaves(chain: adapters.Chain, params: Any) -> Any:
+  """Returns a tree of bool: the leaves that a chain trains at full size."""
+  found = policies.resolve_others(
+      params, chain.adapted(params), tuple(chain.others)
+  )
+  return _marked(params, {i for p in found.values() for i in p.values()})
+
+
+def _marked(params: Any, chosen: Collection[int]) -> Any:
   leaves, treedef = jax.tree.flatten(params)
   return treedef.unflatten([i in chosen for i in range(len(leaves))])
 

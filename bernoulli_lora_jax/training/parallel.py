@@ -7,6 +7,7 @@ parts gave. The mapped axis of pmap has its name here.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -53,12 +54,7 @@ class Driver:
     if self.kind == 'none':
       return batch
     count = self.num_devices
-    size = jax.tree.leaves(batch)[0].shape[0]
-    if size % count:
-      raise ValueError(
-          f'Expected task.batch_size to be a multiple of the {count} devices, got'
-          f' batch_size={size}.'
-      )
+    self._check_rows(jax.tree.leaves(batch)[0].shape[0])
     if self.kind == 'jit':
       return jax.lax.with_sharding_constraint(batch, self._split())
     place = _MAPPED.index()
@@ -95,6 +91,20 @@ class Driver:
     place = lambda x, mark: rows(x) if mark else stack(x)
     return jax.device_put(jax.tree.map(place, tree, marks), self._split())
 
+  def put_batches(self, batches: Any) -> Any:
+    """Returns batches of a stream, (num, b, ...), on their way to the devices.
+
+    Under jit each process gives its rows of a batch.
+    """
+    if self.kind == 'none':
+      return jax.device_put(batches)
+    if self.kind == 'pmap':
+      return batches
+    self._check_rows(jax.tree.leaves(batches)[0].shape[1] * jax.process_count())
+    rows = jax.sharding.NamedSharding(_mesh(self.devices), _P(None, _AXIS))
+    place = functools.partial(jax.make_array_from_process_local_data, rows)
+    return jax.tree.map(place, batches)
+
   def get(self, tree: Any, marks: Any = None) -> Any:
     """Returns what a step returned as a tree without driver; see `put`."""
     if self.kind != 'pmap':
@@ -124,6 +134,13 @@ class Driver:
       return jax.jit(run, donate_argnums=1)
     places = jax.tree.map(lambda x: x.sharding, state), self._replicated()
     return jax.jit(run, donate_argnums=1, out_shardings=places)
+
+  def _check_rows(self, size: int) -> None:
+    if size % self.num_devices:
+      raise ValueError(
+          f'Expected task.batch_size to be a multiple of the {self.num_devices}'
+          f' devices, got batch_size={size}.'
+      )
 
   def _replicated(self) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(_mesh(self.devices), _P())

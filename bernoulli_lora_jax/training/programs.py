@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bernoulli_lora_jax import parts
 from bernoulli_lora_jax.tasks import task as task_lib
@@ -86,16 +87,16 @@ class Program:
     settings: how long and how often.
     driver: where steps run.
     compiled: {num: (data, state, key, first, batches) -> (state, metrics of num
-      steps)}, which `loop.train` fills.
+      steps)}, which `loop` fills.
+    compile_seconds: {num: spent on it}.
   """
 
   task: task_lib.Task
   method: methods.Method
   settings: Settings
   driver: parallel.Driver = parallel.Driver()
-  compiled: dict[int, Callable[..., Any]] = dataclasses.field(
-      default_factory=dict, repr=False
-  )
+  compiled: dict[int, Any] = dataclasses.field(default_factory=dict, repr=False)
+  compile_seconds: dict[int, float] = dataclasses.field(default_factory=dict)
   _jitted: dict[int, Any] = dataclasses.field(default_factory=dict, repr=False)
 
   @functools.cached_property
@@ -104,8 +105,13 @@ class Program:
     return self.driver.put(self.task.data)
 
   def start(self, key: jax.Array) -> Any:
-    """Returns the state at step 0, from the run's key."""
-    return self._start(key, self.task.weights)
+    """Returns the state at step 0, from the run's key.
+
+    Weights that are loaded are loaded anew, and the state takes them over.
+    """
+    if self.task.load is None:
+      return self._start(key, self.task.weights)
+    return self._start_of_loaded(key, self.task.load())
 
   def jit(self, num: int, state: Any) -> Any:
     """Returns jitted (data, state, key, first, batches) -> (state, metrics).
@@ -130,15 +136,46 @@ class Program:
     """Returns the merged params of a state, on one device."""
     return self._params(self.get(state))
 
-  def evaluate(self, params: Any) -> dict[str, jax.Array]:
-    """Returns the metrics of all splits but the test split."""
-    return self._evaluate(params, self._eval_data)
+  def snapshot(self, state: Any) -> Any:
+    """Returns what the params of a state are made of, copied to the host.
 
-  def test(self, params: Any) -> dict[str, jax.Array]:
+    Args:
+      state: as `get` gives it.
+
+    Returns:
+      `Method.snapshot`, None in place of what stays as it is at step 0; `filled`
+      puts it back.
+    """
+    kept = self.method.snapshot(state)
+    stays = self.method.frozen(kept)
+    return jax.tree.map(lambda x, s: None if s else _on_host(x), kept, stays)
+
+  def filled(self, snapshot: Any, state: Any) -> Any:
+    """Returns a snapshot with what stays taken from a state, as `put` gives it."""
+    none = lambda x: x is None
+    kept = self.method.snapshot(self.get(state))
+    pick = lambda own, other: other if own is None else jnp.asarray(own)
+    return self.put(jax.tree.map(pick, snapshot, kept, is_leaf=none))
+
+  def evaluate(self, state: Any) -> dict[str, jax.Array]:
+    """Returns the metrics of all splits but the test split at a state's weights.
+
+    Weights that are loaded are large: their products are met by the factors. Others
+    are merged first.
+    """
+    return self._at(self._evaluate, state)
+
+  def test(self, state: Any) -> dict[str, jax.Array]:
     """Returns the metrics of the test split."""
     split = test_split(self.task)
-    found = self._of_split(params, self._eval_data, split)
+    found = {} if split is None else self._at(self._test, state)
     return {f'{split}_{name}': value for name, value in found.items()}
+
+  def _at(self, metrics: Callable[..., Any], state: Any) -> Any:
+    state = self.get(state)
+    if self.task.load is None:
+      state = self._params(state)
+    return metrics(state, self._eval_data)
 
   @functools.cached_property
   def _eval_data(self) -> Any:
@@ -149,17 +186,31 @@ class Program:
     return jax.jit(functools.partial(start, self.task, self.method))
 
   @functools.cached_property
+  def _start_of_loaded(self) -> Callable[..., Any]:
+    run = functools.partial(start, self.task, self.method)
+    return jax.jit(run, donate_argnums=1)
+
+  @functools.cached_property
   def _params(self) -> Callable[..., Any]:
     return jax.jit(self.method.params)
 
   @functools.cached_property
   def _evaluate(self) -> Callable[..., Any]:
     parts = self.task, self.method, self.settings
-    return jax.jit(functools.partial(evaluate, *parts))
+    return self._of_params(functools.partial(evaluate, *parts))
 
   @functools.cached_property
-  def _of_split(self) -> Callable[..., Any]:
-    return jax.jit(functools.partial(of_split, self.task), static_argnums=2)
+  def _test(self) -> Callable[..., Any]:
+    split = test_split(self.task)
+    return self._of_params(
+        lambda params, data: of_split(self.task, params, data, split)
+    )
+
+  def _of_params(self, metrics: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns metrics of params jitted, of a state where weights are loaded."""
+    if self.task.load is None:
+      return jax.jit(metrics)
+    return jax.jit(self.method.at(metrics))
 
 
 def steps(
@@ -238,10 +289,24 @@ def init_params(
     key: of the run.
     weights: task.weights, as an argument: as constants of what is compiled they
       would be copied into the program.
+
+  Raises:
+    ValueError: a task that loads its weights, without them.
   """
-  return (
-      task.init(jax.random.fold_in(key, _INIT)) if weights is None else weights
-  )
+  if weights is not None:
+    return weights
+  if task.load is not None:
+    raise ValueError(
+        f'Expected weights in memory, got task {task.name!r}, which loads them for'
+        ' one run: it trains alone, with one process.'
+    )
+  return task.init(jax.random.fold_in(key, _INIT))
+
+
+def _on_host(leaf: jax.Array) -> Any:
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return jnp.copy(leaf)  # NumPy has no keys.
+  return np.array(leaf)  # No view: a state is donated.
 
 
 def test_split(task: task_lib.Task) -> str | None:

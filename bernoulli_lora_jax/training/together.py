@@ -44,7 +44,8 @@ class Result(NamedTuple):
   lines: list[dict[str, float]]  # As in metrics.jsonl.
   summary: dict[str, Any]  # As in summary.json, without facts of the config.
   state: Any  # Of the method, after the last step.
-  best: Any  # Params of the lowest validation loss; None without patience.
+  # `Method.snapshot` at the lowest validation loss; None without patience.
+  best: Any
   progress: loop.Progress  # At the end.
 
 
@@ -55,6 +56,7 @@ class _Program(NamedTuple):
   # (states, params, keys, hyper, active, data, step) -> states, params, metrics.
   steps: Callable[..., Any]
   evaluate: Callable[..., Any]  # (params, data) -> metrics of all splits.
+  snapshot: Callable[[Any], Any]  # states -> what their params are made of.
 
 
 def train_together(
@@ -207,7 +209,7 @@ def _compile(
     evaluators[name] = evaluate.lower(params, data).compile()
   evaluate = evaluators[name]
   needed = max(_bytes(steps), _bytes(evaluate))
-  return _Program(start, steps, evaluate), needed
+  return _Program(start, steps, evaluate, method.snapshot), needed
 
 
 def _fit(
@@ -260,6 +262,10 @@ def _train_group(
   )
   params = jax.jit(init)(keys, task.weights)
   best = jax.tree.map(jnp.copy, params)  # `params` is donated.
+  snapshot = lambda states: program.snapshot(_with_count(states, None))
+  best_states = ()
+  if settings.patience:
+    best_states = jax.tree.map(jnp.copy, snapshot(states))
   final = program.evaluate(params, data)
   lines = [[{'step': 0, **line}] for line in _rows(final) if _drop_final(line)]
   best_step, best_loss = np.zeros(size, int), np.full(size, np.inf)
@@ -290,7 +296,9 @@ def _train_group(
     )
     is_best, drops = is_best & active, drops & active
     if settings.patience:
-      best = _keep(jnp.asarray(is_best), params, best)
+      chosen = jnp.asarray(is_best)
+      best = _keep(chosen, params, best)
+      best_states = _keep(chosen, snapshot(states), best_states)
     if drops.any():
       scale = np.where(drops, settings.plateau_factor, 1.0)
       lr_scale = states.lr_scale * scale.astype(states.lr_scale.dtype)
@@ -319,8 +327,8 @@ def _train_group(
           lines[i],
           _summary(task, settings, final[i], end[i], best_step[i], bad_step[i])
           | {'seconds': seconds / count, 'runs_together': count},
-          _state_of(states, i, end[i]),
-          jax.tree.map(lambda x, i=i: x[i], best)
+          _state_of(_with_count(states, None), i, end[i], states),
+          _state_of(best_states, i, best_step[i], states)
           if settings.patience
           else None,
           loop.Progress(
@@ -400,13 +408,20 @@ def _shared_count(states: Any, one_by_one: bool) -> Any:
   return _with_count(states, count[0])
 
 
-def _state_of(states: Any, i: int, step: int) -> Any:
-  """Returns the state of one run; `step` where all share the number of steps."""
+def _state_of(counted: Any, i: int, step: int, states: Any) -> Any:
+  """Returns the state of one run after some steps.
+
+  Args:
+    counted: states of all runs without their number of steps.
+    i: of the run.
+    step: the steps it has done.
+    states: with it.
+  """
+  one = jax.tree.map(lambda x: x[i], counted)
   count = _count(states)
-  if count is None or jnp.ndim(count):
-    return jax.tree.map(lambda x: x[i], states)
-  one = jax.tree.map(lambda x: x[i], _with_count(states, None))
-  return _with_count(one, jnp.asarray(step, count.dtype))
+  return (
+      one if count is None else _with_count(one, jnp.asarray(step, count.dtype))
+  )
 
 
 def _axes(states: Any) -> Any:
