@@ -11,7 +11,7 @@ both in nats a token.
       --corpora=runs/code_to_english/corpora --output=runs/code_to_english/small
   python launch/sweep.py --config=configs/code_to_english.py:small \
       --workdir=runs/code_to_english/sweep
-  python launch/report.py runs/code_to_english/sweep
+  python launch/report.py runs/code_to_english/sweep --metric=validation_loss
   python launch/report.py runs/code_to_english/sweep --metric=watched_loss
 
 Variants: small (full fine-tuning, LoRA and Bernoulli-LoRA, one seed, two CPU cores),
