@@ -59,7 +59,7 @@ def get_config(variant: str = ''):
           'data': f'{FOLDER}/corpora/english_train.jsonl',
           'eval_data': f'{FOLDER}/corpora/english_validation.jsonl',
           'watch_data': f'{FOLDER}/corpora/code_validation.jsonl',
-          'max_length': 256,
+          'max_length': 128,
           'in_memory': True,  # So that runs of a sweep train together.
           'compute_dtype': 'float32',
       }
@@ -69,7 +69,7 @@ def get_config(variant: str = ''):
   config.method.schedule = 'cosine'
   config.method.warmup_steps = 10
   config.update_from_flattened_dict(adapter('bernoulli', 16))
-  config.training.num_steps = 150
+  config.training.num_steps = 600
   config.training.num_evals = 3
   if size == 'medium':
     config.task.batch_size = 16
