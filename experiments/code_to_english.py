@@ -53,7 +53,7 @@ DOMAINS = ('code', 'english')
 HELD_OUT = 0.05  # Part of the documents of each domain.
 PROMPTS = {
     'code': 'class Stack:\n\n    def __init__(self',
-    'english': 'Return the number of ',
+    'english': 'Return the number of',
 }
 _END = '<|endoftext|>'
 # Tables of characters, and topics that are read otherwise.
