@@ -81,7 +81,8 @@ def test_finetune_llm(tmp_path, monkeypatch):
   # bfloat16 weights are right to 0.4%, of which the loss feels less.
   assert abs(losses['base + adapter'] / losses['merged'] - 1) < 0.02
   assert 'adapter checkpoints config.json' in text
-  lost = [float(x) for x in re.findall(r'^\S+_proj +2 +64 +(\S+)', text, re.M)]
+  rows = re.findall(r'^\S+_proj +2 +64 +([\d.e-]+) +[\d.e-]+$', text, re.M)
+  lost = [float(part) for part in rows]
   assert len(lost) == 7 and max(lost) < 1e-5, text
   assert 'peft of step 300: adapter_rank16' in text
 
