@@ -44,7 +44,7 @@ def write_data(path, count=60):
   return path
 
 
-def command(folder, output, **flags):
+def command(folder, output, /, **flags):
   """Returns the words of the command on `model` and `data.jsonl` of a folder."""
   folder = pathlib.Path(folder)
   given = {

@@ -1,11 +1,9 @@
 """The commands finetune, merge, export and generate, as a user calls them."""
 
 import contextlib
-import dataclasses
 import functools
 import io
 import json
-import math
 import pathlib
 import resource
 import shutil
@@ -16,8 +14,6 @@ from unittest import mock
 
 from absl.testing import parameterized
 import finetune_runs
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -107,12 +103,13 @@ def summary(folder):
   return json.loads((folder / 'summary.json').read_text())
 
 
-def loss_of(folder, split='validation', **flags):
+def loss_of(folder, split='validation'):
   """Returns the loss of an exported folder, evaluated anew."""
   task = language_model.make_task(
       model=str(folder),
       data=str(FOLDER / 'data.jsonl'),
       watch_data=str(FOLDER / 'watched.txt'),
+      kind='auto',
       batch_size=2,
       max_length=64,
       eval_fraction=0.2,
@@ -135,7 +132,7 @@ class InputTest(parameterized.TestCase):
       ('no_weights', dict(model='EMPTY'), 'Expected config.json in .*empty'),
       ('no_tokenizer', dict(tokenizer='EMPTY'), 'tokenizer.json in .*empty'),
       ('no_data', dict(data='/nowhere.jsonl'), '/nowhere.jsonl'),
-      ('data_unnamed', dict(data=''), 'Expected data .*data=$|data='),
+      ('data_unnamed', dict(data=''), "Expected data to be named, got data=''"),
       ('empty_data', dict(data='NOTHING'), 'Expected text in .*nothing.jsonl'),
       ('vocabulary', dict(tokenizer='WIDE'), 'below 512, the vocab_size'),
       ('targets', dict(targets='nothing'), "q_proj.*targets='nothing'"),
@@ -144,7 +141,7 @@ class InputTest(parameterized.TestCase):
           dict(targets='('),
           'Expected targets to be a regular',
       ),
-      ('others', dict(train_others='no'), "norm.*train_others='no'"),
+      ('others', dict(train_others='x_'), "norm.*train_others='x_'"),
       ('tokens', dict(train_tokens='no'), 'train_tokens=no'),
       ('tokens_pattern', dict(train_tokens='('), 'Expected train_tokens to be'),
       ('rank', dict(rank=100), 'Expected rank <= 48.*rank=100'),
@@ -316,6 +313,7 @@ class ChainTest(parameterized.TestCase):
     end = out.index('Merges and adapter')
     self.assertEqual(again[again.index('Merges and adapter') :], out[end:])
 
+  @pytest.mark.slow
   def test_another_prompt_is_answered(self):
     _, out = tune('chain', watch_data=FOLDER / 'watched.txt', prompt='Hello')
     self.assertIn("prompt: '<s>Hello'", out)
@@ -380,8 +378,6 @@ class ChainTest(parameterized.TestCase):
   def test_generate(self):
     folder, _ = chain_run()
     end = json.loads((folder / finetune._END).read_text())
-    asked = tokenizer_lib.load(FOLDER / 'model').decode
-    del asked
     prompt = end['begins'].removeprefix('<s>')
     flags = [f'--prompt={prompt}', '--max-new-tokens=48']
     said, error = blora('generate', folder, *flags)
@@ -484,8 +480,7 @@ class MethodTest(parameterized.TestCase):
 
   def test_best_weights_leave(self):
     """After early stopping what is merged, and exported, is the best."""
-    folder, out = tune(
-        *('early',),
+    flags = dict(
         early_stopping=1,
         learning_rate=1.0,
         num_evals=12,
@@ -493,6 +488,7 @@ class MethodTest(parameterized.TestCase):
         warmup=2,
         watch_data=FOLDER / 'watched.txt',
     )
+    folder, out = tune('early', **flags)
     told = summary(folder)
     self.assertTrue(told['stopped'])
     self.assertLess(told['best_step'], told['step'])
@@ -510,19 +506,14 @@ class MethodTest(parameterized.TestCase):
     params, _ = served._with_adapters(base, [str(folder / 'adapter')], None)
     after = hf.load(folder / 'merged', scan_layers=True).params
     np.testing.assert_allclose(
-        logits(base.config, params), logits(base.config, after), **CLOSE
+        logits(base.config, params),
+        logits(base.config, after),
+        rtol=2e-3,  # At such a rate weights are some tens, and so are roundings.
+        atol=2e-3,
     )
     self.assertIn(f'the best after {told["best_step"]}', out)
     self.assertEqual(tuned.step_of(folder / 'merged'), told['best_step'])
-    tune(
-        *('early',),
-        early_stopping=1,
-        learning_rate=1.0,
-        num_evals=12,
-        num_steps=24,
-        warmup=2,
-        watch_data=FOLDER / 'watched.txt',
-    )
+    tune('early', **flags)  # It is over: nothing is refused.
 
   def test_goes_on_from_an_earlier_run(self):
     first, _ = chain_run()
@@ -595,7 +586,7 @@ class EndTest(parameterized.TestCase):
         nonlocal count
         count += 1
         if what != 'checkpoint' or count == 2:
-          resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, limits[1]))
+          resource.setrlimit(resource.RLIMIT_FSIZE, (least, limits[1]))
         try:
           return function(*args, **kwargs)
         finally:
@@ -603,10 +594,11 @@ class EndTest(parameterized.TestCase):
 
       return call
 
-    place, name = {
-        'checkpoint': (checkpoint.Checkpointer, 'save'),
-        'merged': (tuned, 'save_merged'),
-        'adapter': (tuned, 'save_adapter'),
+    # Bytes: above those of a tokenizer, below those of tensors.
+    place, name, least = {
+        'checkpoint': (checkpoint.Checkpointer, 'save', 9_000),
+        'merged': (tuned, 'save_merged', 50_000),
+        'adapter': (tuned, 'save_adapter', 9_000),
     }[what]
     with mock.patch.object(place, name, limited(getattr(place, name))):
       out, error = blora(*words)
