@@ -23,16 +23,19 @@ def write(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
     content: bytes, or what writes them to an open file.
   """
   path = pathlib.Path(path)
-  with tempfile.NamedTemporaryFile(
+  scratch = tempfile.NamedTemporaryFile(
       dir=path.parent, prefix=f'.{path.name}.', delete=False
-  ) as f:
-    try:
+  )
+  try:
+    with scratch as f:  # A full disk is told of at its end.
       content(f) if callable(content) else f.write(content)
-    except BaseException:
-      os.unlink(f.name)
-      raise
-  os.chmod(f.name, 0o644)  # A temporary file is its owner's alone.
-  os.replace(f.name, path)
+    os.chmod(scratch.name, 0o644)  # A temporary file is its owner's alone.
+    os.replace(scratch.name, path)
+  except BaseException as e:
+    os.unlink(scratch.name)
+    if isinstance(e, OSError) and e.filename is None:
+      e.filename = str(path)
+    raise
 
 
 def check_new(folder: Path) -> None:

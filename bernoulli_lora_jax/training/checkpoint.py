@@ -1,9 +1,11 @@
 """Checkpoints by orbax, and the record of the configuration they belong to."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import hashlib
 import json
+import logging as python_logging
 import os
 import pathlib
 import shutil
@@ -63,11 +65,11 @@ class Checkpointer:
         path: _fingerprint(leaf) for path, leaf in (frozen or {}).items()
     }
     self._stream = stream
+    self._max_to_keep = max_to_keep
     self._directory = pathlib.Path(workdir).absolute() / 'checkpoints'
     self._manager = ocp.CheckpointManager(
         epath.Path(self._directory),
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=max_to_keep,
             enable_async_checkpointing=False,
             cleanup_tmp_directories=True,
         ),
@@ -80,9 +82,31 @@ class Checkpointer:
     self._manager.close()
 
   def save(self, step: int, tree: Any) -> None:
-    """Saves a tree of arrays and typed keys as the checkpoint of a step."""
-    kept = without(tree, self._frozen)
-    self._manager.save(step, args=ocp.args.StandardSave(kept), force=True)
+    """Saves a tree of arrays and typed keys as the checkpoint of a step.
+
+    Older ones go once this one is whole.
+
+    Raises:
+      OSError: one that could not be written; nothing of it is left.
+    """
+    try:
+      with _errors_raised_alone():
+        self._write(step, without(tree, self._frozen))
+    except Exception as e:
+      for path in self._directory.glob('*'):
+        if path.name == str(step) or path.name.endswith('-tmp'):
+          _remove(path)
+      is_full = 'No space left on device' in str(e)
+      reason = 'no space left on the device' if is_full else str(e)
+      raise OSError(
+          f'Expected to write the checkpoint of step {step} in {self._directory}, got'
+          f' {reason}; the last one is kept.'
+      ) from e
+    for old in sorted(self._steps())[: -self._max_to_keep]:
+      self._manager.delete(old)
+
+  def _write(self, step: int, tree: Any) -> None:
+    self._manager.save(step, args=ocp.args.StandardSave(tree), force=True)
     folder = self._directory / str(step)
     files.write_json(folder / _FROZEN, self._frozen)
     if self._stream is not None:
@@ -221,6 +245,18 @@ class Checkpointer:
       if stored.get(path, shape) != shape:
         return f'{path} of shape {stored[path]} where the configuration has {shape}.'
     return ''
+
+
+@contextlib.contextmanager
+def _errors_raised_alone() -> Iterator[None]:
+  """Keeps threads of orbax from logging, with tracebacks, what is raised as well."""
+  logger = python_logging.getLogger('absl')
+  level = logger.level
+  try:
+    logger.setLevel(python_logging.CRITICAL)
+    yield
+  finally:
+    logger.setLevel(level)
 
 
 def marked(tree: Any, marks: Any) -> dict[str, Any]:

@@ -500,9 +500,17 @@ def selection(
     others = [c.others] if c.others else []
     return adapters.adapter_table(params, policy, matrices, others)
   if c.name == 'full':
-    return [
-        {'matrix': m.path, 'shape': f'{m.m} x {m.n}', 'trained': m.m * m.n}
+    sizes = [
+        (m.path, (*m.batch, m.m, m.n))
         for m in matrices_lib.find(params, matrices)
+    ]
+    return [
+        {
+            'matrix': path,
+            'shape': ' x '.join(map(str, shape)),
+            'trained': math.prod(shape),
+        }
+        for path, shape in sizes
     ]
   prob = float(methods.chain_prob(c.name, c.prob))
   return chain.selection_table(
