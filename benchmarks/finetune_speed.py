@@ -62,7 +62,7 @@ _RANK = flags.DEFINE_integer('rank', 16, 'Rank of the factors.')
 _PERIOD = flags.DEFINE_integer('period', 100, 'Steps of a link of a chain.')
 _BATCH = flags.DEFINE_integer('batch', 0, 'Rows of a batch; 0: 8 (1b).')
 _LENGTH = flags.DEFINE_integer('length', 0, 'Tokens of a row; 0: 1024 (1b).')
-_CHUNK = flags.DEFINE_integer('chunk', 1024, 'Positions with logits at a time.')
+_CHUNK = flags.DEFINE_integer('chunk', 2048, 'Positions with logits at a time.')
 _STEPS = flags.DEFINE_integer('steps', 150, 'Steps that are timed together.')
 _SYNCHRONISED = flags.DEFINE_integer('synchronised', 15, 'Timed one by one.')
 _RATE = flags.DEFINE_float('learning_rate', 1e-4, 'Of AdamW.')
@@ -214,7 +214,9 @@ def jax_step(start, kind: str) -> Row:
   """Measures a step in JAX, of `start(method, config, params)`."""
   raw, _, length = sizes()
   method = kind.removesuffix('_unpacked')
-  config, params = decoders.drawn(raw, scan_layers=False, remat='none')
+  config, params = decoders.drawn(
+      raw, scan_layers=False, remat='none', max_segments=4
+  )
   chain, state, step = start(method, config, params)
   batch = batch_of(config.vocab_size, is_packed=method == kind)
   per_token = flops(config, chain.adapted(params), length)

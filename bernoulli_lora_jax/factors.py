@@ -5,6 +5,7 @@ train), the other is zero. Shapes: left (*batch, m, r), right (*batch, r, n).
 """
 
 from collections.abc import Sequence
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -56,10 +57,7 @@ def draw_link(
       for one in found
   ]
   if policy.side is None:
-    factors = [_both(link_key, one, policy) for one in found]
-    return Start(
-        dict(zip([m.path for m in matrices], factors, strict=True)), {}
-    )
+    return Start(_both(link_key, found, policy), {})
   drawn = links_lib.draw_links(
       link_key,
       matrices,
@@ -142,29 +140,49 @@ def without_product(
   return {**pair, **{s: jnp.where(moves[s], zeros[s], pair[s]) for s in moves}}
 
 
-def _both(key: jax.Array, one: Adapted, policy: ChainPolicy) -> dict[str, Any]:
-  """Returns the start of a pair that is trained on both sides."""
-  m = one.matrix
-  dtype = matrices_lib.wide(m.dtype)
+def _both(
+    key: jax.Array, found: Sequence[Adapted], policy: ChainPolicy
+) -> Pairs:
+  """Returns the starts of pairs that are trained on both sides.
+
+  Factors of one shape are drawn in one operation: each for itself they take a
+  minute to compile for a model of a hundred matrices.
+  """
   side = 'left' if policy.zero == 'right' else 'right'
-  length = m.m if side == 'left' else m.n
-  keys = jax.vmap(lambda k: jax.random.fold_in(k, _FACTOR))(
-      links_lib.matrix_keys(key, [m])
-  )
+  groups: dict[Any, list[Adapted]] = {}
+  for one in found:
+    m = one.matrix
+    length = m.m if side == 'left' else m.n
+    shape = length, one.inner, jnp.dtype(matrices_lib.wide(m.dtype))
+    groups.setdefault(shape, []).append(one)
+  pairs = {}
+  for (length, rank, dtype), members in groups.items():
+    keys = links_lib.matrix_keys(key, [one.matrix for one in members])
+    draw = functools.partial(_random, length, rank, dtype, policy.init)
+    drawn, place = jax.vmap(draw)(keys), 0
+    for one in members:
+      m = one.matrix
+      size = math.prod(m.batch)
+      random = drawn[place : place + size].reshape(*m.batch, length, rank)
+      place += size
+      if side == 'left':
+        zero = jnp.zeros((*m.batch, rank, m.n), dtype)
+        pairs[m.path] = {'left': random, 'right': zero}
+      else:
+        zero = jnp.zeros((*m.batch, m.m, rank), dtype)
+        pairs[m.path] = {'left': zero, 'right': random.mT}
+  return {one.matrix.path: pairs[one.matrix.path] for one in found}
 
-  def draw(key):
-    shape = (length, one.inner)
-    if policy.init == 'normal':
-      return jax.random.normal(key, shape, dtype)
-    bound = 1 / math.sqrt(length)
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-  random = jax.vmap(draw)(keys).reshape(*m.batch, length, one.inner)
-  if side == 'left':
-    zero = jnp.zeros((*m.batch, one.inner, m.n), dtype)
-    return {'left': random, 'right': zero}
-  zero = jnp.zeros((*m.batch, m.m, one.inner), dtype)
-  return {'left': zero, 'right': random.mT}
+def _random(
+    length: int, rank: int, dtype: Any, init: str, key: jax.Array
+) -> jax.Array:
+  """Returns the random factor of a matrix, (length, rank)."""
+  key = jax.random.fold_in(key, _FACTOR)
+  if init == 'normal':
+    return jax.random.normal(key, (length, rank), dtype)
+  bound = 1 / math.sqrt(length)
+  return jax.random.uniform(key, (length, rank), dtype, -bound, bound)
 
 
 def _one_sided(one: Adapted, link: links_lib.Link) -> dict[str, jax.Array]:

@@ -948,7 +948,7 @@ class TaskTest(TextTest):
         ({'tokenizer': ''}, "tokenizer to be a folder, or 'bytes'"),
         ({'batch_size': 3, 'process_count': 2}, 'multiple of process_count=2'),
         ({'remat': 'full'}, 'a folder beside how a model is loaded'),
-        ({'model': make_model(max_segments=1)}, 'max_segments >= 2'),
+        ({'max_segments': 1}, 'max_segments >= 2'),
     ):
       with self.assertRaisesRegex(ValueError, message):
         self.task(**options)

@@ -13,7 +13,7 @@ card (`packed_is_fused`). Elsewhere a mask does the same, with a warning on GPUs
 from collections.abc import Callable
 import functools
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 import warnings
 
 import jax
@@ -39,6 +39,7 @@ def attend(
     window: int | None = None,
     segments: jax.Array | None = None,
     max_segments: int = 64,
+    packed: 'Packed | None' = None,
 ) -> jax.Array:
   """Returns softmax(q k^T / sqrt(dim)) v over what each position may see.
 
@@ -52,6 +53,8 @@ def attend(
       is one document.
     max_segments: most documents in a row, >= 1. Where a row has more and cuDNN
       is used, the whole row becomes NaN: its documents would mix.
+    packed: of the segments, made once for all layers, which then are not guarded
+      here: `guard` the input of the first.
 
   Returns:
     (b, s, heads, dim), of q's dtype.
@@ -60,7 +63,10 @@ def attend(
     SlowAttentionWarning: packed documents on a GPU without the fused call.
   """
   if _is_fused(q) and (segments is None or packed_is_fused()):
-    return _fused(q, k, v, window, segments, max_segments)
+    if segments is None or packed is not None:
+      return _fused(q, k, v, window, packed)
+    packed = pack(segments, max_segments)
+    return guard(_fused(q, k, v, window, packed), packed)
   causal = functools.partial(
       jax.nn.dot_product_attention, q, k, v, implementation='xla'
   )
@@ -111,7 +117,7 @@ def sees(i: jax.Array, j: jax.Array, window: int | None) -> jax.Array:
   return (j <= i) if window is None else (j <= i) & (i - j < window)
 
 
-def _is_fused(q: jax.Array) -> bool:
+def _is_fused(q: jax.Array | jax.ShapeDtypeStruct) -> bool:
   """Returns whether cuDNN has a kernel for queries like these here."""
   return (
       jax.default_backend() == 'gpu'
@@ -153,19 +159,15 @@ def _fused(
     k: jax.Array,
     v: jax.Array,
     window: int | None,
-    segments: jax.Array | None,
-    max_segments: int,
+    packed: 'Packed | None',
 ) -> jax.Array:
   """Returns attention by cuDNN, of an even length: it refuses some odd ones."""
   length = q.shape[1]
   if length % 2:
-    # Of the last document; nothing before it sees the place that is added.
-    add = lambda x, mode: jnp.pad(
-        x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2), mode=mode
-    )
-    q, k, v = (add(x, 'constant') for x in (q, k, v))
-    segments = None if segments is None else add(segments, 'edge')
-  if segments is None:
+    # Nothing sees the place that is added: it is behind, and of no document.
+    add = lambda x: jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))
+    q, k, v = (add(x) for x in (q, k, v))
+  if packed is None:
     out = jax.nn.dot_product_attention(
         q,
         k,
@@ -175,7 +177,7 @@ def _fused(
         implementation='cudnn',
     )
   else:
-    out = _packed(q, k, v, segments, window, max_segments)
+    out = _packed(q, k, v, packed, window)
   return out[:, :length]
 
 
@@ -183,30 +185,68 @@ def _packed(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segments: jax.Array,
+    packed: 'Packed',
     window: int | None,
-    max_segments: int,
 ) -> jax.Array:
   """Returns attention within segments, by cuDNN's packed layout."""
   found = _fused_call()
   assert found is not None
   call, mask_type = found
-  # With one segment jax takes offsets for another layout.
-  starts, lengths, count = bounds(segments, max(2, max_segments))
-  out = call(
+  return call(
       q,
       k,
       v,
-      q_seqlen=lengths,
-      kv_seqlen=lengths,
-      q_offsets=starts,
-      kv_offsets=starts,
+      q_seqlen=packed.lengths,
+      kv_seqlen=packed.lengths,
+      q_offsets=packed.starts,
+      kv_offsets=packed.starts,
       scale=q.shape[-1] ** -0.5,
       mask_type=mask_type,
       sliding_window_length=window,
   )
-  is_whole = count <= max(2, max_segments)
-  return jnp.where(is_whole[:, None, None, None], out, jnp.nan)
+
+
+class Packed(NamedTuple):
+  """Where the documents of packed rows lie, as cuDNN takes it."""
+
+  starts: jax.Array  # (b, max_segments + 1) int32, see `bounds`.
+  lengths: jax.Array  # (b, max_segments) int32.
+  is_whole: jax.Array  # (b,), whether a row has no more than max_segments.
+
+
+def pack(segments: jax.Array, max_segments: int) -> Packed:
+  """Returns where the documents of rows lie.
+
+  Args:
+    segments: (b, s) int, see `attend`.
+    max_segments: most documents in a row; the fewer, the faster.
+  """
+  most = max(2, max_segments)  # With one jax takes offsets for another layout.
+  starts, lengths, count = bounds(segments, most)
+  return Packed(starts, lengths, count <= most)
+
+
+def guard(x: jax.Array, packed: Packed) -> jax.Array:
+  """Returns x (b, ...), NaN in rows whose documents would mix."""
+  shape = (-1,) + (1,) * (x.ndim - 1)
+  return jnp.where(packed.is_whole.reshape(shape), x, jnp.nan)
+
+
+def pack_if_fused(
+    x: jax.Array, head_dim: int, segments: jax.Array | None, max_segments: int
+) -> Packed | None:
+  """Returns what `attend` of layers takes as packed; None where no cuDNN is.
+
+  Args:
+    x: of the dtype of their queries.
+    head_dim: of them.
+    segments: (b, s) int, or None.
+    max_segments: most documents in a row.
+  """
+  like = jax.ShapeDtypeStruct((1, head_dim), x.dtype)
+  if segments is None or not (_is_fused(like) and packed_is_fused()):
+    return None
+  return pack(segments, max_segments)
 
 
 def is_start(segments: jax.Array) -> jax.Array:

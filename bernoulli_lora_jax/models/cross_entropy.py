@@ -85,8 +85,14 @@ def _values(
     logits: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
   """Returns the sum of weight x (log sum exp - logit of the target)."""
+  return _sum_of(jax.nn.logsumexp(logits, axis=-1), logits, targets, weights)
+
+
+def _sum_of(
+    total: jax.Array, logits: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
   chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  return jnp.vdot(weights, jax.nn.logsumexp(logits, axis=-1) - chosen)
+  return jnp.vdot(weights, total - chosen)
 
 
 def _plain(chunks: Any, head: jax.Array) -> jax.Array:
@@ -123,8 +129,9 @@ def _forward(chunks: Any, head: Any) -> tuple[jax.Array, Any]:
     total, of_head = carry
     hidden, targets, weights = chunk
     logits = _logits(hidden, head)
-    total = total + _values(logits, targets, weights)
-    slope = jax.nn.softmax(logits, axis=-1)
+    norm = jax.nn.logsumexp(logits, axis=-1)
+    total = total + _sum_of(norm, logits, targets, weights)
+    slope = jnp.exp(logits - norm[..., None])
     slope -= jax.nn.one_hot(targets, logits.shape[-1], dtype=slope.dtype)
     slope = (slope * weights[..., None]).astype(hidden.dtype)
     of_hidden = jnp.matmul(slope, head.T, preferred_element_type=wide)

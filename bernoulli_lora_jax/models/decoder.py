@@ -147,6 +147,7 @@ class _Given(NamedTuple):
   sin: jax.Array  # (b, s, 1, head_dim / 2)
   positions: jax.Array  # (b, s)
   segments: jax.Array | None  # (b, s)
+  packed: attention.Packed | None  # Of them, where cuDNN takes it.
 
 
 class RMSNorm(nn.Module):
@@ -205,6 +206,7 @@ class Attention(nn.Module):
           window=window,
           segments=given.segments,
           max_segments=c.max_segments,
+          packed=given.packed,
       )
 
     if isinstance(is_windowed, jax.Array):  # Layers of two kinds, scanned.
@@ -298,7 +300,9 @@ class Decoder(nn.Module):
     if not c.tied:
       head = _Table((c.hidden_size, c.vocab_size), 'kernel', name='lm_head')()
     cos, sin = rotary_lib.tables(c.rotary, c.head_dim, positions)
-    given = _Given(cos, sin, positions, segments)
+    packed = attention.pack_if_fused(x, c.head_dim, segments, c.max_segments)
+    x = x if packed is None else attention.guard(x, packed)
+    given = _Given(cos, sin, positions, segments, packed)
     x, cache = _run_layers(c, x, given, cache)
     return Output(RMSNorm(c.norm_eps, name='norm')(x), head, cache)
 

@@ -6,8 +6,10 @@ config.task.kwargs.data = 'chats.jsonl'
 config.training.eval_gradient = False  # A stream has no full gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+import dataclasses
 import functools
+import math
 import os
 from typing import Any, NamedTuple
 import warnings
@@ -27,7 +29,7 @@ from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.tasks import text
 
 # How a model is loaded, see `hf.load`.
-RUN_FIELDS = ('dtype', 'compute_dtype', 'remat', 'max_segments', 'scan_layers')
+RUN_FIELDS = ('dtype', 'compute_dtype', 'remat', 'scan_layers')
 _TRAIN_CHUNKS = 4  # Of the training rows that evaluations look at.
 
 
@@ -36,7 +38,8 @@ def make_task(
     model: str | os.PathLike[str] | hf.Checkpoint,
     data: str | os.PathLike[str],
     batch_size: int,
-    kind: str = 'instruction',
+    kind: str = 'auto',
+    columns: Mapping[str, str] | None = None,
     tokenizer: str | os.PathLike[str] | text.TextTokenizer = '',
     max_length: int = 1024,
     eval_fraction: float = 0.05,
@@ -51,7 +54,8 @@ def make_task(
     turns: str = 'all',
     over_limit: str = 'error',
     skip_bad: bool = False,
-    loss_chunk: int = 1024,
+    loss_chunk: int = 2048,
+    max_segments: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     **run: Any,
@@ -62,7 +66,8 @@ def make_task(
     model: a folder, a name on the hub, or what `hf.load` made of it.
     data: see `text.load`.
     batch_size: rows of max_length tokens in a batch, of all processes.
-    kind: 'instruction' or 'language_model', see `text.load`.
+    kind: 'auto', 'instruction' or 'language_model', see `text.load`.
+    columns: see `text.load`.
     tokenizer: a folder; '' for that of the model; 'bytes'; or one that is loaded.
     max_length: tokens of a row, and most of a document.
     eval_fraction: see `text.load`; 0 for no validation.
@@ -70,7 +75,7 @@ def make_task(
     eval_batch_size: rows at a time in evaluations; 0 for batch_size. It takes the
       place of config.task.chunk.
     watch_data: files whose loss is evaluated, too: what the model should not forget.
-      Its documents are text, whatever `kind` is, unless all are instructions.
+      Their kind is told by their first document.
     in_memory: whether weights and rows are kept on the device, as of small tasks,
       whose runs may train together (a sweep). Each epoch then passes through the
       same rows in another order, and train_loss is that of the first rows. Otherwise
@@ -84,10 +89,12 @@ def make_task(
     over_limit: see `text.load`.
     skip_bad: see `text.load`.
     loss_chunk: positions whose logits exist at once, see `decoder.make_loss`.
+    max_segments: most documents of a row, padding counted; 0 for what their mean
+      length asks for. The fewer, the faster is packed attention.
     process_index: of `jax.process_index()`, where processes share a batch.
     process_count: of `jax.process_count()`; divides batch_size.
     **run: how a model is loaded, see `hf.load`: dtype, compute_dtype, remat,
-      max_segments, scan_layers.
+      scan_layers.
 
   Returns:
     A task; num_samples is the rows of its first epoch. Metrics of validation and of
@@ -122,11 +129,12 @@ def make_task(
   documents = read(
       data,
       kind=kind,
+      columns=columns,
       eval_fraction=0.0 if eval_data else eval_fraction,
       eval_data=eval_data,
   )
   if watch_data:
-    documents['watched'] = read(watch_data, kind=kind)['train']
+    documents['watched'] = read(watch_data, kind='auto')['train']
   for part in documents.values():
     text.check_vocabulary(part, found_tokenizer, config.vocab_size)
   if max_length > config.max_length:
@@ -135,7 +143,10 @@ def make_task(
         ' that the model was made for.',
         stacklevel=2,
     )
-  rows = packing_lib.Packing(max_length, config.max_segments, window, packing)
+  most = max_segments or _segments(documents.values(), max_length)
+  config = dataclasses.replace(config, max_segments=most)
+  loss = decoder.make_loss(config, loss_chunk)
+  rows = packing_lib.Packing(max_length, most, window, packing)
   splits = {
       name: _with_index(packing_lib.arrays(part, rows))
       for name, part in documents.items()
@@ -161,13 +172,20 @@ def make_task(
   chunk = eval_batch_size or batch_size
   return bare.task._replace(
       data=splits,
+      loss=loss,
       num_samples=num_samples,
       num_tokens=batch_size * max_length,
       preview=text.show(documents['train'], found_tokenizer),
-      metrics=functools.partial(_metrics, bare.task.loss, chunk),
+      metrics=functools.partial(_metrics, loss, chunk),
       chunk=chunk,
       **drawn,
   )
+
+
+def _segments(parts_of: Iterable[packing_lib.Documents], length: int) -> int:
+  """Returns room for half again as many documents in a row as fit in the mean."""
+  mean = min(len(part.tokens) / len(part) for part in parts_of)
+  return int(np.clip(2 ** math.ceil(math.log2(1.5 * length / mean + 1)), 4, 64))
 
 
 class Bare(NamedTuple):

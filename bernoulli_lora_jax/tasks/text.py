@@ -64,13 +64,12 @@ class Bytes:
     return list(text.encode())
 
   def decode(self, ids: Any) -> str:
-    """Returns the text of ids, <end> for the end token."""
-    runs = itertools.groupby(ids, lambda i: int(i) == self.eos_id)
+    """Returns the text of ids: <end> for the end token, <i> for others that it lacks."""
+    runs = itertools.groupby(map(int, ids), lambda i: i < 256)
+    names = lambda run: ('<end>' if i == self.eos_id else f'<{i}>' for i in run)
     return ''.join(
-        '<end>' * len(list(run))
-        if is_end
-        else bytes(int(i) for i in run).decode(errors='replace')
-        for is_end, run in runs
+        bytes(run).decode(errors='replace') if is_text else ''.join(names(run))
+        for is_text, run in runs
     )
 
 

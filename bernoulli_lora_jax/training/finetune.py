@@ -201,7 +201,7 @@ def finetune(
     compute_dtype: '' for that of the files.
     rounding: of merges; auto is stochastic for bfloat16 and float16 weights.
     parallel: jit splits batches over all devices.
-    checkpoint_every: steps; 0 for each evaluation.
+    checkpoint_every: steps; 0 for about two minutes.
     export: of merged, adapter, adapter:vllm, joined by commas; none; auto for merged and
       adapter.
     adapter_rank: most of the adapter; 0 for the exact sum of all links.
@@ -512,7 +512,9 @@ def _made(
   t.eval_every = _aligned(max(1, t.num_steps // t.num_evals), links)
   if begun is not None:  # A longer one goes on as it was, too.
     t.eval_every = begun.training.eval_every
-  t.checkpoint_every = t.checkpoint_every or t.eval_every
+  # A checkpoint takes seconds: every two minutes.
+  apart = max(1, round(60 * _steps_of_seconds(task) / t.eval_every))
+  t.checkpoint_every = t.checkpoint_every or apart * t.eval_every
   t.steps_per_dispatch = _dispatch(config, _steps_of_seconds(task))
   return experiment.make_program(config, task)
 

@@ -429,16 +429,25 @@ def _save_recipe(
 def _save(
     saver: checkpoint.Checkpointer, state: Any, best: Any, progress: Progress
 ) -> None:
-  leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-  for path, leaf in leaves:
-    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-    if is_float and not bool(jnp.all(jnp.isfinite(leaf))):
+  leaves = [
+      (path, _all_finite(leaf))
+      for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+      if jnp.issubdtype(leaf.dtype, jnp.floating)
+  ]
+  paths, finite = zip(*leaves, strict=True)
+  for path, is_finite in zip(paths, jax.device_get(finite), strict=True):
+    if not is_finite:
       raise DivergedError(
           'Expected finite parameters, got NaN or infinity in'
           f' {jax.tree_util.keystr(path)} at step {progress.step}; the last good'
           ' checkpoint is kept.'
       )
   saver.save(progress.step, checkpoint_tree(state, best, progress))
+
+
+@jax.jit
+def _all_finite(leaf: jax.Array) -> jax.Array:
+  return jnp.all(jnp.isfinite(leaf))
 
 
 def save_end(
