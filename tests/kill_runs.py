@@ -89,8 +89,9 @@ def start(
     import finetune_runs
 
     flags = {'num_steps': num_steps, 'num_evals': num_steps // _EVERY}
+    flags |= {'period': _EVERY, 'checkpoint_every': _EVERY}
     command = [sys.executable, '-u', '-m', 'bernoulli_lora_jax']
-    command += finetune_runs.command(model, workdir, period=_EVERY, **flags)
+    command += finetune_runs.command(model, workdir, **flags)
   return subprocess.Popen(
       command,
       stdout=subprocess.PIPE,

@@ -147,7 +147,11 @@ def donated(function: Callable[[Any], Any], tree: Any) -> Any:
   """Returns function(tree), compiled, in the memory of the tree."""
   with warnings.catch_warnings():  # Factors have no place in weights.
     warnings.filterwarnings('ignore', 'Some donated buffers')
-    return jax.jit(function, donate_argnums=0)(tree)
+    made = jax.jit(function, donate_argnums=0)(tree)
+  for leaf in jax.tree.leaves(tree):  # Those that had no place.
+    if not leaf.is_deleted():
+      leaf.delete()
+  return made
 
 
 def save_merged(
