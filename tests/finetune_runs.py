@@ -14,6 +14,7 @@ FLAGS = {
     'max_length': 64,
     'batch_size': 2,
     'num_evals': 4,
+    'checkpoint_every': 3,
     'eval_fraction': 0.2,
     'learning_rate': 0.01,
 }

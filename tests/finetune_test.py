@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import inspect
 import io
 import json
+import math
 import pathlib
 import resource
 import shutil
@@ -14,10 +16,12 @@ from unittest import mock
 
 from absl.testing import parameterized
 import finetune_runs
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bernoulli_lora_jax import cli
+from bernoulli_lora_jax import files
 from bernoulli_lora_jax import matrices
 from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax.models import decoder
@@ -26,6 +30,7 @@ from bernoulli_lora_jax.models import tokenizer as tokenizer_lib
 from bernoulli_lora_jax.tasks import language_model
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import directory
+from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import finetune
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import served
@@ -239,6 +244,78 @@ class InputTest(parameterized.TestCase):
     settings.num_steps = 24
     with self.assertRaisesRegex(ValueError, 'of step 9 where this run has 24'):
       check()
+
+
+class PartsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      (dict(method='full'), 2 * (3 * 32 * 48 + 4 * 32 * 32)),
+      (dict(method='lora'), 2 * 2 * (3 * (32 + 48) + 4 * 64)),
+      (dict(method='rac_left', train_tokens='Ġhow|Ġare'), 2 * 32),
+  )
+  def test_trained_numbers(self, flags, expected):
+    """Of stacks all layers count, of embedding and head the rows that train."""
+    given = dict.fromkeys(inspect.signature(finetune.finetune).parameters, '')
+    defaults = inspect.signature(finetune.finetune).parameters.values()
+    given |= {p.name: p.default for p in defaults if p.default is not p.empty}
+    data = str(FOLDER / 'data.jsonl')
+    given |= {'data': data, 'num_steps': 12, **flags, 'rank': 2}
+    found = hf.open_folder(FOLDER / 'model')
+    config = finetune.make_config(given, found)
+    task = language_model.without_data(str(FOLDER / 'model')).task
+    rows = experiment.selection(config, task)
+    if 'train_tokens' in flags:
+      rows = [row for row in rows if row['rank'] == 'full']
+      self.assertEqual([row['trained'] for row in rows], [expected] * 2)
+    else:
+      self.assertEqual(sum(row['trained'] for row in rows), expected)
+
+  def test_loss_that_is_not_finite_ends_a_run(self):
+    for name in ('validation_loss', 'train_loss'):
+      with self.assertRaisesRegex(loop.DivergedError, f'{name}, got nan at'):
+        loop._check_line({name: math.nan, 'validation_perplexity': 1.0}, 3)
+    line = {'validation_loss': math.inf, 'validation_perplexity': math.inf}
+    self.assertEqual(loop._check_line(line, 3), line)
+
+  @parameterized.parameters(checkpoint._FROZEN, checkpoint._DIGEST)
+  def test_last_checkpoint_goes_when_the_next_is_whole(self, last):
+    """Of one that is kept: neither a kill nor a full disk takes both."""
+    folder = FOLDER / last
+    tree = lambda x: {'method': {'w': jnp.full(3, x)}}
+    write = files.write_json
+
+    def full(path, value):
+      if path.name == last:
+        raise OSError(28, 'No space left on device')
+      write(path, value)
+
+    with checkpoint.Checkpointer(folder, max_to_keep=1) as saver:
+      saver.save(1, tree(1.0))
+      with mock.patch.object(files, 'write_json', full):
+        with self.assertRaisesRegex(OSError, 'step 2 .*no space left'):
+          saver.save(2, tree(2.0))
+      self.assertEqual(_names(folder / 'checkpoints'), ['1'])
+      saver.save(3, tree(3.0))
+      self.assertEqual(_names(folder / 'checkpoints'), ['3'])
+    with checkpoint.Checkpointer(folder, max_to_keep=1) as saver:
+      found = saver.restore(tree(0.0))
+      np.testing.assert_array_equal(found['method']['w'], np.full(3, 3.0))
+
+  def test_files_of_a_full_disk_are_named(self):
+    path = FOLDER / 'named.json'
+
+    def full(file):
+      raise OSError(28, 'No space left on device')
+
+    with self.assertRaisesRegex(OSError, 'No space left on device.*named.json'):
+      files.write(path, full)
+    self.assertFalse(
+        list(FOLDER.glob('*named*')) + list(FOLDER.glob('.named*'))
+    )
+
+
+def _names(folder):
+  return sorted(path.name for path in folder.iterdir())
 
 
 def _write_wide(folder):

@@ -89,8 +89,9 @@ def start(
     import finetune_runs
 
     flags = {'num_steps': num_steps, 'num_evals': num_steps // _EVERY}
+    flags |= {'period': _EVERY, 'checkpoint_every': _EVERY}
     command = [sys.executable, '-u', '-m', 'bernoulli_lora_jax']
-    command += finetune_runs.command(model, workdir, period=_EVERY, **flags)
+    command += finetune_runs.command(model, workdir, **flags)
   return subprocess.Popen(
       command,
       stdout=subprocess.PIPE,
@@ -232,15 +233,16 @@ def main() -> None:
       cut = pathlib.Path(folder, f'cut{runs}')
       while not is_done(cut, model):
         done = sum(kills.values())
-        if done >= args.kills:  # To the end.
+        # Each signal at each moment.
+        turn = done if len(moments) % len(_SIGNALS) else done // len(_SIGNALS)
+        what = moments[turn % len(moments)]
+        is_trained = (cut / 'summary.json').exists() and what != 'export'
+        if done >= args.kills or is_trained:  # To the end.
           _, errors = start(cut, *of_run).communicate()
           if not is_done(cut, model):
             raise SystemExit(f'A resumed run did not finish: {errors}')
           break
         number = _SIGNALS[done % len(_SIGNALS)]
-        # Each signal at each moment.
-        turn = done if len(moments) % len(_SIGNALS) else done // len(_SIGNALS)
-        what = moments[turn % len(moments)]
         fault = kill(cut, *of_run, number, what, rng)
         kills[number.name, what] = kills.get((number.name, what), 0) + 1
         if fault:

@@ -498,7 +498,13 @@ def selection(
   if c.mode == 'adapter':
     policy = arguments.make_policy(config, task, c.prob)
     others = [c.others] if c.others else []
-    return adapters.adapter_table(params, policy, matrices, others)
+    rows = adapters.adapter_table(params, policy, matrices, others)
+    for row in rows if c.other_rows else ():
+      if row['rank'] == 'full':
+        leaf = matrices_lib.named_leaves(params)[row['matrix']]
+        axis = arguments.axis_of_rows(row['matrix'], leaf)
+        row['trained'] = len(c.other_rows) * (leaf.size // leaf.shape[axis])
+    return rows
   if c.name == 'full':
     sizes = [
         (m.path, (*m.batch, m.m, m.n))

@@ -512,6 +512,7 @@ def _made(
   t.eval_every = _aligned(max(1, t.num_steps // t.num_evals), links)
   if begun is not None:  # A longer one goes on as it was, too.
     t.eval_every = begun.training.eval_every
+    t.checkpoint_every = t.checkpoint_every or begun.training.checkpoint_every
   # A checkpoint takes seconds: every two minutes.
   apart = max(1, round(60 * _steps_of_seconds(task) / t.eval_every))
   t.checkpoint_every = t.checkpoint_every or apart * t.eval_every

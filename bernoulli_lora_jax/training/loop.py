@@ -282,7 +282,6 @@ def _bar(program: Program, step: int) -> tqdm.tqdm:
   )
 
 
-_FINITE = {'grad_norm_sq', 'train_loss', 'validation_loss'}
 _JUDGED = ('validation_loss', 'train_loss')  # The first that is there.
 _SHOWN = ('loss', 'accuracy', 'validation_accuracy', 'validation_loss')
 
@@ -362,10 +361,13 @@ def _means(metrics: Mapping[str, Any], start: int) -> dict[str, float]:
 
 def _check_line(line: dict[str, float], step: int) -> dict[str, float]:
   """Returns what an evaluation has found, if training is not to stop for it."""
-  for name in _FINITE & line.keys():
-    if not math.isfinite(line[name]):
+  for name in {*_JUDGED, 'grad_norm_sq'} & line.keys():
+    value = line[name]
+    # Held out, a probability of zero makes a loss that is bad, and no other.
+    is_inf = name == 'validation_loss' and math.isinf(value)
+    if not math.isfinite(value) and not is_inf:
       raise DivergedError(
-          f'Expected a finite {name}, got {line[name]} at step {step}; the last'
+          f'Expected a finite {name}, got {value} at step {step}; the last'
           ' good checkpoint is kept.'
       )
   return line
@@ -519,13 +521,18 @@ def restore(
   Args:
     saver: see `open_checkpoints`.
     program: see `Program`.
-    state: at step 0.
+    state: at step 0; of weights that are loaded, what has been trained is given
+      up for what is read.
   """
   zero = Progress(0, 0, 0.0, 0, 0, 0.0)
   best = program.snapshot(state) if program.settings.patience else None
   like = jax.tree.map(jnp.asarray, checkpoint_tree(state, best, zero))
   # Checkpoints of the first version hold params besides.
   params = jax.eval_shape(program.method.params, state)
+  if program.task.load is not None:  # Not twice at once.
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    drop = lambda x, stays: None if stays or not is_float(x) else x.delete()
+    jax.tree.map(drop, state, program.method.frozen(state))
   tree = saver.restore(like, older={'best': params})
   found = {name: value.item() for name, value in tree['progress'].items()}
   return tree['method'], tree.get('best'), Progress(**found)

@@ -139,7 +139,12 @@ def merged(run: Tuned) -> Any:
   The run cannot be asked for anything that needs its state any more: for `change`,
   `save_adapter`.
   """
-  return run.program.method.params_of_large(run.state, in_place=True)
+  params = run.program.method.params_of_large(run.state, in_place=True)
+  kept = {id(leaf) for leaf in jax.tree.leaves(params)}
+  for leaf in jax.tree.leaves(run.state):  # What has no place in weights.
+    if id(leaf) not in kept and not leaf.is_deleted():
+      leaf.delete()
+  return params
 
 
 def save_merged(
