@@ -351,6 +351,103 @@ def merge(chain: Chain, state: AdapterState) -> AdapterState:
   return owned(_placed(end, chain, state))
 
 
+def next_link(chain: Chain, state: AdapterState) -> AdapterState:
+  """Returns the state with its link ended and the next one begun, outside of steps.
+
+  What `begin_link` does once a link is over, a matrix at a time: each shape is
+  compiled once, whatever the number of layers, and weights move in place. The state
+  is consumed: its arrays are deleted.
+
+  Args:
+    chain: one whose links end.
+    state: of arrays, on one device or replicated, with `period` steps done.
+  """
+  keys = _all_round_keys(chain, state)
+  params, remainders = _merge_each(_merged_in_place, chain, state, keys)
+  state = state._replace(params=params, remainders=remainders)
+  factors, coins, opt_state = _begun_anew(chain, state)
+  return state._replace(factors=factors, coins=coins, opt_state=opt_state)
+
+
+def merged_each(
+    chain: Chain, state: AdapterState, in_place: bool = False
+) -> Any:
+  """Returns `merged_params` a matrix at a time, as `next_link` compiles it.
+
+  Leaves that are not adapted are the state's own; in_place the others are deleted.
+  """
+  keys = _all_round_keys(chain, state)
+  merge_one = _merged_in_place if in_place else _merged_apart
+  return _merge_each(merge_one, chain, state, keys)[0]
+
+
+def _merge_each(
+    merge_one: Callable[..., Any],
+    chain: Chain,
+    state: AdapterState,
+    keys: Mapping[str, jax.Array],
+) -> tuple[Any, dict[str, jax.Array]]:
+  """Returns merged params and remainders."""
+  leaves, treedef = jax.tree.flatten(state.params)
+  remainders = dict(state.remainders)
+  for one in chain.adapted(state.params):
+    m = one.matrix
+    # Matrices of one shape share a program.
+    kind = m._replace(index=0, path='', path_hash=(0, 0), layer=0)
+    leaves[m.index], rest = merge_one(
+        leaves[m.index],
+        state.factors[m.path],
+        remainders.get(m.path),
+        keys[m.path],
+        kind,
+        one.scale,
+        chain.policy.rounding,
+    )
+    if rest is not None:
+      remainders[m.path] = rest
+  return treedef.unflatten(leaves), remainders
+
+
+def _merge_one(
+    leaf: jax.Array,
+    pair: Any,
+    remainder: jax.Array | None,
+    keys: jax.Array,
+    matrix: Matrix,
+    scale: float,
+    mode: str,
+) -> tuple[jax.Array, jax.Array | None]:
+  """Returns a leaf with its product, as `_merge` rounds it, and the remainder."""
+  pair = {'left': pair['left'], 'right': scale * pair['right']}
+  weight, pair = _apart((matrix.view(leaf), pair))
+  total, rest = _apart(_with_product(weight, pair, remainder, keys, mode))
+  return matrix.unview(total), rest
+
+
+_STATIC = (4, 5, 6)
+_merged_in_place = jax.jit(
+    _merge_one, static_argnums=_STATIC, donate_argnums=(0, 2)
+)
+_merged_apart = jax.jit(_merge_one, static_argnums=_STATIC)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _all_round_keys(chain: Chain, state: AdapterState) -> dict[str, jax.Array]:
+  link_key = jax.random.fold_in(state.key, state.count)
+  found = chain.adapted(state.params)
+  return {one.matrix.path: _round_keys(link_key, one.matrix) for one in found}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begun_anew(chain: Chain, state: AdapterState) -> tuple[Any, Any, Any]:
+  """Returns factors, coins and optimiser's state of the link that begins."""
+  policy, found = chain.policy, chain.adapted(state.params)
+  link = state.count // policy.period if policy.resample else 0
+  drawn = factors_lib.draw_link(state.key, link, found, policy)
+  state = state._replace(factors=drawn.factors, coins=drawn.coins)
+  return owned((drawn.factors, drawn.coins, _restarted(chain, state).opt_state))
+
+
 def with_factors(
     chain: Chain, state: AdapterState, factors: merging.Factors
 ) -> AdapterState:

@@ -121,6 +121,13 @@ class EstimatorMethod:
     """Returns the weights."""
     return state.inner[0]
 
+  def params_of_large(
+      self, state: FederatedState, in_place: bool = False
+  ) -> Any:
+    """Returns the weights, which are the state's own."""
+    del in_place
+    return self.params(state)
+
   def snapshot(self, state: FederatedState) -> FederatedState:
     """Returns the state without that of the optimiser."""
     return state._replace(inner=(state.inner[0], ()))
@@ -289,6 +296,13 @@ class RoundsMethod:
   def params(self, state: FederatedState) -> Any:
     """Returns the merged weights."""
     return self.rounds.params(state.inner)
+
+  def params_of_large(
+      self, state: FederatedState, in_place: bool = False
+  ) -> Any:
+    """Returns the merged weights."""
+    del in_place
+    return self.params(state)
 
   def snapshot(self, state: FederatedState) -> FederatedState:
     """Returns the state, which is what the weights are made of."""

@@ -142,6 +142,12 @@ def train(
       if progress.step == 0:
         log.write(0, first)
       while (num := _num_next(program, progress)) > 0:
+        if (
+            program.period
+            and progress.step
+            and not progress.step % program.period
+        ):
+          state = program.next_link(state)
         args = program.data, state, key, progress.step, stream.take(num)
         since = time.perf_counter()
         if num not in program.compiled:  # Here, for a short way to a fault.
@@ -294,13 +300,18 @@ def _num_next(program: Program, progress: Progress) -> int:
   uninterrupted one. They are counted from what has happened last (an evaluation, a
   checkpoint, the end of a link), so that few lengths are compiled.
   """
-  settings, chain = program.settings, program.method.chain
+  settings, chain, period = (
+      program.settings,
+      program.method.chain,
+      program.period,
+  )
   if settings.patience and progress.stale >= settings.patience:
     return 0
   cadences = [settings.eval_every]
   cadences += [settings.checkpoint_every] if settings.checkpoint_every else []
-  if settings.recipe and chain is not None and chain.policy.period:
-    cadences.append(chain.policy.period)
+  if settings.recipe and chain is not None:
+    period = chain.policy.period
+  cadences += [period] if period else []
   step, longest = progress.step, settings.steps_per_dispatch
   last = max(step // every * every for every in cadences)
   ends = [(step // every + 1) * every for every in cadences]
