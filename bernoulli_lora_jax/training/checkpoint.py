@@ -9,6 +9,7 @@ import logging as python_logging
 import os
 import pathlib
 import shutil
+import time
 from typing import Any
 
 from absl import logging
@@ -66,6 +67,7 @@ class Checkpointer:
     }
     self._stream = stream
     self._max_to_keep = max_to_keep
+    self._is_broken = False
     self._directory = pathlib.Path(workdir).absolute() / 'checkpoints'
     self._manager = ocp.CheckpointManager(
         epath.Path(self._directory),
@@ -80,6 +82,8 @@ class Checkpointer:
 
   def __exit__(self, *unused: Any) -> None:
     self._manager.close()
+    if self._is_broken:
+      self._clear()
 
   def save(self, step: int, tree: Any) -> None:
     """Saves a tree of arrays and typed keys as the checkpoint of a step.
@@ -93,9 +97,10 @@ class Checkpointer:
       with _errors_raised_alone():
         self._write(step, without(tree, self._frozen))
     except Exception as e:
-      for path in self._directory.glob('*'):
-        if path.name == str(step) or path.name.endswith('-tmp'):
-          _remove(path)
+      self._is_broken = True
+      if step in self._steps():
+        _remove(self._directory / str(step))
+      self._clear()
       is_full = 'No space left on device' in str(e)
       reason = 'no space left on the device' if is_full else str(e)
       raise OSError(
@@ -115,6 +120,16 @@ class Checkpointer:
         place = {'base64': base64.b64encode(place).decode()}
       files.write_json(folder / _STREAM, place)
     files.write_json(folder / _DIGEST, _digest(folder))
+
+  def _clear(self) -> None:
+    """Removes what is half-written, which threads of orbax may still fill."""
+    for _ in range(20):
+      found = list(self._directory.glob('*-tmp'))
+      for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+      if not found:
+        return
+      time.sleep(0.05)
 
   def latest(self) -> int | None:
     """Returns the step of the newest checkpoint."""
