@@ -32,6 +32,7 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bernoulli_lora_jax import checks
@@ -362,7 +363,7 @@ def next_link(chain: Chain, state: AdapterState) -> AdapterState:
     chain: one whose links end.
     state: of arrays, on one device or replicated, with `period` steps done.
   """
-  keys = _all_round_keys(chain, state)
+  keys = _round_keys_of(chain, state)
   params, remainders = _merge_each(_merged_in_place, chain, state, keys)
   state = state._replace(params=params, remainders=remainders)
   factors, coins, opt_state = _begun_anew(chain, state)
@@ -376,7 +377,7 @@ def merged_each(
 
   Leaves that are not adapted are the state's own; in_place the others are deleted.
   """
-  keys = _all_round_keys(chain, state)
+  keys = _round_keys_of(chain, state)
   merge_one = _merged_in_place if in_place else _merged_apart
   return _merge_each(merge_one, chain, state, keys)[0]
 
@@ -432,20 +433,15 @@ _merged_apart = jax.jit(_merge_one, static_argnums=_STATIC)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _all_round_keys(chain: Chain, state: AdapterState) -> dict[str, jax.Array]:
-  link_key = jax.random.fold_in(state.key, state.count)
-  found = chain.adapted(state.params)
-  return {one.matrix.path: _round_keys(link_key, one.matrix) for one in found}
+def _round_keys_of(chain: Chain, state: AdapterState) -> dict[str, jax.Array]:
+  return _round_keys(state, chain.adapted(state.params))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _begun_anew(chain: Chain, state: AdapterState) -> tuple[Any, Any, Any]:
   """Returns factors, coins and optimiser's state of the link that begins."""
-  policy, found = chain.policy, chain.adapted(state.params)
-  link = state.count // policy.period if policy.resample else 0
-  drawn = factors_lib.draw_link(state.key, link, found, policy)
-  state = state._replace(factors=drawn.factors, coins=drawn.coins)
-  return owned((drawn.factors, drawn.coins, _restarted(chain, state).opt_state))
+  state = _drawn_anew(chain, state)
+  return owned((state.factors, state.coins, state.opt_state))
 
 
 def with_factors(
@@ -522,8 +518,12 @@ def _if_due_jvp(change, primals, tangents):
 
 def _next_link(chain: Chain, state: AdapterState) -> AdapterState:
   """Merges, flips, resamples and restarts."""
+  return _drawn_anew(chain, _merge(chain, state))
+
+
+def _drawn_anew(chain: Chain, state: AdapterState) -> AdapterState:
+  """Returns the state with the factors and coins of the link that begins."""
   policy, found = chain.policy, chain.adapted(state.params)
-  state = _merge(chain, state)
   link = state.count // policy.period if policy.resample else 0
   drawn = factors_lib.draw_link(state.key, link, found, policy)
   return _restarted(
@@ -746,8 +746,8 @@ def _merge(chain: Chain, state: AdapterState) -> AdapterState:
   policy, found = chain.policy, chain.adapted(state.params)
   leaves, treedef = jax.tree.flatten(state.params, is_leaf=inject.is_quantized)
   factors, remainders = dict(state.factors), dict(state.remainders)
-  link_key = jax.random.fold_in(state.key, state.count)
   products = factors_lib.scaled(state.factors, found)
+  keys = _round_keys(state, found)
   for one in found:
     m = one.matrix
     if inject.is_quantized(leaves[m.index]):
@@ -760,7 +760,7 @@ def _merge(chain: Chain, state: AdapterState) -> AdapterState:
         weight,
         pair,
         remainders.get(m.path),
-        _round_keys(link_key, m),
+        keys[m.path],
         policy.rounding,
     )
     total, rest = _apart((total, rest))
@@ -818,10 +818,20 @@ def _with_product(
   return total, rest[0] if rest else None
 
 
-def _round_keys(link_key: jax.Array, matrix: Matrix) -> jax.Array:
-  keys = links_lib.matrix_keys(link_key, [matrix])
+def _round_keys(
+    state: AdapterState, found: Sequence[Adapted]
+) -> dict[str, jax.Array]:
+  """Returns {path: keys of its entries}, shape=batch, in one operation for all."""
+  link_key = jax.random.fold_in(state.key, state.count)
+  matrices = [one.matrix for one in found]
+  keys = links_lib.matrix_keys(link_key, matrices)
   fold = lambda key: jax.random.fold_in(key, _ROUND)
-  return jax.vmap(fold)(keys).reshape(matrix.batch)
+  ends = np.cumsum([m.entries.size for m in matrices])[:-1]
+  own = jnp.split(jax.vmap(fold)(keys), ends)
+  return {
+      m.path: part.reshape(m.batch)
+      for m, part in zip(matrices, own, strict=True)
+  }
 
 
 # The family, and what a merge does, under one name for users.

@@ -289,7 +289,8 @@ def make_config(
       'method.others': others,
       'method.other_rows': other_rows,
       'training.num_passes': float(given['num_epochs']),
-      'training.recipe': not is_full and not others,
+      # Of LoRA the state holds all that a recipe would.
+      'training.recipe': given['method'] not in ('full', 'lora') and not others,
       'training.max_to_keep': 1,
   }
   if is_full or given['method'] == 'lora':

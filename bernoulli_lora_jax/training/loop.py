@@ -17,6 +17,7 @@ import tqdm
 
 from bernoulli_lora_jax import deprecated
 from bernoulli_lora_jax import files
+from bernoulli_lora_jax import merging
 from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import batches
@@ -434,14 +435,14 @@ def _save_recipe(
       step,
       tuple(links),
   )
-  recipes.save_recipe(folder, made)
+  recipes.save_recipe(folder, made, links=False)  # They are there.
 
 
 def _save(
     saver: checkpoint.Checkpointer, state: Any, best: Any, progress: Progress
 ) -> None:
   leaves = [
-      (path, _all_finite(leaf))
+      (path, merging.all_finite(leaf))
       for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
       if jnp.issubdtype(leaf.dtype, jnp.floating)
   ]
@@ -454,11 +455,6 @@ def _save(
           ' checkpoint is kept.'
       )
   saver.save(progress.step, checkpoint_tree(state, best, progress))
-
-
-@jax.jit
-def _all_finite(leaf: jax.Array) -> jax.Array:
-  return jnp.all(jnp.isfinite(leaf))
 
 
 def save_end(
