@@ -34,7 +34,7 @@ def write(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
     os.replace(scratch.name, path)
   except BaseException as e:
     os.unlink(scratch.name)
-    if isinstance(e, OSError) and e.filename is None:
+    if isinstance(e, OSError) and e.errno and e.filename is None:
       e.filename = str(path)
     raise
 
