@@ -32,6 +32,7 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bernoulli_lora_jax import checks
@@ -351,6 +352,98 @@ def merge(chain: Chain, state: AdapterState) -> AdapterState:
   return owned(_placed(end, chain, state))
 
 
+def next_link(chain: Chain, state: AdapterState) -> AdapterState:
+  """Returns the state with its link ended and the next one begun, outside of steps.
+
+  What `begin_link` does once a link is over, a matrix at a time: each shape is
+  compiled once, whatever the number of layers, and weights move in place. The state
+  is consumed: its arrays are deleted.
+
+  Args:
+    chain: one whose links end.
+    state: of arrays, on one device or replicated, with `period` steps done.
+  """
+  keys = _round_keys_of(chain, state)
+  params, remainders = _merge_each(_merged_in_place, chain, state, keys)
+  state = state._replace(params=params, remainders=remainders)
+  factors, coins, opt_state = _begun_anew(chain, state)
+  return state._replace(factors=factors, coins=coins, opt_state=opt_state)
+
+
+def merged_each(
+    chain: Chain, state: AdapterState, in_place: bool = False
+) -> Any:
+  """Returns `merged_params` a matrix at a time, as `next_link` compiles it.
+
+  Leaves that are not adapted are the state's own; in_place the others are deleted.
+  """
+  keys = _round_keys_of(chain, state)
+  merge_one = _merged_in_place if in_place else _merged_apart
+  return _merge_each(merge_one, chain, state, keys)[0]
+
+
+def _merge_each(
+    merge_one: Callable[..., Any],
+    chain: Chain,
+    state: AdapterState,
+    keys: Mapping[str, jax.Array],
+) -> tuple[Any, dict[str, jax.Array]]:
+  """Returns merged params and remainders."""
+  leaves, treedef = jax.tree.flatten(state.params)
+  remainders = dict(state.remainders)
+  for one in chain.adapted(state.params):
+    m = one.matrix
+    # Matrices of one shape share a program.
+    kind = m._replace(index=0, path='', path_hash=(0, 0), layer=0)
+    leaves[m.index], rest = merge_one(
+        leaves[m.index],
+        state.factors[m.path],
+        remainders.get(m.path),
+        keys[m.path],
+        kind,
+        one.scale,
+        chain.policy.rounding,
+    )
+    if rest is not None:
+      remainders[m.path] = rest
+  return treedef.unflatten(leaves), remainders
+
+
+def _merge_one(
+    leaf: jax.Array,
+    pair: Any,
+    remainder: jax.Array | None,
+    keys: jax.Array,
+    matrix: Matrix,
+    scale: float,
+    mode: str,
+) -> tuple[jax.Array, jax.Array | None]:
+  """Returns a leaf with its product, as `_merge` rounds it, and the remainder."""
+  pair = {'left': pair['left'], 'right': scale * pair['right']}
+  weight, pair = _apart((matrix.view(leaf), pair))
+  total, rest = _apart(_with_product(weight, pair, remainder, keys, mode))
+  return matrix.unview(total), rest
+
+
+_STATIC = (4, 5, 6)
+_merged_in_place = jax.jit(
+    _merge_one, static_argnums=_STATIC, donate_argnums=(0, 2)
+)
+_merged_apart = jax.jit(_merge_one, static_argnums=_STATIC)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _round_keys_of(chain: Chain, state: AdapterState) -> dict[str, jax.Array]:
+  return _round_keys(state, chain.adapted(state.params))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begun_anew(chain: Chain, state: AdapterState) -> tuple[Any, Any, Any]:
+  """Returns factors, coins and optimiser's state of the link that begins."""
+  state = _drawn_anew(chain, state)
+  return owned((state.factors, state.coins, state.opt_state))
+
+
 def with_factors(
     chain: Chain, state: AdapterState, factors: merging.Factors
 ) -> AdapterState:
@@ -425,8 +518,12 @@ def _if_due_jvp(change, primals, tangents):
 
 def _next_link(chain: Chain, state: AdapterState) -> AdapterState:
   """Merges, flips, resamples and restarts."""
+  return _drawn_anew(chain, _merge(chain, state))
+
+
+def _drawn_anew(chain: Chain, state: AdapterState) -> AdapterState:
+  """Returns the state with the factors and coins of the link that begins."""
   policy, found = chain.policy, chain.adapted(state.params)
-  state = _merge(chain, state)
   link = state.count // policy.period if policy.resample else 0
   drawn = factors_lib.draw_link(state.key, link, found, policy)
   return _restarted(
@@ -649,8 +746,8 @@ def _merge(chain: Chain, state: AdapterState) -> AdapterState:
   policy, found = chain.policy, chain.adapted(state.params)
   leaves, treedef = jax.tree.flatten(state.params, is_leaf=inject.is_quantized)
   factors, remainders = dict(state.factors), dict(state.remainders)
-  link_key = jax.random.fold_in(state.key, state.count)
   products = factors_lib.scaled(state.factors, found)
+  keys = _round_keys(state, found)
   for one in found:
     m = one.matrix
     if inject.is_quantized(leaves[m.index]):
@@ -663,7 +760,7 @@ def _merge(chain: Chain, state: AdapterState) -> AdapterState:
         weight,
         pair,
         remainders.get(m.path),
-        _round_keys(link_key, m),
+        keys[m.path],
         policy.rounding,
     )
     total, rest = _apart((total, rest))
@@ -721,10 +818,20 @@ def _with_product(
   return total, rest[0] if rest else None
 
 
-def _round_keys(link_key: jax.Array, matrix: Matrix) -> jax.Array:
-  keys = links_lib.matrix_keys(link_key, [matrix])
+def _round_keys(
+    state: AdapterState, found: Sequence[Adapted]
+) -> dict[str, jax.Array]:
+  """Returns {path: keys of its entries}, shape=batch, in one operation for all."""
+  link_key = jax.random.fold_in(state.key, state.count)
+  matrices = [one.matrix for one in found]
+  keys = links_lib.matrix_keys(link_key, matrices)
   fold = lambda key: jax.random.fold_in(key, _ROUND)
-  return jax.vmap(fold)(keys).reshape(matrix.batch)
+  ends = np.cumsum([m.entries.size for m in matrices])[:-1]
+  own = jnp.split(jax.vmap(fold)(keys), ends)
+  return {
+      m.path: part.reshape(m.batch)
+      for m, part in zip(matrices, own, strict=True)
+  }
 
 
 # The family, and what a merge does, under one name for users.

@@ -6,6 +6,7 @@ same. A user's error is one line on stderr and the exit status 1.
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import logging as python_logging
 import sys
 import traceback
 from typing import Any, Literal
@@ -63,6 +64,8 @@ def guarded(argv: list[str]) -> Iterator[list[str]]:
     logging.set_verbosity(verbosity)
     if verbosity > logging.WARNING:
       logging.use_absl_handler()
+    if verbosity < logging.DEBUG:  # Of tasks whose errors orbax raises, too.
+      python_logging.getLogger('asyncio').setLevel(python_logging.CRITICAL)
     with warnings.catch_warnings():
       warnings.showwarning = _show_warning
       yield argv

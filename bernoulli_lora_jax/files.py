@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import tempfile
 from typing import Any, IO
+import zipfile
 
 import numpy as np
 
@@ -23,16 +24,19 @@ def write(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
     content: bytes, or what writes them to an open file.
   """
   path = pathlib.Path(path)
-  with tempfile.NamedTemporaryFile(
+  scratch = tempfile.NamedTemporaryFile(
       dir=path.parent, prefix=f'.{path.name}.', delete=False
-  ) as f:
-    try:
+  )
+  try:
+    with scratch as f:  # A full disk is told of at its end.
       content(f) if callable(content) else f.write(content)
-    except BaseException:
-      os.unlink(f.name)
-      raise
-  os.chmod(f.name, 0o644)  # A temporary file is its owner's alone.
-  os.replace(f.name, path)
+    os.chmod(scratch.name, 0o644)  # A temporary file is its owner's alone.
+    os.replace(scratch.name, path)
+  except BaseException as e:
+    os.unlink(scratch.name)
+    if isinstance(e, OSError) and e.errno and e.filename is None:
+      e.filename = str(path)
+    raise
 
 
 def check_new(folder: Path) -> None:
@@ -87,13 +91,22 @@ def read_json(path: Path) -> Any:
     raise ValueError(f'Expected JSON in {path}, got {e}.') from e
 
 
-def write_arrays(
-    path: Path, arrays: Mapping[str, np.ndarray], *, compressed: bool = False
-) -> None:
-  """Writes {name: array} as an npz file, see `write`."""
-  save = np.savez_compressed if compressed else np.savez
-  # No array is named allow_pickle.
-  write(path, lambda f: save(f, **arrays))  # pyrefly: ignore
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes {name: array} as an npz file, see `write`; what is all zero takes no room.
+
+  Numbers that are trained hardly get smaller, and slowly.
+  """
+
+  def save(file):
+    with zipfile.ZipFile(file, 'w') as archive:
+      for name, array in arrays.items():
+        entry = zipfile.ZipInfo(f'{name}.npy')
+        if not np.any(array):
+          entry.compress_type = zipfile.ZIP_DEFLATED
+        with archive.open(entry, 'w', force_zip64=True) as f:
+          np.lib.format.write_array(f, np.asanyarray(array), allow_pickle=False)
+
+  write(path, save)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -155,13 +155,22 @@ def merge_report(
 
 def check_factors(factors: Factors) -> None:
   """Raises ValueError for a factor that is not finite, by path and side."""
-  for path, pair in factors.items():
-    for side, factor in pair.items():
-      if not bool(jnp.all(jnp.isfinite(factor))):
+  finite = {
+      p: {s: all_finite(x) for s, x in f.items()} for p, f in factors.items()
+  }
+  for path, pair in jax.device_get(finite).items():  # All at once.
+    for side, is_finite in pair.items():
+      if not is_finite:
         raise ValueError(
             f'Expected finite factors, got NaN or infinity in the {side} factor'
             f' of {path}: nothing was merged.'
         )
+
+
+@jax.jit
+def all_finite(leaf: jax.Array) -> jax.Array:
+  """Returns whether all numbers of a leaf are finite, shape ()."""
+  return jnp.all(jnp.isfinite(leaf))
 
 
 def check_shapes(expected: Any, given: Any) -> None:

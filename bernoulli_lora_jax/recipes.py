@@ -216,11 +216,19 @@ def _check_others(chain: adapters.Chain) -> None:
     )
 
 
-def save_recipe(directory: str | os.PathLike[str], recipe: Recipe) -> None:
-  """Writes a recipe into a directory, which is made if need be."""
+def save_recipe(
+    directory: str | os.PathLike[str], recipe: Recipe, *, links: bool = True
+) -> None:
+  """Writes a recipe into a directory, which is made if need be.
+
+  Args:
+    directory: of the files.
+    recipe: see `Recipe`.
+    links: whether its links are written; False where `save_link` has.
+  """
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  for number, link in enumerate(recipe.links):
+  for number, link in enumerate(recipe.links if links else ()):
     save_link(directory, number, link)
   for path in directory.glob('link_*.npz'):  # Of a longer chain before.
     number = path.stem.removeprefix('link_')
@@ -263,7 +271,7 @@ def save_link(
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   path = directory / f'link_{number:06d}.npz'
-  files.write_arrays(path, link, compressed=True)
+  files.write_arrays(path, link)
 
 
 def load_link(directory: str | os.PathLike[str], number: int) -> _Factors:

@@ -1,6 +1,7 @@
 """Kills a run at random moments until it is done, and compares it with a whole one.
 
   python tests/kill_runs.py --kills=50
+  python tests/kill_runs.py --kills=10 --finetune
 
 The run is Bernoulli-LoRA on digits with dropout, minibatches in two parts, bfloat16
 weights and stochastic rounding at merges, a checkpoint every few steps. Signals in
@@ -9,6 +10,9 @@ metrics is being written. In the end the last checkpoint must
 hold the bits of the unbroken run's, metrics.jsonl must be equal, and summary.json
 but for times and memory. A process that was ended by TERM or INT must say so in one
 line and exit 143 or 130.
+
+With --finetune the run is the command of that name on a small decoder, and is also
+killed while it exports: weights, adapter and recipe must be equal, too.
 """
 
 import argparse
@@ -30,7 +34,13 @@ sys.path.insert(0, str(_ROOT))
 
 _SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 _EVERY = 5  # Steps between checkpoints.
-_TIMES = ('seconds', 'compile_seconds', 'peak_memory_bytes')
+_TIMES = (
+    'seconds',
+    'compile_seconds',
+    'peak_memory_bytes',
+    'tokens_per_second',
+)
+_EXPORTED = ('adapter_config.json', 'tokenizer.json', 'end.json', 'recipe.json')
 _READY = 'ready to train'
 
 
@@ -68,23 +78,38 @@ def train(workdir: str, num_steps: int) -> None:
     experiment.train(make_config(num_steps), workdir, program)
 
 
-def start(workdir: pathlib.Path, num_steps: int) -> subprocess.Popen:
-  command = [sys.executable, __file__, '--train', str(workdir)]
+def start(
+    workdir: pathlib.Path, num_steps: int, model: pathlib.Path | None
+) -> subprocess.Popen:
+  """Starts a process that trains; with a model the command finetune."""
+  if model is None:
+    command = [sys.executable, __file__, '--train', str(workdir)]
+    command.append(f'--steps={num_steps}')
+  else:
+    import finetune_runs
+
+    flags = {'num_steps': num_steps, 'num_evals': num_steps // _EVERY}
+    flags |= {'period': _EVERY, 'checkpoint_every': _EVERY}
+    command = [sys.executable, '-u', '-m', 'bernoulli_lora_jax']
+    command += finetune_runs.command(model, workdir, **flags)
   return subprocess.Popen(
-      [*command, f'--steps={num_steps}'],
+      command,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
+      env={**os.environ, 'PYTHONPATH': str(_ROOT)},
   )
 
 
 def wait_for(process: subprocess.Popen, workdir: pathlib.Path, what: str):
   """Returns once a write has begun, or the process or a second has ended."""
-  end = time.time() + 1
+  end = time.time() + (60 if what == 'export' else 1)
   log = workdir / 'metrics.jsonl'
   size = log.stat().st_size if log.exists() else 0
   while process.poll() is None and time.time() < end:
     if what == 'checkpoint' and list((workdir / 'checkpoints').glob('*tmp*')):
+      return
+    if what == 'export' and any(p.is_dir() for p in workdir.glob('.*')):
       return
     if what == 'line' and log.exists() and log.stat().st_size > size:
       return
@@ -94,12 +119,13 @@ def wait_for(process: subprocess.Popen, workdir: pathlib.Path, what: str):
 def kill(
     workdir: pathlib.Path,
     num_steps: int,
+    model: pathlib.Path | None,
     number: signal.Signals,
     what: str,
     rng: random.Random,
 ) -> str:
   """Starts the run, kills it at some moment; returns '' or what is wrong."""
-  process = start(workdir, num_steps)
+  process = start(workdir, num_steps, model)
   if rng.random() < 0.1:  # While it imports or compiles.
     time.sleep(3 * rng.random())
     number = signal.SIGKILL
@@ -125,16 +151,28 @@ def kill(
   return ''
 
 
-def result(workdir: pathlib.Path, num_steps: int) -> dict[str, object]:
+def is_done(workdir: pathlib.Path, model: pathlib.Path | None) -> bool:
+  """Returns whether all is there that a run writes."""
+  last = 'summary.json' if model is None else 'end.json'
+  return (workdir / last).exists()
+
+
+def result(
+    workdir: pathlib.Path, num_steps: int, model: pathlib.Path | None
+) -> dict[str, object]:
   """Returns what a finished run has left, comparable to the bit."""
   import jax
   import numpy as np
 
   from bernoulli_lora_jax.training import experiment
   from bernoulli_lora_jax.training import loop
+  from bernoulli_lora_jax.training import tuned
 
-  config = make_config(num_steps)
-  program = experiment.make_program(config)
+  if model is None:
+    config = make_config(num_steps)
+    program = experiment.make_program(config)
+  else:
+    config, program = tuned.read_config(workdir), tuned.load(workdir).program
   key = jax.random.key(config.seed)
   state = program.start(key)
   with loop.open_checkpoints(program, workdir, state) as saver:
@@ -148,7 +186,16 @@ def result(workdir: pathlib.Path, num_steps: int) -> dict[str, object]:
     found[jax.tree_util.keystr(path)] = np.asarray(leaf).tobytes()
   summary = json.loads((workdir / 'summary.json').read_text())
   found['summary'] = {k: v for k, v in summary.items() if k not in _TIMES}
-  found['metrics'] = (workdir / 'metrics.jsonl').read_text()
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  # Speeds are of the machine.
+  found['metrics'] = [
+      {k: v for k, v in json.loads(line).items() if k != 'tokens_per_second'}
+      for line in lines
+  ]
+  if model is not None:
+    for path in workdir.rglob('*'):
+      if path.suffix in ('.safetensors', '.npz') or path.name in _EXPORTED:
+        found[str(path.relative_to(workdir))] = path.read_bytes()
   return found
 
 
@@ -158,6 +205,7 @@ def main() -> None:
   parser.add_argument('--steps', type=int, default=600)
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--train', default='', help=argparse.SUPPRESS)
+  parser.add_argument('--finetune', action='store_true')
   args = parser.parse_args()
   if args.train:
     train(args.train, args.steps)
@@ -166,35 +214,46 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as folder:
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/compiled')
     os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    model, moments = None, ('any', 'checkpoint', 'line')
+    if args.finetune:
+      import finetune_runs
+
+      model, moments = pathlib.Path(folder), (*moments, 'export')
+      finetune_runs.write_model(model / 'model')
+      finetune_runs.write_data(model / 'data.jsonl')
+    of_run = args.steps, model
     whole = pathlib.Path(folder, 'whole')
-    _, errors = start(whole, args.steps).communicate()
-    if not (whole / 'summary.json').exists():
+    _, errors = start(whole, *of_run).communicate()
+    if not is_done(whole, model):
       raise SystemExit(f'The unbroken run did not finish: {errors}')
-    expected = result(whole, args.steps)
+    expected = result(whole, *of_run)
     kills, runs, wrong = {}, 0, []
     while sum(kills.values()) < args.kills:
       runs += 1
       cut = pathlib.Path(folder, f'cut{runs}')
-      while not (cut / 'summary.json').exists():
+      while not is_done(cut, model):
         done = sum(kills.values())
-        if done >= args.kills:  # To the end.
-          _, errors = start(cut, args.steps).communicate()
-          if not (cut / 'summary.json').exists():
+        # Each signal at each moment.
+        turn = done if len(moments) % len(_SIGNALS) else done // len(_SIGNALS)
+        what = moments[turn % len(moments)]
+        is_trained = (cut / 'summary.json').exists() and what != 'export'
+        if done >= args.kills or is_trained:  # To the end.
+          _, errors = start(cut, *of_run).communicate()
+          if not is_done(cut, model):
             raise SystemExit(f'A resumed run did not finish: {errors}')
           break
-        number = _SIGNALS[done % 3]
-        what = ('any', 'checkpoint', 'line')[done // 3 % 3]
-        fault = kill(cut, args.steps, number, what, rng)
+        number = _SIGNALS[done % len(_SIGNALS)]
+        fault = kill(cut, *of_run, number, what, rng)
         kills[number.name, what] = kills.get((number.name, what), 0) + 1
         if fault:
           wrong.append(fault)
-      found = result(cut, args.steps)
+      found = result(cut, *of_run)
       wrong += [
           f'run {runs}: another {name}'
           for name in expected.keys() | found.keys()
           if expected.get(name) != found.get(name)
       ]
-      stray = [p for p in cut.rglob('*') if re.search(r'tmp|\.lock', p.name)]
+      stray = [p for p in cut.rglob('*') if re.search(r'tmp|^\.', p.name)]
       wrong += [f'run {runs}: left behind {path}' for path in stray]
   for (name, what), count in sorted(kills.items()):
     print(f'{name:8} {what:11} {count}')

@@ -314,6 +314,7 @@ class LoopTest(parameterized.TestCase):
     program = types.SimpleNamespace(
         settings=programs.Settings(8, 4, patience=1),
         snapshot=lambda state: like_best,
+        task=types.SimpleNamespace(load=None),
         method=types.SimpleNamespace(params=lambda state: state),
     )
     with checkpoint.Checkpointer(self.tmp) as saver:

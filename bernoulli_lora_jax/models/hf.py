@@ -306,10 +306,9 @@ def save(
       for name in BESIDE:
         if (checkpoint.folder / name).is_file():
           shutil.copyfile(checkpoint.folder / name, scratch / name)
-    numpy = import_extra('safetensors.numpy')
     for file, names in shards.items():
       tensors = {n: _to_host(leaves, n, targets[n], dtypes[n]) for n in names}
-      numpy.save_file(tensors, scratch / file, metadata={'format': 'pt'})
+      write_tensors(tensors, scratch / file)
     if len(shards) > 1:
       files.write_json(
           scratch / INDEX,
@@ -363,6 +362,17 @@ def open_tensors(file: pathlib.Path):
     ) from e
   with opened as f:
     yield f
+
+
+def write_tensors(
+    tensors: Mapping[str, np.ndarray], file: pathlib.Path
+) -> None:
+  """Writes a file of tensors, in C order; raises OSError where it cannot."""
+  safetensors, numpy = map(import_extra, ('safetensors', 'safetensors.numpy'))
+  try:
+    numpy.save_file(dict(tensors), file, metadata={'format': 'pt'})
+  except safetensors.SafetensorError as e:
+    raise OSError(f'Expected to write {file.name}, got: {e}.') from e
 
 
 def _tensors(folder: pathlib.Path) -> dict[str, _Stored]:

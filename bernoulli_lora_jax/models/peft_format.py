@@ -112,8 +112,7 @@ def save(
   config = _config(ranks, checkpoint.config, base_name, style)
   with files.new_folder(folder) as scratch:
     files.write_json(scratch / CONFIG, config)
-    numpy = hf.import_extra('safetensors.numpy')
-    numpy.save_file(tensors, scratch / TENSORS, metadata={'format': 'pt'})
+    hf.write_tensors(tensors, scratch / TENSORS)
   return rows
 
 

@@ -4,7 +4,6 @@ E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI.
 """
 
 import numpy as np
-import sklearn.datasets
 
 from bernoulli_lora_jax.tasks import classification
 
@@ -18,7 +17,9 @@ def load(seed: int) -> classification.Images:
   Returns:
     `Images`, standardised by the mean and deviation of the training pixels.
   """
-  x, y = sklearn.datasets.load_digits(return_X_y=True)
+  from sklearn import datasets  # Takes seconds.
+
+  x, y = datasets.load_digits(return_X_y=True)
   order = np.random.default_rng(seed).permutation(len(y))
   bounds = np.array([0, 60, 80, 100]) * len(y) // 100
   train = x[order[: bounds[1]]]

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
-import sklearn.datasets
 
 from bernoulli_lora_jax.tasks import cache
 from bernoulli_lora_jax.tasks import task as task_lib
@@ -43,7 +42,9 @@ def make_problem(
   """
   # 'effective_rank' is 64 and 32 at d = 4096, and as large a part of sqrt(d).
   side = int(round(dim**0.5))
-  drawn = sklearn.datasets.make_regression(
+  from sklearn import datasets  # Takes seconds.
+
+  drawn = datasets.make_regression(
       n_samples=num_samples,
       n_features=dim,
       n_informative=dim // 2,
@@ -130,7 +131,9 @@ def _constants(
     x: np.ndarray, dim: int, side: int, num_pretraining: int
 ) -> dict[str, np.ndarray]:
   """Returns lam of the fine-tuning data and the pre-training minimiser."""
-  drawn = sklearn.datasets.make_regression(
+  from sklearn import datasets  # Takes seconds.
+
+  drawn = datasets.make_regression(
       n_samples=num_pretraining,
       n_features=dim,
       n_informative=dim,

@@ -12,7 +12,6 @@ import struct
 import zlib
 
 import numpy as np
-import sklearn.datasets
 
 from bernoulli_lora_jax.tasks import classification
 
@@ -153,7 +152,9 @@ def _find_file(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 def _from_openml() -> dict[str, np.ndarray]:
   try:
-    x, y = sklearn.datasets.fetch_openml(
+    from sklearn import datasets  # Takes seconds.
+
+    x, y = datasets.fetch_openml(
         'mnist_784', version=1, return_X_y=True, as_frame=False
     )
   except Exception as e:

@@ -417,12 +417,17 @@ def make_others(
   return {c.others: tx}
 
 
+def axis_of_rows(path: str, leaf: Any) -> int:
+  """Returns the axis of an embedding, or of a head, that counts tokens."""
+  return 0 if path.endswith('embedding') else leaf.ndim - 1
+
+
 def _rows_alone(rows: np.ndarray, updates: Any, params: Any = None) -> Any:
   """Returns {path: update} of tokens' rows of embeddings and heads, zero else."""
   del params
 
   def keep(path, update):
-    axis = 0 if path.endswith('embedding') else update.ndim - 1
+    axis = axis_of_rows(path, update)
     if not rows.max() < update.shape[axis]:
       raise ValueError(
           f'Expected method.other_rows below {update.shape[axis]}, the rows of'

@@ -1,12 +1,15 @@
 """Checkpoints by orbax, and the record of the configuration they belong to."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import hashlib
 import json
+import logging as python_logging
 import os
 import pathlib
 import shutil
+import time
 from typing import Any
 
 from absl import logging
@@ -63,11 +66,12 @@ class Checkpointer:
         path: _fingerprint(leaf) for path, leaf in (frozen or {}).items()
     }
     self._stream = stream
+    self._max_to_keep = max_to_keep
+    self._is_broken = False
     self._directory = pathlib.Path(workdir).absolute() / 'checkpoints'
     self._manager = ocp.CheckpointManager(
         epath.Path(self._directory),
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=max_to_keep,
             enable_async_checkpointing=False,
             cleanup_tmp_directories=True,
         ),
@@ -78,11 +82,36 @@ class Checkpointer:
 
   def __exit__(self, *unused: Any) -> None:
     self._manager.close()
+    if self._is_broken:
+      self._clear()
 
   def save(self, step: int, tree: Any) -> None:
-    """Saves a tree of arrays and typed keys as the checkpoint of a step."""
-    kept = without(tree, self._frozen)
-    self._manager.save(step, args=ocp.args.StandardSave(kept), force=True)
+    """Saves a tree of arrays and typed keys as the checkpoint of a step.
+
+    Older ones go once this one is whole.
+
+    Raises:
+      OSError: one that could not be written; nothing of it is left.
+    """
+    try:
+      with _errors_raised_alone():
+        self._write(step, without(tree, self._frozen))
+    except Exception as e:
+      self._is_broken = True
+      if step in self._steps():
+        _remove(self._directory / str(step))
+      self._clear()
+      is_full = 'No space left on device' in str(e)
+      reason = 'no space left on the device' if is_full else str(e)
+      raise OSError(
+          f'Expected to write the checkpoint of step {step} in {self._directory}, got'
+          f' {reason}; the last one is kept.'
+      ) from e
+    for old in sorted(self._steps())[: -self._max_to_keep]:
+      self._manager.delete(old)
+
+  def _write(self, step: int, tree: Any) -> None:
+    self._manager.save(step, args=ocp.args.StandardSave(tree), force=True)
     folder = self._directory / str(step)
     files.write_json(folder / _FROZEN, self._frozen)
     if self._stream is not None:
@@ -91,6 +120,16 @@ class Checkpointer:
         place = {'base64': base64.b64encode(place).decode()}
       files.write_json(folder / _STREAM, place)
     files.write_json(folder / _DIGEST, _digest(folder))
+
+  def _clear(self) -> None:
+    """Removes what is half-written, which threads of orbax may still fill."""
+    for _ in range(20):
+      found = list(self._directory.glob('*-tmp'))
+      for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+      if not found:
+        return
+      time.sleep(0.05)
 
   def latest(self) -> int | None:
     """Returns the step of the newest checkpoint."""
@@ -221,6 +260,18 @@ class Checkpointer:
       if stored.get(path, shape) != shape:
         return f'{path} of shape {stored[path]} where the configuration has {shape}.'
     return ''
+
+
+@contextlib.contextmanager
+def _errors_raised_alone() -> Iterator[None]:
+  """Keeps threads of orbax from logging, with tracebacks, what is raised as well."""
+  logger = python_logging.getLogger('absl')
+  level = logger.level
+  try:
+    logger.setLevel(python_logging.CRITICAL)
+    yield
+  finally:
+    logger.setLevel(level)
 
 
 def marked(tree: Any, marks: Any) -> dict[str, Any]:

@@ -498,11 +498,25 @@ def selection(
   if c.mode == 'adapter':
     policy = arguments.make_policy(config, task, c.prob)
     others = [c.others] if c.others else []
-    return adapters.adapter_table(params, policy, matrices, others)
+    rows = adapters.adapter_table(params, policy, matrices, others)
+    for row in rows if c.other_rows else ():
+      if row['rank'] == 'full':
+        leaf = matrices_lib.named_leaves(params)[row['matrix']]
+        axis = arguments.axis_of_rows(row['matrix'], leaf)
+        row['trained'] = len(c.other_rows) * (leaf.size // leaf.shape[axis])
+    return rows
   if c.name == 'full':
-    return [
-        {'matrix': m.path, 'shape': f'{m.m} x {m.n}', 'trained': m.m * m.n}
+    sizes = [
+        (m.path, (*m.batch, m.m, m.n))
         for m in matrices_lib.find(params, matrices)
+    ]
+    return [
+        {
+            'matrix': path,
+            'shape': ' x '.join(map(str, shape)),
+            'trained': math.prod(shape),
+        }
+        for path, shape in sizes
     ]
   prob = float(methods.chain_prob(c.name, c.prob))
   return chain.selection_table(

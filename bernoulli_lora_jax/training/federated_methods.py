@@ -62,8 +62,23 @@ class Cohort(NamedTuple):
     return (self.size or self.num_clients) / self.num_clients
 
 
+class _Small:
+  """What is asked of methods whose weights may be loaded; here they never are."""
+
+  def params_of_large(
+      self, state: FederatedState, in_place: bool = False
+  ) -> Any:
+    """Returns the weights."""
+    del in_place
+    return self.params(state)  # pyrefly: ignore
+
+  def at(self, f: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns (state, *args) -> f(params, *args)."""
+    return lambda state, *args: f(self.params(state), *args)  # pyrefly: ignore
+
+
 @dataclasses.dataclass(frozen=True)
-class EstimatorMethod:
+class EstimatorMethod(_Small):
   """Moves params along an estimate of gradients; see `estimator_method`."""
 
   loss: Loss
@@ -124,10 +139,6 @@ class EstimatorMethod:
   def snapshot(self, state: FederatedState) -> FederatedState:
     """Returns the state without that of the optimiser."""
     return state._replace(inner=(state.inner[0], ()))
-
-  def at(self, f: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns (state, *args) -> f(params, *args)."""
-    return lambda state, *args: f(self.params(state), *args)
 
   def trained(self, params: Any) -> Any:
     """Returns a tree of bool: the leaves that move."""
@@ -254,7 +265,7 @@ def estimator_method(
 
 
 @dataclasses.dataclass(frozen=True)
-class RoundsMethod:
+class RoundsMethod(_Small):
   """Federated rounds of local steps; see `rounds_method`."""
 
   rounds: averaging.Rounds
@@ -293,10 +304,6 @@ class RoundsMethod:
   def snapshot(self, state: FederatedState) -> FederatedState:
     """Returns the state, which is what the weights are made of."""
     return state
-
-  def at(self, f: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns (state, *args) -> f(params, *args), merged."""
-    return lambda state, *args: f(self.params(state), *args)
 
   def trained(self, params: Any) -> Any:
     """Returns a tree of bool: the leaves that move."""

@@ -213,6 +213,7 @@ def finetune(
   with _flags_named():
     chosen = _exports(export, method, bool(train_others or train_tokens))
     checks.integers(0, adapter_rank=adapter_rank)
+    directory_lib.check(output)
     _check_output(directory)
     found = hf.open_folder(tuned.resolve(model))
     config = make_config(given, found)
@@ -243,8 +244,7 @@ def make_config(
   Raises:
     ValueError: an argument outside its range, by name.
   """
-  for name in ('data', 'output'):
-    checks.that(bool(given[name]), f'{name} to be named', **{name: "''"})
+  checks.that(bool(given['data']), 'data to be named', data="''")
   checks.that(
       given['num_steps'] > 0 or given['num_epochs'] > 0,
       'num_steps > 0 or num_epochs > 0',
@@ -289,7 +289,8 @@ def make_config(
       'method.others': others,
       'method.other_rows': other_rows,
       'training.num_passes': float(given['num_epochs']),
-      'training.recipe': not is_full and not others,
+      # Of LoRA the state holds all that a recipe would.
+      'training.recipe': given['method'] not in ('full', 'lora') and not others,
       'training.max_to_keep': 1,
   }
   if is_full or given['method'] == 'lora':
@@ -391,8 +392,7 @@ def _flags_named() -> Iterator[None]:
 
 
 def _check_output(directory: pathlib.Path) -> None:
-  """Raises for a directory that cannot be that of a run, or is of other things."""
-  directory_lib.check(directory)
+  """Raises for a directory of other things."""
   path = directory / 'config.json'
   record = files.read_json(path) if path.is_file() else {}
   task = record.get('task') if isinstance(record, dict) else None
@@ -513,6 +513,7 @@ def _made(
   t.eval_every = _aligned(max(1, t.num_steps // t.num_evals), links)
   if begun is not None:  # A longer one goes on as it was, too.
     t.eval_every = begun.training.eval_every
+    t.checkpoint_every = t.checkpoint_every or begun.training.checkpoint_every
   # A checkpoint takes seconds: every two minutes.
   apart = max(1, round(60 * _steps_of_seconds(task) / t.eval_every))
   t.checkpoint_every = t.checkpoint_every or apart * t.eval_every

@@ -17,6 +17,7 @@ import tqdm
 
 from bernoulli_lora_jax import deprecated
 from bernoulli_lora_jax import files
+from bernoulli_lora_jax import merging
 from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import batches
@@ -142,6 +143,12 @@ def train(
       if progress.step == 0:
         log.write(0, first)
       while (num := _num_next(program, progress)) > 0:
+        if (
+            program.period
+            and progress.step
+            and not progress.step % program.period
+        ):
+          state = program.next_link(state)
         args = program.data, state, key, progress.step, stream.take(num)
         since = time.perf_counter()
         if num not in program.compiled:  # Here, for a short way to a fault.
@@ -276,7 +283,6 @@ def _bar(program: Program, step: int) -> tqdm.tqdm:
   )
 
 
-_FINITE = {'grad_norm_sq', 'train_loss', 'validation_loss'}
 _JUDGED = ('validation_loss', 'train_loss')  # The first that is there.
 _SHOWN = ('loss', 'accuracy', 'validation_accuracy', 'validation_loss')
 
@@ -295,13 +301,18 @@ def _num_next(program: Program, progress: Progress) -> int:
   uninterrupted one. They are counted from what has happened last (an evaluation, a
   checkpoint, the end of a link), so that few lengths are compiled.
   """
-  settings, chain = program.settings, program.method.chain
+  settings, chain, period = (
+      program.settings,
+      program.method.chain,
+      program.period,
+  )
   if settings.patience and progress.stale >= settings.patience:
     return 0
   cadences = [settings.eval_every]
   cadences += [settings.checkpoint_every] if settings.checkpoint_every else []
-  if settings.recipe and chain is not None and chain.policy.period:
-    cadences.append(chain.policy.period)
+  if settings.recipe and chain is not None:
+    period = chain.policy.period
+  cadences += [period] if period else []
   step, longest = progress.step, settings.steps_per_dispatch
   last = max(step // every * every for every in cadences)
   ends = [(step // every + 1) * every for every in cadences]
@@ -351,10 +362,13 @@ def _means(metrics: Mapping[str, Any], start: int) -> dict[str, float]:
 
 def _check_line(line: dict[str, float], step: int) -> dict[str, float]:
   """Returns what an evaluation has found, if training is not to stop for it."""
-  for name in _FINITE & line.keys():
-    if not math.isfinite(line[name]):
+  for name in {*_JUDGED, 'grad_norm_sq'} & line.keys():
+    value = line[name]
+    # Held out, a probability of zero makes a loss that is bad, and no other.
+    is_inf = name == 'validation_loss' and math.isinf(value)
+    if not math.isfinite(value) and not is_inf:
       raise DivergedError(
-          f'Expected a finite {name}, got {line[name]} at step {step}; the last'
+          f'Expected a finite {name}, got {value} at step {step}; the last'
           ' good checkpoint is kept.'
       )
   return line
@@ -421,14 +435,14 @@ def _save_recipe(
       step,
       tuple(links),
   )
-  recipes.save_recipe(folder, made)
+  recipes.save_recipe(folder, made, links=False)  # They are there.
 
 
 def _save(
     saver: checkpoint.Checkpointer, state: Any, best: Any, progress: Progress
 ) -> None:
   leaves = [
-      (path, _all_finite(leaf))
+      (path, merging.all_finite(leaf))
       for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
       if jnp.issubdtype(leaf.dtype, jnp.floating)
   ]
@@ -441,11 +455,6 @@ def _save(
           ' checkpoint is kept.'
       )
   saver.save(progress.step, checkpoint_tree(state, best, progress))
-
-
-@jax.jit
-def _all_finite(leaf: jax.Array) -> jax.Array:
-  return jnp.all(jnp.isfinite(leaf))
 
 
 def save_end(
@@ -508,13 +517,18 @@ def restore(
   Args:
     saver: see `open_checkpoints`.
     program: see `Program`.
-    state: at step 0.
+    state: at step 0; of weights that are loaded, what has been trained is given
+      up for what is read.
   """
   zero = Progress(0, 0, 0.0, 0, 0, 0.0)
   best = program.snapshot(state) if program.settings.patience else None
   like = jax.tree.map(jnp.asarray, checkpoint_tree(state, best, zero))
   # Checkpoints of the first version hold params besides.
   params = jax.eval_shape(program.method.params, state)
+  if program.task.load is not None:  # Not twice at once.
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    drop = lambda x, stays: None if stays or not is_float(x) else x.delete()
+    jax.tree.map(drop, state, program.method.frozen(state))
   tree = saver.restore(like, older={'best': params})
   found = {name: value.item() for name, value in tree['progress'].items()}
   return tree['method'], tree.get('best'), Progress(**found)

@@ -78,6 +78,13 @@ class Method(Protocol):
     """Returns the params, merged."""
     ...
 
+  def params_of_large(self, state: Any, in_place: bool = False) -> Any:
+    """Returns the params, not within jit: compiled by shape, not by model.
+
+    What does not move is the state's own; in_place its other weights are deleted.
+    """
+    ...
+
   def snapshot(self, state: Any) -> Any:
     """Returns the state without what only steps need; `params` takes it."""
     ...
@@ -195,6 +202,11 @@ class GradientMethod:
 
   def params(self, state: GradientState) -> Any:
     return jax.tree.map(jnp.copy, state.params)  # A donated state's.
+
+  def params_of_large(
+      self, state: GradientState, in_place: bool = False
+  ) -> Any:
+    return state.params if in_place else self.params(state)
 
   def snapshot(self, state: GradientState) -> GradientState:
     return state._replace(opt_state=())
@@ -333,6 +345,7 @@ class AdapterMethod:
   chain: adapters.Chain
   passes_per_step: float
   driver: parallel.Driver
+  ends_links: bool = True  # Within steps; else `next_link` does.
 
   def init(self, key: jax.Array, params: Any) -> AdapterMethodState:
     # The key of the chain in `GradientMethod`: both modes draw the same.
@@ -344,7 +357,8 @@ class AdapterMethod:
   ) -> tuple[AdapterMethodState, dict[str, jax.Array]]:
     del full
     batch = self.driver.shard(batch)
-    inner, (value, metrics) = adapters.step(
+    step = adapters.step if self.ends_links else adapters.move_factors
+    inner, (value, metrics) = step(
         self.chain, state.chain, self.loss, (batch, key), scale=state.lr_scale
     )
     passes = data_passes_of(Steps(0, inner.count), self.passes_per_step)
@@ -352,8 +366,17 @@ class AdapterMethod:
     metrics = task_lib.metrics_of(metrics)
     return state, {'loss': value, **metrics, 'data_passes': passes}
 
+  def next_link(self, state: AdapterMethodState) -> AdapterMethodState:
+    """Returns the state with its link ended; the state is consumed."""
+    return state._replace(chain=adapters.next_link(self.chain, state.chain))
+
   def params(self, state: AdapterMethodState) -> Any:
     return adapters.merged_params(self.chain, state.chain)
+
+  def params_of_large(
+      self, state: AdapterMethodState, in_place: bool = False
+  ) -> Any:
+    return adapters.merged_each(self.chain, state.chain, in_place)
 
   def snapshot(self, state: AdapterMethodState) -> AdapterMethodState:
     kept = state.chain._replace(opt_state=(), other_states=())

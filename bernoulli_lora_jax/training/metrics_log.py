@@ -6,8 +6,6 @@ import json
 import pathlib
 from typing import Any
 
-import tensorboardX
-
 from bernoulli_lora_jax import files
 
 
@@ -25,8 +23,10 @@ class MetricsLog:
             kept.append(line + '\n')
     files.write(self._path, ''.join(kept).encode())
     self._file = self._path.open('a')
-    self._events: tensorboardX.SummaryWriter | None = None
+    self._events: Any = None
     if events:
+      import tensorboardX  # Imports torch where that is there: seconds.
+
       self._events = tensorboardX.SummaryWriter(
           str(workdir / 'events'), purge_step=step + 1 if step else None
       )

@@ -120,7 +120,7 @@ class Program:
     arguments, `driver.get` for the metrics; `batches` is () without a stream.
     """
     if num not in self._jitted:
-      run = functools.partial(steps, self.task, self.method, num)
+      run = functools.partial(steps, self.task, self._stepping, num)
       self._jitted[num] = self.driver.jit(run, state)
     return self._jitted[num]
 
@@ -134,7 +134,30 @@ class Program:
 
   def params(self, state: Any) -> Any:
     """Returns the merged params of a state, on one device."""
+    if self.task.load is not None:
+      return self.method.params_of_large(self.get(state))
     return self._params(self.get(state))
+
+  @functools.cached_property
+  def period(self) -> int | None:
+    """Returns the steps after which dispatches end for `next_link`.
+
+    None where links end within steps. Those of weights that are loaded, and large,
+    end between them: the program of a step then holds no merge, and the merges of all
+    matrices of a shape are one program.
+    """
+    chain, is_one = self.method.chain, self.driver.kind == 'none'
+    return chain.policy.period if chain and self.task.load and is_one else None
+
+  def next_link(self, state: Any) -> Any:
+    """Returns the state with its link ended and the next begun; consumes it."""
+    return self.method.next_link(state)  # pyrefly: ignore
+
+  @functools.cached_property
+  def _stepping(self) -> methods.Method:
+    if self.period is None:
+      return self.method
+    return dataclasses.replace(self.method, ends_links=False)  # pyrefly: ignore
 
   def snapshot(self, state: Any) -> Any:
     """Returns what the params of a state are made of, copied to the host.

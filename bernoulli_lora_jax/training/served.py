@@ -227,7 +227,9 @@ def _with_adapters(
       state.params, dict(factors), found.matrices  # pyrefly: ignore
   )
   columns = 'largest error', 'relative error', 'update lost'
-  return tuned.donated(chain.params, state), tuned.by_kind(rows, columns)
+  return adapters_lib.merged_each(chain, state, in_place=True), tuned.by_kind(
+      rows, columns
+  )
 
 
 def _prompts(prompt: str, prompts: str) -> list[str]:

@@ -8,12 +8,11 @@ A run that goes on, or was killed, is read at its newest checkpoint; its data ar
 needed.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import os
 import pathlib
 from typing import Any, NamedTuple
-import warnings
 
 import jax
 from ml_collections import config_dict
@@ -140,14 +139,12 @@ def merged(run: Tuned) -> Any:
   The run cannot be asked for anything that needs its state any more: for `change`,
   `save_adapter`.
   """
-  return donated(run.program.method.params, run.state)
-
-
-def donated(function: Callable[[Any], Any], tree: Any) -> Any:
-  """Returns function(tree), compiled, in the memory of the tree."""
-  with warnings.catch_warnings():  # Factors have no place in weights.
-    warnings.filterwarnings('ignore', 'Some donated buffers')
-    return jax.jit(function, donate_argnums=0)(tree)
+  params = run.program.method.params_of_large(run.state, in_place=True)
+  kept = {id(leaf) for leaf in jax.tree.leaves(params)}
+  for leaf in jax.tree.leaves(run.state):  # What has no place in weights.
+    if id(leaf) not in kept and not leaf.is_deleted():
+      leaf.delete()
+  return params
 
 
 def save_merged(

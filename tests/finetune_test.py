@@ -1,0 +1,705 @@
+"""The commands finetune, merge, export and generate, as a user calls them."""
+
+import contextlib
+import functools
+import inspect
+import io
+import json
+import math
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from unittest import mock
+
+from absl.testing import parameterized
+import finetune_runs
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bernoulli_lora_jax import cli
+from bernoulli_lora_jax import files
+from bernoulli_lora_jax import matrices
+from bernoulli_lora_jax import recipes
+from bernoulli_lora_jax.models import decoder
+from bernoulli_lora_jax.models import hf
+from bernoulli_lora_jax.models import tokenizer as tokenizer_lib
+from bernoulli_lora_jax.tasks import language_model
+from bernoulli_lora_jax.training import checkpoint
+from bernoulli_lora_jax.training import directory
+from bernoulli_lora_jax.training import experiment
+from bernoulli_lora_jax.training import finetune
+from bernoulli_lora_jax.training import loop
+from bernoulli_lora_jax.training import served
+from bernoulli_lora_jax.training import tuned
+
+# One rounding of sums of some hundred products.
+CLOSE = dict(rtol=2e-4, atol=2e-5)
+
+
+def setUpModule():
+  global FOLDER
+  FOLDER = pathlib.Path(tempfile.mkdtemp())
+  finetune_runs.write_model(FOLDER / 'model')
+  finetune_runs.write_data(FOLDER / 'data.jsonl')
+  (FOLDER / 'watched.txt').write_text(
+      'Once upon a time there was a world. ' * 9
+  )
+
+
+def tearDownModule():
+  shutil.rmtree(FOLDER)
+
+
+def blora(*words, stdin=''):
+  """Returns what a command prints, and its error: '' for none."""
+  out, error = io.StringIO(), ''
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    with mock.patch.object(sys, 'stdin', io.StringIO(stdin)):
+      try:
+        cli.main([str(word) for word in words])
+      except SystemExit as e:
+        error = str(e.code)
+  return out.getvalue(), error
+
+
+def tune(name, **flags):
+  """Runs the command into FOLDER/name; returns the folder and what it printed."""
+  out, error = blora(*finetune_runs.command(FOLDER, FOLDER / name, **flags))
+  if error:
+    raise AssertionError(error)
+  return FOLDER / name, out
+
+
+@functools.cache
+def chain_run():
+  """The run of most tests: four links of Bernoulli-LoRA."""
+  return tune('chain', watch_data=FOLDER / 'watched.txt')
+
+
+def weights(folder):
+  """Returns {path: array} of a folder's weights."""
+  params = hf.load(folder, scan_layers=True).params
+  return {k: np.asarray(v) for k, v in matrices.named_leaves(params).items()}
+
+
+def moved(folder):
+  """Returns the paths of weights that are others than the model's."""
+  old, new = weights(FOLDER / 'model'), weights(folder)
+  return {path for path in old if not np.array_equal(old[path], new[path])}
+
+
+def logits(config, params):
+  """Returns logits of some tokens."""
+  tokens = np.arange(3, 35, dtype=np.int32).reshape(2, 16) * 7
+  return np.asarray(decoder.logits(decoder.apply(config, params, tokens)))
+
+
+def lines(folder):
+  """Returns the lines of metrics."""
+  text = (folder / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def summary(folder):
+  return json.loads((folder / 'summary.json').read_text())
+
+
+def loss_of(folder, split='validation'):
+  """Returns the loss of an exported folder, evaluated anew."""
+  task = language_model.make_task(
+      model=str(folder),
+      data=str(FOLDER / 'data.jsonl'),
+      watch_data=str(FOLDER / 'watched.txt'),
+      kind='auto',
+      batch_size=2,
+      max_length=64,
+      eval_fraction=0.2,
+      scan_layers=True,
+  )
+  params = task.load()
+  return float(task.metrics(params, task.data, split)['loss'])
+
+
+class InputTest(parameterized.TestCase):
+  """What is wrong ends in a line with its flag, before anything takes long."""
+
+  @parameterized.named_parameters(
+      (
+          'no_model',
+          dict(model='/nowhere/at/all'),
+          'Expected a folder.*/nowhere',
+      ),
+      ('model_is_a_file', dict(model='DATA'), 'Expected a folder'),
+      ('no_weights', dict(model='EMPTY'), 'Expected config.json in .*empty'),
+      ('no_tokenizer', dict(tokenizer='EMPTY'), 'tokenizer.json in .*empty'),
+      ('no_data', dict(data='/nowhere.jsonl'), '/nowhere.jsonl'),
+      ('data_unnamed', dict(data=''), "Expected data to be named, got data=''"),
+      ('empty_data', dict(data='NOTHING'), 'Expected text in .*nothing.jsonl'),
+      ('vocabulary', dict(tokenizer='WIDE'), 'below 512, the vocab_size'),
+      ('targets', dict(targets='nothing'), "q_proj.*targets='nothing'"),
+      (
+          'targets_pattern',
+          dict(targets='('),
+          'Expected targets to be a regular',
+      ),
+      ('others', dict(train_others='x_'), "norm.*train_others='x_'"),
+      ('tokens', dict(train_tokens='no'), 'train_tokens=no'),
+      ('tokens_pattern', dict(train_tokens='('), 'Expected train_tokens to be'),
+      ('rank', dict(rank=100), 'Expected rank <= 48.*rank=100'),
+      ('rank_zero', dict(rank=0), 'Expected rank >= 1'),
+      ('full', dict(method='full', export='adapter'), 'Expected export=merged'),
+      ('export', dict(export='gguf'), "export='gguf'"),
+      ('a_file', dict(output='DATA'), 'Expected a directory.*output='),
+      ('other_things', dict(output='MODEL'), 'Expected an output that is new'),
+      ('unnamed', dict(output=''), 'Expected the name of a directory'),
+      ('long', dict(max_length=8), 'at most 8 tokens.*max_length=8'),
+      ('nothing_left', dict(eval_fraction=0.999), 'eval_fraction=0.999'),
+      ('nothing_held', dict(eval_fraction=0.0001), 'eval_fraction=0.0001'),
+      ('rate', dict(learning_rate=-1), 'Expected learning_rate > 0'),
+      ('stop', dict(early_stopping=2, eval_fraction=0), 'early_stopping=2'),
+      ('length', dict(num_steps=0, num_epochs=0), 'Expected num_steps > 0 or'),
+      ('warmup', dict(warmup=100), r'Expected warmup in \[0, 12\]'),
+      ('parts', dict(micro_batches=3), 'micro_batches to divide batch_size=2'),
+      ('dtype', dict(dtype='int8'), "invalid choice 'int8' .*dtype"),
+      ('period', dict(period=0), 'Expected period >= 1'),
+      ('prob', dict(prob=2), r'Expected prob in \[0, 1\]'),
+      ('adapter_rank', dict(adapter_rank=-1), 'Expected adapter_rank >= 0'),
+  )
+  def test_is_named(self, flags, message):
+    places = {
+        'DATA': FOLDER / 'data.jsonl',
+        'MODEL': FOLDER / 'model',
+        'EMPTY': FOLDER / 'empty',
+        'NOTHING': FOLDER / 'nothing.jsonl',
+        'WIDE': FOLDER / 'wide',
+    }
+    places['EMPTY'].mkdir(exist_ok=True)
+    places['NOTHING'].touch()
+    if not places['WIDE'].exists():
+      _write_wide(places['WIDE'])
+    flags = {k: places.get(v, v) for k, v in flags.items()}
+    words = finetune_runs.command(FOLDER, FOLDER / 'wrong', **flags)
+    long = mock.patch.object(loop, 'compile_ahead', side_effect=AssertionError)
+    load = mock.patch.object(hf, 'load', side_effect=AssertionError)
+    with long, load:
+      _, error = blora(*words)
+    self.assertRegex(error, message)
+    self.assertNotIn('\n', error)
+    self.assertFalse((FOLDER / 'wrong').exists())
+    self.assertFalse(list((FOLDER / 'model').glob('.*')))
+
+  def test_both_spellings_of_a_flag(self):
+    out, _ = blora('finetune', '--help')
+    self.assertIn('--num-steps INT', out)
+    self.assertNotIn('--num_steps', out)
+    for flag in ('--num-evals', '--num_evals'):
+      words = finetune_runs.command(FOLDER, FOLDER / 'wrong', num_evals=None)
+      self.assertRegex(blora(*words, flag, 0)[1], 'Expected num_evals >= 1')
+
+  @parameterized.parameters(
+      (['merge', 'NO'], 'Expected the directory of a run, got NO'),
+      (['merge', 'NO', 'x', '--weights=1'], 'Expected adapters with weights'),
+      (['merge', 'NO', '--adapters=a'], 'Expected an output'),
+      (['export', 'NO', '--format=merged', '--rank=2'], 'rank of an adapter'),
+      (['export', 'NO', '--dtype=float16'], "'float32' or 'bfloat16'"),
+      (['export', 'NO', '--rank=-1'], 'Expected rank >= 0'),
+      (['generate', 'NO'], 'Expected prompt or prompts'),
+      (['generate', 'NO', '--prompt=a', '--prompts=b'], 'prompt or prompts'),
+      (
+          ['generate', 'NO', '--prompt=a', '--num=2'],
+          'temperature > 0 for num=2',
+      ),
+      (['generate', 'NO', '--prompt=-'], 'at least one prompt'),
+      (['generate', '/NO', '--prompt=a'], 'Expected a folder'),
+  )
+  def test_of_the_other_commands(self, words, message):
+    out, error = blora(*words)
+    self.assertRegex(error, message)
+    self.assertEqual((out, error.count('\n')), ('', 0))
+
+  def test_exports_are_told_from_others(self):
+    """A folder of another step, or of nobody, stops a run before it is trained."""
+    folder = FOLDER / 'told'
+    (folder / 'merged').mkdir(parents=True)
+    settings = mock.Mock(num_steps=12, patience=0)
+    check = lambda: finetune._check_exports(folder, ['merged'], settings)
+    with self.assertRaisesRegex(ValueError, 'which is of another run'):
+      check()
+    mark = folder / 'merged' / tuned.MARK
+    mark.write_text(json.dumps({'run': '', 'step': 12}))
+    with self.assertRaisesRegex(ValueError, 'of step 12 where this run has 12'):
+      check()  # It was merged by hand, of a run that goes on.
+    past = {'step': 12, 'best_step': 9}
+    (folder / 'summary.json').write_text(json.dumps(past))
+    check()
+    settings.patience = 1
+    with self.assertRaisesRegex(ValueError, 'of step 12'):
+      check()
+    mark.write_text(json.dumps({'run': '', 'step': 9}))
+    check()
+    settings.num_steps = 24
+    with self.assertRaisesRegex(ValueError, 'of step 9 where this run has 24'):
+      check()
+
+
+class PartsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      (dict(method='full'), 2 * (3 * 32 * 48 + 4 * 32 * 32)),
+      (dict(method='lora'), 2 * 2 * (3 * (32 + 48) + 4 * 64)),
+      (dict(method='rac_left', train_tokens='Ġhow|Ġare'), 2 * 32),
+  )
+  def test_trained_numbers(self, flags, expected):
+    """Of stacks all layers count, of embedding and head the rows that train."""
+    given = dict.fromkeys(inspect.signature(finetune.finetune).parameters, '')
+    defaults = inspect.signature(finetune.finetune).parameters.values()
+    given |= {p.name: p.default for p in defaults if p.default is not p.empty}
+    data = str(FOLDER / 'data.jsonl')
+    given |= {'data': data, 'num_steps': 12, **flags, 'rank': 2}
+    found = hf.open_folder(FOLDER / 'model')
+    config = finetune.make_config(given, found)
+    task = language_model.without_data(str(FOLDER / 'model')).task
+    rows = experiment.selection(config, task)
+    if 'train_tokens' in flags:
+      rows = [row for row in rows if row['rank'] == 'full']
+      self.assertEqual([row['trained'] for row in rows], [expected] * 2)
+    else:
+      self.assertEqual(sum(row['trained'] for row in rows), expected)
+
+  def test_loss_that_is_not_finite_ends_a_run(self):
+    for name in ('validation_loss', 'train_loss'):
+      with self.assertRaisesRegex(loop.DivergedError, f'{name}, got nan at'):
+        loop._check_line({name: math.nan, 'validation_perplexity': 1.0}, 3)
+    line = {'validation_loss': math.inf, 'validation_perplexity': math.inf}
+    self.assertEqual(loop._check_line(line, 3), line)
+
+  @parameterized.parameters(checkpoint._FROZEN, checkpoint._DIGEST)
+  def test_last_checkpoint_goes_when_the_next_is_whole(self, last):
+    """Of one that is kept: neither a kill nor a full disk takes both."""
+    folder = FOLDER / last
+    tree = lambda x: {'method': {'w': jnp.full(3, x)}}
+    write = files.write_json
+
+    def full(path, value):
+      if path.name == last:
+        raise OSError(28, 'No space left on device')
+      write(path, value)
+
+    with checkpoint.Checkpointer(folder, max_to_keep=1) as saver:
+      saver.save(1, tree(1.0))
+      with mock.patch.object(files, 'write_json', full):
+        with self.assertRaisesRegex(OSError, 'step 2 .*no space left'):
+          saver.save(2, tree(2.0))
+      self.assertEqual(_names(folder / 'checkpoints'), ['1'])
+      saver.save(3, tree(3.0))
+      self.assertEqual(_names(folder / 'checkpoints'), ['3'])
+    with checkpoint.Checkpointer(folder, max_to_keep=1) as saver:
+      found = saver.restore(tree(0.0))
+      np.testing.assert_array_equal(found['method']['w'], np.full(3, 3.0))
+
+  def test_files_of_a_full_disk_are_named(self):
+    path = FOLDER / 'named.json'
+
+    def full(file):
+      raise OSError(28, 'No space left on device')
+
+    with self.assertRaisesRegex(OSError, 'No space left on device.*named.json'):
+      files.write(path, full)
+    self.assertFalse(
+        list(FOLDER.glob('*named*')) + list(FOLDER.glob('.named*'))
+    )
+
+
+def _names(folder):
+  return sorted(path.name for path in folder.iterdir())
+
+
+def _write_wide(folder):
+  """Writes the tokenizer with a token more than the model has rows."""
+  shutil.copytree(FOLDER / 'model', folder)
+  path = folder / 'tokenizer.json'
+  found = json.loads(path.read_text())
+  size = len(found['model']['vocab'])
+  for i in range(size, 520):  # Which the data have.
+    found['added_tokens'].append(
+        {
+            'id': i,
+            'content': 'Question' if i == 519 else f'<more {i}>',
+            'single_word': False,
+            'lstrip': False,
+            'rstrip': False,
+            'normalized': False,
+            'special': False,
+        }
+    )
+  path.write_text(json.dumps(found))
+
+
+class ChainTest(parameterized.TestCase):
+  """What is there after a run, of which there is one."""
+
+  def test_merged_weights_have_the_loss_that_was_told(self):
+    folder, out = chain_run()
+    told = summary(folder)
+    for split in ('validation', 'watched'):
+      np.testing.assert_allclose(
+          loss_of(folder / 'merged', split), told[f'{split}_loss'], rtol=1e-5
+      )
+    (first, *_), last = lines(folder), lines(folder)[-1]
+    self.assertEqual((first['step'], last['step']), (0, 12))
+    self.assertLess(last['validation_loss'], first['validation_loss'])
+    self.assertIn('watched_loss', first)
+    self.assertIn(f'{first["validation_perplexity"]:.4g}', out)
+    self.assertIn(f'{last["validation_perplexity"]:.4g}', out)
+    self.assertRegex(out, 'held out +.*\n *watched ')
+    self.assertTrue((folder / 'loss.png').exists())
+
+  def test_recipe_makes_the_merged_weights(self):
+    folder, _ = chain_run()
+    base = hf.load(FOLDER / 'model', scan_layers=True).params
+    recipe = recipes.load_recipe(folder / 'recipe')
+    self.assertLen(recipe.links, 4)
+    made = recipes.replay(base, recipe)
+    for path, leaf in matrices.named_leaves(made).items():
+      np.testing.assert_array_equal(leaf, weights(folder / 'merged')[path])
+
+  def test_adapter_has_the_logits_of_the_merged_weights(self):
+    folder, _ = chain_run()
+    base = hf.load(FOLDER / 'model', scan_layers=True)
+    params, _ = served._with_adapters(base, [str(folder / 'adapter')], None)
+    tuned_params = hf.load(folder / 'merged', scan_layers=True).params
+    ours, theirs = logits(base.config, params), logits(
+        base.config, tuned_params
+    )
+    np.testing.assert_allclose(ours, theirs, **CLOSE)
+    base = hf.load(FOLDER / 'model', scan_layers=True)
+    self.assertGreater(
+        np.abs(logits(base.config, base.params) - theirs).max(), 0.01
+    )
+
+  def test_the_same_command_again_prints_without_computing(self):
+    folder, out = chain_run()
+    load = mock.patch.object(hf, 'load', side_effect=AssertionError)
+    with load, mock.patch.object(loop, 'compile_ahead') as compiled:
+      _, again = tune('chain', watch_data=FOLDER / 'watched.txt')
+    compiled.assert_not_called()
+    end = out.index('Merges and adapter')
+    self.assertEqual(again[again.index('Merges and adapter') :], out[end:])
+
+  @pytest.mark.slow
+  def test_another_prompt_is_answered(self):
+    _, out = tune('chain', watch_data=FOLDER / 'watched.txt', prompt='Hello')
+    self.assertIn("prompt: '<s>Hello'", out)
+    tune('chain', watch_data=FOLDER / 'watched.txt')
+
+  @parameterized.parameters(
+      (dict(rank=3), 'Expected rank=2, as in .*got rank=3'),
+      (dict(num_steps=24), 'Expected num_steps=12.*schedule=.cosine'),
+      (dict(num_steps=6), 'num_steps'),
+  )
+  def test_another_run_is_refused(self, flags, message):
+    folder, _ = chain_run()
+    flags = {'watch_data': FOLDER / 'watched.txt', **flags}
+    _, error = blora(*finetune_runs.command(FOLDER, folder, **flags))
+    self.assertRegex(error, message)
+
+  def test_a_process_at_a_time(self):
+    folder, _ = chain_run()
+    with directory.hold(folder):
+      words = finetune_runs.command(
+          FOLDER, folder, watch_data=FOLDER / 'watched.txt'
+      )
+      for command in (words, ['merge', folder, FOLDER / 'held']):
+        with self.subTest(command[0]):
+          _, error = blora(*command)
+          self.assertRegex(error, 'Expected no other process in')
+
+  def test_merge_and_export(self):
+    folder, _ = chain_run()
+    out, error = blora('merge', folder, FOLDER / 'again')
+    self.assertEqual(error, '')
+    self.assertIn('step 12', out)
+    old, new = weights(folder / 'merged'), weights(FOLDER / 'again')
+    for path, leaf in old.items():
+      np.testing.assert_array_equal(leaf, new[path])
+    _, error = blora('merge', folder)
+    self.assertRegex(error, 'not there yet, got .*chain/merged')
+    out, error = blora('export', folder, FOLDER / 'v', '--format=vllm')
+    self.assertEqual(error, '')
+    self.assertRegex(out, 'self_attn/q_proj +2 +8 +0 ')
+    config = json.loads((FOLDER / 'v' / 'adapter_config.json').read_text())
+    self.assertEqual((config['r'], config['rank_pattern']), (8, {}))
+    out, error = blora('export', folder, FOLDER / 'low', '--rank=1')
+    self.assertEqual(error, '')
+    lost = [float(x.split()[3]) for x in out.splitlines() if '_proj' in x]
+    self.assertBetween(min(lost), 0.05, 1.0)
+    self.assertEqual(tuned.step_of(FOLDER / 'low'), 12)
+
+  def test_sum_of_adapters(self):
+    folder, _ = chain_run()
+    adapter = folder / 'adapter'
+    out, error = blora(
+        *('merge', FOLDER / 'model', FOLDER / 'sum'),
+        *(f'--adapters={adapter},{adapter}', '--weights=0.25,0.75'),
+    )
+    self.assertEqual(error, '')
+    self.assertRegex(out, 'mlp/up_proj +2 ')
+    old, new = weights(folder / 'merged'), weights(FOLDER / 'sum')
+    for path, leaf in old.items():
+      np.testing.assert_allclose(new[path], leaf, rtol=1e-4, atol=1e-6)
+
+  def test_generate(self):
+    folder, _ = chain_run()
+    end = json.loads((folder / finetune._END).read_text())
+    prompt = end['begins'].removeprefix('<s>')
+    flags = [f'--prompt={prompt}', '--max-new-tokens=48']
+    said, error = blora('generate', folder, *flags)
+    self.assertEqual(error, '')
+    self.assertEqual(said.removesuffix('\n'), end['after'])
+    before, _ = blora('generate', FOLDER / 'model', *flags)
+    self.assertEqual(before.removesuffix('\n'), end['before'])
+    added, _ = blora(
+        'generate', FOLDER / 'model', *flags, f'--adapter={folder / "adapter"}'
+    )
+    self.assertEqual(added, said)
+    self.assertNotEqual(added, before)
+
+  def test_generate_many(self):
+    folder, _ = chain_run()
+    flags = '--temperature=1 --max-new-tokens=4 --num=2 --chat'.split()
+    out, error = blora(
+        'generate', folder, '--prompts=-', *flags, stdin='One\n\nTwo\n'
+    )
+    self.assertEqual(error, '')
+    self.assertEqual(out.count("--- 'One'"), 2)
+    self.assertEqual(out.count("--- 'Two'"), 2)
+    one, _ = blora('generate', folder, '--prompt=-', *flags, stdin='One\n')
+    self.assertTrue(out.startswith(one))
+    other, _ = blora('generate', folder, '--prompt=One', *flags, '--seed=1')
+    self.assertNotEqual(one, other)
+
+  def test_chat_is_the_template(self):
+    folder, _ = chain_run()
+    seen = []
+    fake = lambda config, params, rows, **options: (
+        seen.append((rows, options)) or [[5]] * len(rows)
+    )
+    with mock.patch.object(served.generate_lib, 'generate', fake):
+      blora('generate', folder, '--prompt=Hi', '--chat')
+      blora('generate', folder, '--prompt=Hi')
+    words = tokenizer_lib.load(FOLDER / 'model')
+    (chat, options), (plain, _) = seen
+    text = '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n'
+    self.assertEqual(words.decode(chat[0]), text)
+    self.assertEqual(words.decode(plain[0]), '<s>Hi')
+    self.assertEqual(options['end_tokens'], [words.eos_id])
+
+
+@pytest.mark.slow
+class MethodTest(parameterized.TestCase):
+
+  def test_lora(self):
+    folder, out = tune('lora', method='lora', alpha=4)
+    self.assertRegex(out, 'self_attn/q_proj +2 +32 x 32 +2 .* 2 ')
+    self.assertEqual(tuned.read_config(folder).method.alpha, 4)
+    base = hf.load(FOLDER / 'model', scan_layers=True)
+    params, _ = served._with_adapters(base, [str(folder / 'adapter')], None)
+    after = hf.load(folder / 'merged', scan_layers=True).params
+    np.testing.assert_allclose(
+        logits(base.config, params), logits(base.config, after), **CLOSE
+    )
+    recipe = recipes.load_recipe(folder / 'recipe')
+    made = recipes.replay(
+        hf.load(FOLDER / 'model', scan_layers=True).params, recipe
+    )
+    for path, leaf in matrices.named_leaves(made).items():
+      np.testing.assert_array_equal(leaf, weights(folder / 'merged')[path])
+
+  def test_full(self):
+    folder, out = tune('full', method='full', learning_rate=1e-3)
+    self.assertEqual(moved(folder / 'merged'), set(weights(FOLDER / 'model')))
+    self.assertFalse((folder / 'adapter').exists())
+    self.assertFalse((folder / 'recipe').exists())
+    self.assertIn('trained a step: 50,336 of 50,336', out)
+    np.testing.assert_allclose(
+        loss_of(folder / 'merged'),
+        summary(folder)['validation_loss'],
+        rtol=1e-5,
+    )
+    _, error = blora('export', folder)
+    self.assertRegex(error, 'got one of full fine-tuning: export merged')
+
+  def test_others(self):
+    folder, _ = tune('others', train_others='norm', targets='q_proj')
+    paths = moved(folder / 'merged')
+    self.assertIn('norm/scale', paths)
+    self.assertEqual(
+        paths,
+        {p for p in weights(FOLDER / 'model') if 'norm' in p or 'q_proj' in p},
+    )
+    _, error = blora('export', folder)
+    self.assertRegex(error, 'that trained norm at full size')
+
+  def test_tokens(self):
+    """Rows of two tokens move, and leave with the merged weights."""
+    folder, _ = tune('tokens', train_tokens='Ġhow|Ġare')
+    words = tokenizer_lib.load(folder / 'merged').backend
+    chosen = {words.token_to_id('Ġhow'), words.token_to_id('Ġare')}
+    old, new = weights(FOLDER / 'model'), weights(folder / 'merged')
+    for path, axis in (('embed_tokens/embedding', 1), ('lm_head/kernel', 0)):
+      differ = np.any(old[path] != new[path], axis=axis)
+      self.assertEqual(set(np.flatnonzero(differ)), chosen, path)
+    self.assertFalse((folder / 'adapter').exists())
+
+  def test_best_weights_leave(self):
+    """After early stopping what is merged, and exported, is the best."""
+    flags = dict(
+        early_stopping=1,
+        learning_rate=1.0,
+        num_evals=12,
+        num_steps=24,
+        warmup=2,
+        watch_data=FOLDER / 'watched.txt',
+    )
+    folder, out = tune('early', **flags)
+    told = summary(folder)
+    self.assertTrue(told['stopped'])
+    self.assertLess(told['best_step'], told['step'])
+    best = min(
+        (line['validation_loss'], line['step'])
+        for line in lines(folder)
+        if 'validation_loss' in line and line['step']
+    )
+    self.assertEqual(best[1], told['best_step'])
+    np.testing.assert_allclose(
+        loss_of(folder / 'merged'), told['validation_loss'], rtol=1e-4
+    )
+    np.testing.assert_allclose(best[0], told['validation_loss'], rtol=1e-4)
+    base = hf.load(FOLDER / 'model', scan_layers=True)
+    params, _ = served._with_adapters(base, [str(folder / 'adapter')], None)
+    after = hf.load(folder / 'merged', scan_layers=True).params
+    np.testing.assert_allclose(
+        logits(base.config, params),
+        logits(base.config, after),
+        rtol=2e-3,  # At such a rate weights are some tens, and so are roundings.
+        atol=2e-3,
+    )
+    self.assertIn(f'the best after {told["best_step"]}', out)
+    self.assertEqual(tuned.step_of(folder / 'merged'), told['best_step'])
+    tune('early', **flags)  # It is over: nothing is refused.
+
+  def test_goes_on_from_an_earlier_run(self):
+    first, _ = chain_run()
+    folder, _ = tune('second', model=first, watch_data=FOLDER / 'watched.txt')
+    begun, ended = lines(folder)[0], summary(first)
+    np.testing.assert_allclose(
+        begun['validation_loss'], ended['validation_loss'], rtol=1e-5
+    )
+    config = tuned.read_config(folder)
+    self.assertEqual(config.task.kwargs.model, str(first / 'merged'))
+    bare = FOLDER / 'bare'
+    shutil.copytree(first, bare)
+    shutil.rmtree(bare / 'merged')
+    words = finetune_runs.command(FOLDER, FOLDER / 'third', model=bare)
+    _, error = blora(*words)
+    self.assertRegex(error, f'Expected merged weights in {bare}.*blora merge')
+
+  def test_longer(self):
+    """At a constant rate a run goes on, once the shorter one's exports are away."""
+    flags = dict(schedule='constant')
+    folder, _ = tune('longer', **flags)
+    words = finetune_runs.command(FOLDER, folder, num_steps=24, **flags)
+    _, error = blora(*words)
+    self.assertRegex(error, 'merged, which is of step 12 where this run has 24')
+    for name in ('merged', 'adapter'):
+      (folder / name).rename(folder / f'{name}_12')
+    _, error = blora(*words)
+    self.assertEqual(error, '')
+    whole, _ = tune('whole', num_steps=24, num_evals=8, **flags)
+    for path, leaf in weights(whole / 'merged').items():
+      np.testing.assert_array_equal(leaf, weights(folder / 'merged')[path])
+
+  def test_without_evaluations(self):
+    folder, out = tune('blind', eval_fraction=0, export='merged')
+    self.assertNotIn('validation_loss', summary(folder))
+    self.assertNotIn('perplexity', out)
+    self.assertIn('self_attn/q_proj', out[out.index('Merges') :])
+    self.assertFalse((folder / 'adapter').exists())
+
+
+@pytest.mark.slow
+class EndTest(parameterized.TestCase):
+  """Runs that end otherwise than well."""
+
+  def test_diverged(self):
+    folder = FOLDER / 'diverged'
+    flags = dict(learning_rate=1e30, checkpoint_every=1)
+    words = finetune_runs.command(FOLDER, folder, **flags)
+    for _ in range(2):
+      _, error = blora(*words)
+      self.assertRegex(error, '^DivergedError: Expected a finite loss, got nan')
+      self.assertRegex(error, 'It is that of step 1, which blora merge')
+      self.assertNotIn('\n', error)
+    self.assertFalse((folder / 'merged').exists())
+    _, error = blora('merge', folder)
+    self.assertEqual(error, '')
+    self.assertEqual(tuned.step_of(folder / 'merged'), 1)
+
+  @parameterized.parameters('checkpoint', 'merged', 'adapter')
+  def test_full_disk_loses_nothing(self, what):
+    """As far as a process sees: the second write of a kind fails."""
+    whole, _ = tune('unbroken')
+    folder = FOLDER / f'full_{what}'
+    words = finetune_runs.command(FOLDER, folder)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    count = 0
+
+    def limited(function):
+      def call(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if what != 'checkpoint' or count == 2:
+          resource.setrlimit(resource.RLIMIT_FSIZE, (least, limits[1]))
+        try:
+          return function(*args, **kwargs)
+        finally:
+          resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+      return call
+
+    # Bytes: above those of a tokenizer, below those of tensors.
+    place, name, least = {
+        'checkpoint': (checkpoint.Checkpointer, 'save', 9_000),
+        'merged': (tuned, 'save_merged', 50_000),
+        'adapter': (tuned, 'save_adapter', 9_000),
+    }[what]
+    with mock.patch.object(place, name, limited(getattr(place, name))):
+      out, error = blora(*words)
+    self.assertRegex(error, '^OSError: Expected to write .*(checkpoint|model)')
+    self.assertRegex(error, 'File too large')
+    self.assertNotIn('\n', error)
+    self.assertNotIn('Traceback', out)
+    stray = [p for p in folder.rglob('*') if p.name.startswith('.')]
+    stray += list(folder.rglob('*tmp*'))
+    self.assertEqual(stray, [])
+    steps = [p.name for p in (folder / 'checkpoints').iterdir()]
+    self.assertEqual(steps, ['3' if what == 'checkpoint' else '12'])
+    self.assertEqual(blora(*words)[1], '')
+    for path, leaf in weights(whole / 'merged').items():
+      np.testing.assert_array_equal(leaf, weights(folder / 'merged')[path])
+    for one, other in zip(lines(whole), lines(folder), strict=True):
+      for line in (one, other):
+        line.pop('tokens_per_second', None)
+      self.assertEqual(one, other)
+
+  def test_killed(self):
+    """A few kills; `python tests/kill_runs.py --finetune` has more."""
+    script = pathlib.Path(__file__).parent / 'kill_runs.py'
+    subprocess.run(
+        [sys.executable, script, '--finetune', '--kills=4', '--steps=60'],
+        check=True,
+    )
