@@ -10,7 +10,7 @@ the language reference that `help` shows. What strings of the code say stays in 
 `pretrain` makes a decoder of the Llama family that knows the code, in the format of
 the Hugging Face hub. configs/code_to_english.py fine-tunes it to the English.
 
-The small decoder takes about five minutes on two cores. The medium one is for a GPU
+The small decoder takes about six minutes on two idle cores. The medium one is for a GPU
 and wants more code, that of the test suites: `corpora --tests`.
 """
 
@@ -53,7 +53,7 @@ DOMAINS = ('code', 'english')
 HELD_OUT = 0.05  # Part of the documents of each domain.
 PROMPTS = {
     'code': 'class Stack:\n\n    def __init__(self',
-    'english': 'Return the number of ',
+    'english': 'Return the number of',
 }
 _END = '<|endoftext|>'
 # Tables of characters, and topics that are read otherwise.
@@ -93,7 +93,7 @@ class Size:
 
 
 SIZES = {
-    'small': Size(2048, 192, 4, 1000, 4, 256, 3e-3),
+    'small': Size(2048, 192, 3, 2700, 8, 128, 4e-3),
     'medium': Size(8192, 512, 8, 900, 32, 512, 2e-3, 'bfloat16'),
     'smoke': Size(320, 16, 2, 6, 4, 64, 4e-3),
 }

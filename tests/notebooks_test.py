@@ -70,6 +70,24 @@ def test_federated(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_finetune_llm(tmp_path, monkeypatch):
+  monkeypatch.delenv('XLA_FLAGS')  # As at a user's.
+  text = executed('finetune_llm.ipynb', tmp_path)
+  # It copies, counts and stops, where the base goes on to anywhere.
+  assert '--- runs/chain\nthree four five six seven eight nine.\n' in text
+  found = re.findall(r'^(base|merged|base \+ adapter) +loss (.*)$', text, re.M)
+  losses = {name: float(loss) for name, loss in found}
+  assert losses['base'] > 1.5 and losses['merged'] < 0.5
+  # bfloat16 weights are right to 0.4%, of which the loss feels less.
+  assert abs(losses['base + adapter'] / losses['merged'] - 1) < 0.02
+  assert 'adapter checkpoints config.json' in text
+  rows = re.findall(r'^\S+_proj +2 +64 +([\d.e-]+) +[\d.e-]+$', text, re.M)
+  lost = [float(part) for part in rows]
+  assert len(lost) == 7 and max(lost) < 1e-5, text
+  assert 'peft of step 300: adapter_rank16' in text
+
+
+@pytest.mark.slow
 def test_theory(tmp_path, monkeypatch):
   monkeypatch.delenv('XLA_FLAGS')  # As at a user's.
   text = executed('theory.ipynb', tmp_path)

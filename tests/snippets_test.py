@@ -48,6 +48,7 @@ _SLOW = (  # More than two seconds.
     'NNX models',
     'Checkpoints of the Hugging Face hub',
     'Adapters of PEFT',
+    'Serve the result',
     'Federated: which method when',
     'Recipes',
     'Variance reduction',
@@ -288,6 +289,17 @@ def chats(_):
   return {**checkpoint(_), 'tokenizer': tokenizer}
 
 
+def served(_):
+  """A run of the command on chats."""
+  pytest.importorskip('transformers')
+  pytest.importorskip('peft')
+  given = chats(_)
+  words = '--data=chats.jsonl --output=runs/mine --rank=2 --period=1'
+  words += ' --num-steps=2 --max-length=64 --no-progress'
+  cli.main(['finetune', f'--model={given["folder"]}', *words.split()])
+  return given
+
+
 PREPARED = {
     'Which leaves are matrices': trees_of_all_kinds,
     'Recipes': finished_link,
@@ -298,8 +310,8 @@ PREPARED = {
     'Quantised bases': quantised,
     'NNX models': lambda _: {'nnx': nnx, 'batch': make_batch(6)},
     'Checkpoints of the Hugging Face hub': checkpoint,
-    'A few lines': checkpoint,
     'Adapters of PEFT': tuned,
+    'Serve the result': served,
     'Data': chats,
     'A task of your own': federation,
 }
