@@ -105,7 +105,11 @@ class CommandTest(parameterized.TestCase):
           text, f'run, got RuntimeError: not today .*{mine}.*line 1'
       )
       text = blora(command, '--config=nothing', f'--workdir={folder / "x"}')
-      self.assertRegex(text, "one of digits, .*quadratic, got config 'nothing'")
+      self.assertRegex(
+          text,
+          'one of code_to_english, digits, .*quadratic, got'
+          " config 'nothing'",
+      )
     a, b = (
         flags_of_configs.parse([f'--config={name}:page', '--workdir=w']).config
         for name in ('digits', config_files.find('digits'))
