@@ -33,6 +33,7 @@ from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import finetune
 from bernoulli_lora_jax.training import loop
+from bernoulli_lora_jax.training import reporting
 from bernoulli_lora_jax.training import served
 from bernoulli_lora_jax.training import tuned
 
@@ -423,6 +424,7 @@ class ChainTest(parameterized.TestCase):
     out, error = blora('merge', folder, FOLDER / 'again')
     self.assertEqual(error, '')
     self.assertIn('step 12', out)
+    self.assertEqual(reporting.unfinished([folder]), [])  # merged is no run.
     old, new = weights(folder / 'merged'), weights(FOLDER / 'again')
     for path, leaf in old.items():
       np.testing.assert_array_equal(leaf, new[path])

@@ -12,6 +12,7 @@ import tempfile
 import threading
 from typing import Any
 
+MARK = 'blora.json'  # In an exported folder: which run it is of, at which step.
 _LOCK = '.lock'
 _HEARTBEAT = 30.0  # Seconds between signs of life of the process that holds it.
 STALE = 600.0  # Seconds without one after which another host's lock is void.

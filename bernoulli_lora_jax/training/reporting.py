@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tabulate
 
+from bernoulli_lora_jax.training import directory as directory_lib
 from bernoulli_lora_jax.training import labels
 
 
@@ -55,7 +56,8 @@ def unfinished(directories: Iterable[str | pathlib.Path]) -> list[pathlib.Path]:
   found = {}
   for directory in map(pathlib.Path, directories):
     for path in sorted(_found(directory, 'config.json')):
-      if not (path.parent / 'summary.json').exists():
+      is_export = (path.parent / directory_lib.MARK).exists()
+      if not is_export and not (path.parent / 'summary.json').exists():
         found.setdefault(path.parent.resolve(), path.parent)
   return list(found.values())
 

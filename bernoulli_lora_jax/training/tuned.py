@@ -26,12 +26,13 @@ from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax.models import hf
 from bernoulli_lora_jax.models import peft_format
 from bernoulli_lora_jax.tasks import language_model
+from bernoulli_lora_jax.training import directory as directory_lib
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import programs
 
 TASK = 'bernoulli_lora_jax.tasks.language_model:make_task'
-MARK = 'blora.json'  # In an exported folder: which run it is of, at which step.
+MARK = directory_lib.MARK
 
 
 class Tuned(NamedTuple):
