@@ -419,12 +419,33 @@ class ChainTest(parameterized.TestCase):
           _, error = blora(*command)
           self.assertRegex(error, 'Expected no other process in')
 
+  def test_merged_has_the_tokenizer_of_the_run(self):
+    config = files.read_json(chain_run()[0] / 'config.json')
+    own, written = FOLDER / 'own_words', FOLDER / 'written'
+    for folder, names in (
+        (own, ['tokenizer.json']),
+        (written, ['tokenizer.json', 'chat_template.jinja', 'LICENSE']),
+    ):
+      folder.mkdir()
+      for name in names:
+        (folder / name).write_text(folder.name)
+    found = []
+    for name in (str(own), 'bytes'):
+      config['task']['kwargs']['tokenizer'] = name
+      files.write_json(own / 'config.json', config)
+      tuned._copy_tokenizer(tuned.Tuned(own, *[None] * 4), written)
+      found.append({p.name: p.read_text() for p in written.iterdir()})
+    rest = {'LICENSE': 'written'}
+    self.assertEqual(found, [{'tokenizer.json': 'own_words', **rest}, rest])
+
   def test_merge_and_export(self):
     folder, _ = chain_run()
     out, error = blora('merge', folder, FOLDER / 'again')
     self.assertEqual(error, '')
     self.assertIn('step 12', out)
     self.assertEqual(reporting.unfinished([folder]), [])  # merged is no run.
+    _, error = blora(*finetune_runs.command(FOLDER, folder, adapter_rank=1))
+    self.assertRegex(error, 'Expected adapter_rank=0, as of .*, got adapter_')
     old, new = weights(folder / 'merged'), weights(FOLDER / 'again')
     for path, leaf in old.items():
       np.testing.assert_array_equal(leaf, new[path])

@@ -34,8 +34,7 @@ from bernoulli_lora_jax.models import hf_config
 
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
 # What a folder holds beside weights and config, copied as it is.
-BESIDE = (
-    'generation_config.json',
+TOKENIZER = (
     'tokenizer.json',
     'tokenizer.model',
     'tokenizer_config.json',
@@ -45,6 +44,10 @@ BESIDE = (
     'merges.txt',
     'chat_template.jinja',
     'chat_template.json',
+)
+BESIDE = (
+    'generation_config.json',
+    *TOKENIZER,
     'LICENSE',
     'LICENSE.txt',
     'NOTICE',

@@ -182,7 +182,7 @@ def finetune(
     watch_data: further text whose loss is shown: what the model should not forget.
     num_evals: evaluations, evenly spaced.
     early_stopping: evaluations without a lower loss after which the run stops, its best
-      weights kept; 0 never.
+      weights kept (the recipe is that of its last ones); 0 never.
     targets: regular expression of linear maps, as 'q_proj|v_proj'; '' for all of the
       layers'.
     train_others: regular expression of further weights, trained at full size, as 'norm'.
@@ -196,9 +196,9 @@ def finetune(
     skip_bad: whether bad lines are left out in place of an error.
     separator: of documents in files of text.
     mode: speed (layers unrolled, nothing recomputed), memory (scanned, recomputed),
-      or the first that fits.
+      or the first that fits; memory on a CPU, speed with parallel=jit.
     dtype: of the weights; '' for that of the files, float32 for full.
-    compute_dtype: '' for that of the files.
+    compute_dtype: '' for that of the weights, with full for that of the files.
     rounding: of merges; auto is stochastic for bfloat16 and float16 weights.
     parallel: jit splits batches over all devices.
     checkpoint_every: steps; 0 for about two minutes.
@@ -215,6 +215,7 @@ def finetune(
     checks.integers(0, adapter_rank=adapter_rank)
     directory_lib.check(output)
     _check_output(directory)
+    _check_rank(directory, chosen, adapter_rank)
     found = hf.open_folder(tuned.resolve(model))
     config = make_config(given, found)
     _check_method(config)
@@ -436,6 +437,8 @@ def _check_exports(
 ) -> None:
   """Raises where what the run would write is there, and of another step."""
   over = loop.finished(directory, settings.num_steps) or {}
+  if 'diverged' in over:  # Which is told, and not what was saved before.
+    return
   last = over.get('best_step' if settings.patience else 'step')
   for name in chosen:
     folder = directory / EXPORTS[name][0]
@@ -445,6 +448,20 @@ def _check_exports(
           f'Expected no {folder}, which is of'
           f' {"another run" if step is None else f"step {step}"} where this run has'
           f' {settings.num_steps} steps: move it, or choose another output.'
+      )
+
+
+def _check_rank(
+    directory: pathlib.Path, chosen: list[str], adapter_rank: int
+) -> None:
+  """Raises where an adapter is there that was asked for another rank."""
+  for name in chosen:
+    folder = directory / EXPORTS[name][0]
+    there = tuned.rank_of(folder)
+    if there is not None and there != adapter_rank:
+      raise ValueError(
+          f'Expected adapter_rank={there}, as of {folder}, got'
+          f' adapter_rank={adapter_rank}: move it, or choose another output.'
       )
 
 

@@ -259,5 +259,6 @@ def _ends(checkpoint: hf.Checkpoint, words: text.TextTokenizer) -> list[int]:
       beside = hf.read_object(folder, 'generation_config.json')
     for raw in (checkpoint.raw, beside):
       ids = raw.get('eos_token_id')
-      found |= {i for i in (ids if isinstance(ids, list) else [ids]) if i}
+      ids = ids if isinstance(ids, list) else [ids]
+      found |= {i for i in ids if i is not None}
   return sorted(i for i in found if i < checkpoint.config.vocab_size)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import os
 import pathlib
+import shutil
 from typing import Any, NamedTuple
 
 import jax
@@ -107,7 +108,7 @@ def load(directory: str | os.PathLike[str]) -> Tuned:
   directory = pathlib.Path(directory)
   config = read_config(directory)
   kwargs = config.task.kwargs.to_dict()
-  names = ('model', 'loss_chunk', 'in_memory', *language_model.RUN_FIELDS)
+  names = ('model', 'loss_chunk', *language_model.RUN_FIELDS)
   bare = language_model.without_data(
       batch_size=config.task.batch_size,
       **{name: kwargs[name] for name in names if name in kwargs},
@@ -169,7 +170,20 @@ def save_merged(
   params = merged(run) if params is None else params
   with _marked(run, folder) as scratch:
     hf.save(scratch, params, run.checkpoint, dtype=dtype)
+    _copy_tokenizer(run, scratch)
   return params
+
+
+def _copy_tokenizer(run: Tuned, folder: pathlib.Path) -> None:
+  """Puts the tokenizer of the run, where it has its own, in place of the base's."""
+  name = experiment.read_config(run.directory).task.kwargs.get('tokenizer', '')
+  if not name:
+    return
+  for file in hf.TOKENIZER:
+    (folder / file).unlink(missing_ok=True)
+    own = pathlib.Path(name, file)
+    if name != 'bytes' and own.is_file():
+      shutil.copyfile(own, folder / file)
 
 
 def save_adapter(
@@ -200,10 +214,11 @@ def save_adapter(
   checks.one_of(peft_format.STYLES, style=style)
   checks.integers(0, rank=rank)
   files.check_new(folder)
+  asked = rank
   if style == 'vllm':
     rank = min(rank or peft_format.VLLM_RANKS[-1], peft_format.VLLM_RANKS[-1])
   thin = change(run, rank)
-  with _marked(run, folder) as scratch:
+  with _marked(run, folder, rank=asked) as scratch:
     peft_format.save(scratch, thin, run.checkpoint, style=style, dtype=dtype)
   return thin
 
@@ -266,6 +281,9 @@ def what_merges_lost(
     largest of the layers.
   """
   matrices = run.program.method.chain.matrices  # pyrefly: ignore
+  # As they are written, in the dtypes of the files.
+  stored = hf.weight_shapes(run.checkpoint)
+  params = jax.tree.map(lambda x, s: x.astype(s.dtype), params, stored)
   return by_kind(
       export.report(thin, base, params, matrices), ('rank', 'lost', 'distance')
   )
@@ -300,6 +318,12 @@ def kind(path: str) -> str:
   )
 
 
+def rank_of(folder: str | os.PathLike[str]) -> int | None:
+  """Returns the most rank that an exported adapter was asked for; None for none."""
+  path = pathlib.Path(folder, MARK)
+  return files.read_json(path).get('rank') if path.is_file() else None
+
+
 def step_of(folder: str | os.PathLike[str]) -> int | None:
   """Returns the step that an exported folder is of; None for none of ours."""
   path = pathlib.Path(folder, MARK)
@@ -316,10 +340,10 @@ def last_step(directory: str | os.PathLike[str]) -> int | None:
 
 @contextlib.contextmanager
 def _marked(
-    run: Tuned, folder: str | os.PathLike[str]
+    run: Tuned, folder: str | os.PathLike[str], **more: Any
 ) -> Iterator[pathlib.Path]:
   """Yields where to write what appears as a folder with its mark, or not at all."""
-  record = {'run': str(run.directory.absolute()), 'step': run.step}
+  record = {'run': str(run.directory.absolute()), 'step': run.step, **more}
   with files.new_folder(folder) as scratch:
     scratch.rmdir()  # What writes into it wants to make it.
     yield scratch
