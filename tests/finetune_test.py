@@ -359,6 +359,7 @@ class ChainTest(parameterized.TestCase):
     self.assertRegex(out, 'held out +.*\n *watched ')
     self.assertTrue((folder / 'loss.png').exists())
 
+  @pytest.mark.slow
   def test_recipe_makes_the_merged_weights(self):
     folder, _ = chain_run()
     base = hf.load(FOLDER / 'model', scan_layers=True).params
@@ -408,6 +409,7 @@ class ChainTest(parameterized.TestCase):
     _, error = blora(*finetune_runs.command(FOLDER, folder, **flags))
     self.assertRegex(error, message)
 
+  @pytest.mark.slow
   def test_a_process_at_a_time(self):
     folder, _ = chain_run()
     with directory.hold(folder):
