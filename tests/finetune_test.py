@@ -537,12 +537,7 @@ class MethodTest(parameterized.TestCase):
     np.testing.assert_allclose(
         logits(base.config, params), logits(base.config, after), **CLOSE
     )
-    recipe = recipes.load_recipe(folder / 'recipe')
-    made = recipes.replay(
-        hf.load(FOLDER / 'model', scan_layers=True).params, recipe
-    )
-    for path, leaf in matrices.named_leaves(made).items():
-      np.testing.assert_array_equal(leaf, weights(folder / 'merged')[path])
+    self.assertFalse((folder / 'recipe').exists())  # The adapter says it all.
 
   def test_full(self):
     folder, out = tune('full', method='full', learning_rate=1e-3)
