@@ -608,7 +608,7 @@ class MethodTest(parameterized.TestCase):
         rtol=2e-3,  # At such a rate weights are some tens, and so are roundings.
         atol=2e-3,
     )
-    self.assertIn(f'the best after {told["best_step"]}', out)
+    self.assertIn(f'the weights those of {told["best_step"]}', out)
     self.assertEqual(tuned.step_of(folder / 'merged'), told['best_step'])
     tune('early', **flags)  # It is over: nothing is refused.
 
