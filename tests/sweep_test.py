@@ -105,9 +105,13 @@ class TogetherTest(parameterized.TestCase):
   def test_other_methods_equal_runs_alone(self, overrides, checked):
     self.assert_equal_to_runs_alone(small_config(**overrides), checked)
 
-  def assert_equal_to_runs_alone(self, config, checked):
+  @pytest.mark.slow
+  def test_runs_one_by_one_in_a_program_equal_runs_alone(self):
+    self.assert_equal_to_runs_alone(small_config(), [1], one_by_one=True)
+
+  def assert_equal_to_runs_alone(self, config, checked, **kwargs):
     runs = [(0, 0.0, 0.02), (1, 0.5, 0.02), (2, 1.0, 0.01)]
-    results = self.together(config, runs, group_size=2)
+    results = self.together(config, runs, group_size=2, **kwargs)
     self.assertLen(results, 3)
     for i in checked:
       run, result = runs[i], results[i]
@@ -374,6 +378,24 @@ class SweepTest(parameterized.TestCase):
       summary = json.loads((folder / 'summary.json').read_text())
       self.assertNotIn('runs_together', summary)
       self.assertTrue((folder / 'checkpoints').is_dir())
+
+  @parameterized.parameters(
+      (2**20, 2**20, [False]),
+      (1, 2**20, [True]),  # Larger ones share a program, one after another.
+      (1, 1, []),
+  )
+  def test_sizes_that_share_a_program(self, small, medium, expected):
+    with (
+        mock.patch.object(sweep, '_SMALL', small),
+        mock.patch.object(sweep, '_MEDIUM', {'cpu': medium}),
+        mock.patch.object(together, 'train_together', return_value=[]) as share,
+        mock.patch.object(experiment, 'train') as train,
+    ):
+      grid = [{'seed': 0}, {'seed': 1}]
+      sweep.train(small_config(), grid, self.tmp, progress=False)
+    found = [call.kwargs['one_by_one'] for call in share.call_args_list]
+    self.assertEqual(found, expected)
+    self.assertEqual(train.call_count, 0 if expected else 2)
 
   def test_names_must_differ(self):
     with self.assertRaisesRegex(ValueError, 'runs of different names'):

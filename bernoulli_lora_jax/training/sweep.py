@@ -1,7 +1,9 @@
 """Every run of a config's sweep(), each in a directory of its own.
 
 Runs of a small task that differ in the seed, in `prob` or in the learning rate
-alone are trained in one program (`together`); others one after another.
+alone are trained in one program (`together`), as are those of a task of some size on
+an accelerator, where a program takes longer to compile than to run; others one after
+another.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +37,9 @@ _TRACED = {
     'method.learning_rate': 'learning_rate',
     'method.stepsize_factor': 'learning_rate',
 }
-_SMALL = 2**20  # Most parameters of a model whose runs are trained together.
+_SMALL = 2**20  # Most parameters of a model whose runs are trained at a time.
+# And of one whose runs share a program, by platform.
+_MEDIUM = {'cpu': _SMALL, 'gpu': 2**27, 'tpu': 2**27}
 
 
 class Run(NamedTuple):
@@ -152,7 +156,7 @@ def train(
         task_key = arguments.task_key(first)
         task, evaluators = arguments.make_task(first), {}
       bar.set_postfix_str(name)
-      if _is_small(first, task):
+      if _share_program(first, task):
         with contextlib.ExitStack() as stack:
           for run in members:
             stack.enter_context(directory.hold(run.directory))
@@ -210,19 +214,23 @@ def _traced_fields(config: config_dict.ConfigDict) -> list[str]:
   return fields
 
 
-def _is_small(config: config_dict.ConfigDict, task: task_lib.Task) -> bool:
+def _share_program(config: config_dict.ConfigDict, task: task_lib.Task) -> bool:
   t = config.training
-  size = sum(leaf.size for leaf in jax.tree.leaves(task_lib.shapes(task)))
+  most = _MEDIUM.get(jax.default_backend(), _SMALL)
   settings = experiment.make_settings(config, task)
   return (
       t.group_size != 1
-      and size <= _SMALL
+      and _size(task) <= most
       and t.parallel == 'none'
       and task.sampling != 'stream'
       and not t.recipe
       and t.checkpoint_every == 0
       and settings.num_steps % settings.eval_every == 0
   )
+
+
+def _size(task: task_lib.Task) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(task_lib.shapes(task)))
 
 
 def _train_together(
@@ -261,7 +269,7 @@ def _train_together(
       [run.config.seed for run in members],
       hypers,
       group_size=config.training.group_size,
-      one_by_one=config.method.estimator == 'page',
+      one_by_one=config.method.estimator == 'page' or _size(task) > _SMALL,
       evaluators=evaluators,
       report=report,
   )

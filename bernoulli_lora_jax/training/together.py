@@ -10,7 +10,8 @@ same runs one after another, to rounding.
 The number of a step is the same in all runs and stays out of the batch, so that
 the end of a link remains a branch; under `vmap` PAGE's choice would become a
 select that computes the full gradient at each step, so its runs are mapped one
-after another, within the same program.
+after another, within the same program. So are those of models that fill a device
+alone.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -204,8 +205,9 @@ def _compile(
   steps = steps.lower(states, params, keys, hyper, flags, data, step).compile()
   trained = method.trained(task_lib.shapes(parts.task))
   name = (size, tuple(jax.tree.leaves(trained)), parts.settings.eval_gradient)
+  name += (parts.one_by_one,)
   if name not in evaluators:
-    evaluate = jax.jit(jax.vmap(parts.evaluate(method), (0, None)))
+    evaluate = jax.jit(parts.mapped(parts.evaluate(method), (0, None), 0))
     evaluators[name] = evaluate.lower(params, data).compile()
   evaluate = evaluators[name]
   needed = max(_bytes(steps), _bytes(evaluate))
