@@ -13,9 +13,12 @@ import subprocess
 import sys
 import tempfile
 from unittest import mock
+import warnings
 
 from absl.testing import parameterized
+import chex
 import finetune_runs
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,11 +31,14 @@ from bernoulli_lora_jax.models import decoder
 from bernoulli_lora_jax.models import hf
 from bernoulli_lora_jax.models import tokenizer as tokenizer_lib
 from bernoulli_lora_jax.tasks import language_model
+from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import finetune
 from bernoulli_lora_jax.training import loop
+from bernoulli_lora_jax.training import programs
 from bernoulli_lora_jax.training import reporting
 from bernoulli_lora_jax.training import served
 from bernoulli_lora_jax.training import tuned
@@ -313,6 +319,75 @@ class PartsTest(parameterized.TestCase):
     self.assertFalse(
         list(FOLDER.glob('*named*')) + list(FOLDER.glob('.named*'))
     )
+
+
+class KeptTest(parameterized.TestCase):
+  """The best step of a run that stops early, on a small task."""
+
+  @parameterized.parameters(
+      # Losses of the evaluations at steps 2, 4, ...; the best step; links of 5 steps.
+      ([3, 2, 1, 4, 5], 6, 2),
+      ([2, 1, 4, 5], 4, 1),
+      ([3, 3, 2, 3, 1, 2], 10, 2),
+      ([3, math.inf, 2, 4, 1, 0], 12, 3),
+      ([math.inf, math.inf], 0, 0),
+  )
+  def test_recipe_is_of_the_best_step(self, losses, best_step, num_links):
+    told = mock.Mock(side_effect=[9, *losses, 7])  # At step 0, and at the end.
+    program = small_program()
+    folder = pathlib.Path(tempfile.mkdtemp(dir=FOLDER))
+    evaluate = lambda self, state: {'validation_loss': told()}
+    with mock.patch.object(programs.Program, 'evaluate', evaluate):
+      ended = loop.train(program, 0, folder, {}, {})
+    self.assertEqual(told.call_count, len(losses) + 2)
+    self.assertEqual(ended['best_step'], best_step)
+    recipe = recipes.load_recipe(folder / 'recipe')
+    self.assertEqual(
+        (recipe.num_steps, len(recipe.links)), (best_step, num_links)
+    )
+    start = program.start(jax.random.key(0))
+    with loop.open_checkpoints(program, folder, start) as saver:
+      state, best, _ = loop.restore(saver, program, start)
+    kept = program.params(program.filled(best, state))
+    base = program.task.init(jax.random.key(0))
+    with warnings.catch_warnings():
+      warnings.simplefilter('error')  # Of another checksum.
+      chex.assert_trees_all_equal(recipes.replay(base, recipe), kept)
+
+
+def small_task(*, batch_size):
+  """Returns least squares."""
+  x = np.asarray(jax.random.normal(jax.random.key(0), (12, 6)))
+  y = x @ np.asarray(jax.random.normal(jax.random.key(1), (6, 4)))
+
+  def loss(params, batch, key):
+    del key
+    return (
+        jnp.mean((batch['x'] @ params['one']['kernel'] - batch['y']) ** 2),
+        {},
+    )
+
+  return task_lib.from_arrays(
+      'small',
+      loss,
+      weights={'one': {'kernel': jnp.ones((6, 4)) / 3}},
+      train={'x': x, 'y': y},
+      batch_size=batch_size,
+  )
+
+
+@functools.cache
+def small_program():
+  """Returns the program of the small task: at most 12 steps, links of 5."""
+  config = base_config.get_config()
+  config.task.name = f'{pathlib.Path(__file__)}:small_task'
+  config.task.batch_size = 6
+  config.method.mode, config.method.name = 'adapter', 'bernoulli'
+  config.method.rank, config.method.period = 2, 5
+  config.training.num_steps, config.training.eval_every = 12, 2
+  config.training.patience, config.training.recipe = 2, True
+  config.training.progress = False
+  return experiment.make_program(config)
 
 
 def _names(folder):
@@ -610,6 +685,12 @@ class MethodTest(parameterized.TestCase):
     )
     self.assertIn(f'the weights those of {told["best_step"]}', out)
     self.assertEqual(tuned.step_of(folder / 'merged'), told['best_step'])
+    recipe = recipes.load_recipe(folder / 'recipe')
+    self.assertEqual(recipe.num_steps, told['best_step'])
+    base = hf.load(FOLDER / 'model', scan_layers=True).params
+    made = recipes.replay(base, recipe)
+    for path, leaf in matrices.named_leaves(made).items():
+      np.testing.assert_array_equal(leaf, weights(folder / 'merged')[path])
     tune('early', **flags)  # It is over: nothing is refused.
 
   def test_goes_on_from_an_earlier_run(self):

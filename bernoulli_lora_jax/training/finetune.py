@@ -183,7 +183,7 @@ def finetune(
     watch_data: further text whose loss is shown: what the model should not forget.
     num_evals: evaluations, evenly spaced.
     early_stopping: evaluations without a lower loss after which the run stops, its best
-      weights kept (the recipe is that of its last ones); 0 never.
+      weights kept; 0 never.
     targets: regular expression of linear maps, as 'q_proj|v_proj'; '' for all of the
       layers'.
     train_others: regular expression of further weights, trained at full size, as 'norm'.

@@ -194,10 +194,10 @@ def train(
       files.write_json(workdir / 'summary.json', summary)
       raise
     log.close()
-    if settings.recipe:
-      _save_recipe(program, workdir, key, state)
     if settings.patience:
       state = program.filled(best, state)
+    if settings.recipe:
+      _save_recipe(program, workdir, key, state)
     if speeds:
       facts = {'tokens_per_second': float(np.median(speeds)), **facts}
     summary = {
@@ -405,15 +405,16 @@ def _save_link(
 def _save_recipe(
     program: Program, workdir: pathlib.Path, key: jax.Array, state: Any
 ) -> None:
-  """Completes the recipe of a finished run."""
+  """Completes the recipe of a finished run, of the state that it keeps."""
   chain = program.method.chain
   if chain is None:
     raise ValueError('Expected training.recipe=False in gradient mode.')
   final = program.get(state).chain
   step = int(final.count)
-  num_links = -(-step // (chain.policy.period or step))
+  num_links = -(-step // (chain.policy.period or max(1, step)))
   folder = workdir / 'recipe'
-  if step != program.settings.num_steps:  # Stopped early, within a link.
+  # Stopped early, or kept from before the end: within a link.
+  if step != program.settings.num_steps and num_links:
     recipes.save_link(
         folder, num_links - 1, recipes.trained_factors(final, chain)
     )
