@@ -332,7 +332,9 @@ class KeptTest(parameterized.TestCase):
       ([3, math.inf, 2, 4, 1, 0], 12, 3),
       ([math.inf, math.inf], 0, 0),
   )
-  def test_recipe_is_of_the_best_step(self, losses, best_step, num_links):
+  def test_recipe_is_of_the_best_step_which_the_host_keeps(
+      self, losses, best_step, num_links
+  ):
     told = mock.Mock(side_effect=[9, *losses, 7])  # At step 0, and at the end.
     program = small_program()
     folder = pathlib.Path(tempfile.mkdtemp(dir=FOLDER))
@@ -348,6 +350,9 @@ class KeptTest(parameterized.TestCase):
     start = program.start(jax.random.key(0))
     with loop.open_checkpoints(program, folder, start) as saver:
       state, best, _ = loop.restore(saver, program, start)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(best):
+      is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+      self.assertIsInstance(leaf, jax.Array if is_key else np.ndarray, path)
     kept = program.params(program.filled(best, state))
     base = program.task.init(jax.random.key(0))
     with warnings.catch_warnings():

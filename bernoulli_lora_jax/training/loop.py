@@ -515,6 +515,8 @@ def restore(
 ) -> tuple[Any, Any, Progress]:
   """Returns state, best snapshot (or None) and progress of the newest checkpoint.
 
+  The snapshot is on the host, as `Program.snapshot` gives it.
+
   Args:
     saver: see `open_checkpoints`.
     program: see `Program`.
@@ -523,7 +525,7 @@ def restore(
   """
   zero = Progress(0, 0, 0.0, 0, 0, 0.0)
   best = program.snapshot(state) if program.settings.patience else None
-  like = jax.tree.map(jnp.asarray, checkpoint_tree(state, best, zero))
+  like = checkpoint_tree(state, best, zero)  # The best of the host stays there.
   # Checkpoints of the first version hold params besides.
   params = jax.eval_shape(program.method.params, state)
   if program.task.load is not None:  # Not twice at once.
