@@ -1,7 +1,9 @@
 """The commands finetune, merge, export and generate, as a user calls them."""
 
 import contextlib
+import dataclasses
 import functools
+import gc
 import inspect
 import io
 import json
@@ -24,10 +26,12 @@ import numpy as np
 import pytest
 
 from bernoulli_lora_jax import cli
+from bernoulli_lora_jax import export
 from bernoulli_lora_jax import files
 from bernoulli_lora_jax import matrices
 from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax.models import decoder
+from bernoulli_lora_jax.models import generate
 from bernoulli_lora_jax.models import hf
 from bernoulli_lora_jax.models import tokenizer as tokenizer_lib
 from bernoulli_lora_jax.tasks import language_model
@@ -84,7 +88,45 @@ def tune(name, **flags):
 @functools.cache
 def chain_run():
   """The run of most tests: four links of Bernoulli-LoRA."""
-  return tune('chain', watch_data=FOLDER / 'watched.txt')
+  with watched_memory() as seen:
+    folder, out = tune('chain', watch_data=FOLDER / 'watched.txt')
+  return folder, out, seen
+
+
+@contextlib.contextmanager
+def watched_memory():
+  """Yields a list of what is called, and how many sets of weights are then there."""
+  size = sum(x.nbytes for x in weights(FOLDER / 'model').values())
+
+  def held():
+    gc.collect()
+    there = [
+        x for x in jax.live_arrays() if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    # Two arrays may share one buffer, as leaves and their shards do.
+    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in there}.values())
+
+  before, seen = held(), []
+
+  def watched(name, place):
+    function = getattr(place, name)
+
+    def call(*args, **kwargs):
+      seen.append((name, (held() - before) / size))
+      return function(*args, **kwargs)
+
+    return mock.patch.object(place, name, call)
+
+  with contextlib.ExitStack() as stack:
+    for place, name in (
+        (hf, 'load'),
+        (loop, '_peak_memory'),
+        (recipes, 'save_recipe'),
+        (generate, 'generate'),
+        (export, 'report'),
+    ):
+      stack.enter_context(watched(name, place))
+    yield seen
 
 
 def weights(folder):
@@ -359,6 +401,18 @@ class KeptTest(parameterized.TestCase):
       warnings.simplefilter('error')  # Of another checksum.
       chex.assert_trees_all_equal(recipes.replay(base, recipe), kept)
 
+  def test_filled_gives_up_what_it_replaces(self):
+    program = small_program()
+    state = program.start(jax.random.key(0))
+    kept = program.snapshot(state)
+    expected = program.params(state)
+    for load in (None, lambda: expected):
+      task = program.task._replace(load=load)
+      filled = dataclasses.replace(program, task=task).filled(kept, state)
+      chex.assert_trees_all_equal(program.params(filled), expected)
+      one = state.chain.params['one']['kernel']
+      self.assertEqual(one.is_deleted(), load is not None)
+
 
 def small_task(*, batch_size):
   """Returns least squares."""
@@ -424,7 +478,7 @@ class ChainTest(parameterized.TestCase):
   """What is there after a run, of which there is one."""
 
   def test_merged_weights_have_the_loss_that_was_told(self):
-    folder, out = chain_run()
+    folder, out, _ = chain_run()
     told = summary(folder)
     for split in ('validation', 'watched'):
       np.testing.assert_allclose(
@@ -441,7 +495,7 @@ class ChainTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_recipe_makes_the_merged_weights(self):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     base = hf.load(FOLDER / 'model', scan_layers=True).params
     recipe = recipes.load_recipe(folder / 'recipe')
     self.assertLen(recipe.links, 4)
@@ -450,7 +504,7 @@ class ChainTest(parameterized.TestCase):
       np.testing.assert_array_equal(leaf, weights(folder / 'merged')[path])
 
   def test_adapter_has_the_logits_of_the_merged_weights(self):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     base = hf.load(FOLDER / 'model', scan_layers=True)
     params, _ = served._with_adapters(base, [str(folder / 'adapter')], None)
     tuned_params = hf.load(folder / 'merged', scan_layers=True).params
@@ -463,8 +517,23 @@ class ChainTest(parameterized.TestCase):
         np.abs(logits(base.config, base.params) - theirs).max(), 0.01
     )
 
+  def test_one_set_of_weights_at_a_time_is_on_the_device(self):
+    folder, _, seen = chain_run()
+    names = [name for name, _ in seen]
+    end = ['generate', 'load', 'generate', 'report']
+    # The run's base, that of the recipe, that of what is merged, and that of a sample.
+    told = ['load', '_peak_memory', 'load', 'save_recipe', 'load', *end]
+    self.assertEqual(names, told)
+    with watched_memory() as more:
+      _, error = blora('export', folder, FOLDER / 'watched_export')
+    self.assertEqual(error, '')
+    self.assertEqual([name for name, _ in more], ['load', 'load', 'report'])
+    for name, sets in seen + more:
+      # Beside it: data, factors and their moments.
+      self.assertLess(sets, 0.25 if name == 'load' else 1.25, name)
+
   def test_the_same_command_again_prints_without_computing(self):
-    folder, out = chain_run()
+    folder, out, _ = chain_run()
     load = mock.patch.object(hf, 'load', side_effect=AssertionError)
     with load, mock.patch.object(loop, 'compile_ahead') as compiled:
       _, again = tune('chain', watch_data=FOLDER / 'watched.txt')
@@ -484,14 +553,14 @@ class ChainTest(parameterized.TestCase):
       (dict(num_steps=6), 'num_steps'),
   )
   def test_another_run_is_refused(self, flags, message):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     flags = {'watch_data': FOLDER / 'watched.txt', **flags}
     _, error = blora(*finetune_runs.command(FOLDER, folder, **flags))
     self.assertRegex(error, message)
 
   @pytest.mark.slow
   def test_a_process_at_a_time(self):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     with directory.hold(folder):
       words = finetune_runs.command(
           FOLDER, folder, watch_data=FOLDER / 'watched.txt'
@@ -521,7 +590,7 @@ class ChainTest(parameterized.TestCase):
     self.assertEqual(found, [{'tokenizer.json': 'own_words', **rest}, rest])
 
   def test_merge_and_export(self):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     out, error = blora('merge', folder, FOLDER / 'again')
     self.assertEqual(error, '')
     self.assertIn('step 12', out)
@@ -545,7 +614,7 @@ class ChainTest(parameterized.TestCase):
     self.assertEqual(tuned.step_of(FOLDER / 'low'), 12)
 
   def test_sum_of_adapters(self):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     adapter = folder / 'adapter'
     out, error = blora(
         *('merge', FOLDER / 'model', FOLDER / 'sum'),
@@ -558,7 +627,7 @@ class ChainTest(parameterized.TestCase):
       np.testing.assert_allclose(new[path], leaf, rtol=1e-4, atol=1e-6)
 
   def test_generate(self):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     end = json.loads((folder / finetune._END).read_text())
     prompt = end['begins'].removeprefix('<s>')
     flags = [f'--prompt={prompt}', '--max-new-tokens=48']
@@ -574,7 +643,7 @@ class ChainTest(parameterized.TestCase):
     self.assertNotEqual(added, before)
 
   def test_generate_many(self):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     flags = '--temperature=1 --max-new-tokens=4 --num=2 --chat'.split()
     out, error = blora(
         'generate', folder, '--prompts=-', *flags, stdin='One\n\nTwo\n'
@@ -588,7 +657,7 @@ class ChainTest(parameterized.TestCase):
     self.assertNotEqual(one, other)
 
   def test_chat_is_the_template(self):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     seen = []
     fake = lambda config, params, rows, **options: (
         seen.append((rows, options)) or [[5]] * len(rows)
@@ -699,7 +768,7 @@ class MethodTest(parameterized.TestCase):
     tune('early', **flags)  # It is over: nothing is refused.
 
   def test_goes_on_from_an_earlier_run(self):
-    first, _ = chain_run()
+    first, *_ = chain_run()
     folder, _ = tune('second', model=first, watch_data=FOLDER / 'watched.txt')
     begun, ended = lines(folder)[0], summary(first)
     np.testing.assert_allclose(

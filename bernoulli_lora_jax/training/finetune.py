@@ -686,8 +686,6 @@ def _finish(
   params = tuned.merged(run)
   if 'merged' in missing:
     tuned.save_merged(run, directory / 'merged', params=params)
-  base = run.program.task.load()  # pyrefly: ignore
-  lost = tuned.what_merges_lost(run, thin, base, params) if thin else []
   words = language_model.load_tokenizer(tokenizer, run.checkpoint)
   ids = words.encode(prompt) if prompt else _beginning(task)
   say = lambda params: words.decode(
@@ -699,13 +697,16 @@ def _finish(
           end_tokens=[] if words.eos_id is None else [words.eos_id],
       )[0]
   )
+  after = say(params)
+  params = tuned.on_host(params)  # Before another base is on the device.
+  base = run.program.task.load()  # pyrefly: ignore
   end = {
       **asked,
       'step': run.step,
       'begins': words.decode(ids),
       'before': say(base),
-      'after': say(params),
-      'lost': lost,
+      'after': after,
+      'lost': tuned.what_merges_lost(run, thin, base, params) if thin else [],
   }
   files.write_json(directory / _END, end)
   return end

@@ -196,8 +196,6 @@ def train(
     log.close()
     if settings.patience:
       state = program.filled(best, state)
-    if settings.recipe:
-      _save_recipe(program, workdir, key, state)
     if speeds:
       facts = {'tokens_per_second': float(np.median(speeds)), **facts}
     summary = {
@@ -212,6 +210,8 @@ def train(
         **_floats(program.evaluate(state)),
         **_floats(program.test(state)),
     }
+    if settings.recipe:  # After what looks at the peak, and at the state.
+      _save_recipe(program, workdir, key, state)
     files.write_json(workdir / 'summary.json', summary)
     _end_if_terminated(terminated, 'the run is finished')
     return summary
@@ -405,7 +405,10 @@ def _save_link(
 def _save_recipe(
     program: Program, workdir: pathlib.Path, key: jax.Array, state: Any
 ) -> None:
-  """Completes the recipe of a finished run, of the state that it keeps."""
+  """Completes the recipe of a finished run, of the state that it keeps.
+
+  A state of weights that are loaded is consumed.
+  """
   chain = program.method.chain
   if chain is None:
     raise ValueError('Expected training.recipe=False in gradient mode.')
@@ -419,16 +422,9 @@ def _save_recipe(
         folder, num_links - 1, recipes.trained_factors(final, chain)
     )
   links = [recipes.load_link(folder, i) for i in range(num_links)]
-  task = program.task
-  merged = recipes.checksum(
-      program.params(state)
-  )  # Before another base is there.
-  if task.load is None:
-    base = programs.init_params(task, key, task.weights)
-  else:
-    base = task.load()
+  base, merged = _checksums(program, key, state)
   made = recipes.Recipe(
-      recipes.checksum(base),
+      base,
       merged,
       chain.policy,
       chain.matrices,
@@ -437,6 +433,20 @@ def _save_recipe(
       tuple(links),
   )
   recipes.save_recipe(folder, made, links=False)  # They are there.
+
+
+def _checksums(program: Program, key: jax.Array, state: Any) -> tuple[str, str]:
+  """Returns those of the base and of the merged weights; see `_save_recipe`."""
+  task = program.task
+  if task.load is None:
+    base = programs.init_params(task, key, task.weights)
+    return recipes.checksum(base), recipes.checksum(program.params(state))
+  own = program.get(state)
+  params = program.method.params_of_large(own, in_place=True)
+  merged = recipes.checksum(params)
+  # One set of weights at a time is on the device.
+  jax.tree.map(lambda leaf: leaf.delete(), params)
+  return recipes.checksum(task.load()), merged
 
 
 def _save(

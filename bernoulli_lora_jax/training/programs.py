@@ -175,10 +175,20 @@ class Program:
     return jax.tree.map(lambda x, s: None if s else _on_host(x), kept, stays)
 
   def filled(self, snapshot: Any, state: Any) -> Any:
-    """Returns a snapshot with what stays taken from a state, as `put` gives it."""
+    """Returns a snapshot with what stays taken from a state, as `put` gives it.
+
+    Of weights that are loaded what it replaces of the state is given up.
+    """
     none = lambda x: x is None
     kept = self.method.snapshot(self.get(state))
-    pick = lambda own, other: other if own is None else jnp.asarray(own)
+
+    def pick(own, other):
+      if own is None:
+        return other
+      if self.task.load is not None:  # Not twice at once.
+        other.delete()
+      return jnp.asarray(own)
+
     return self.put(jax.tree.map(pick, snapshot, kept, is_leaf=none))
 
   def evaluate(self, state: Any) -> dict[str, jax.Array]:

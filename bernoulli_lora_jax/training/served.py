@@ -104,7 +104,7 @@ def export(
       thin = tuned.save_adapter(
           found, folder, style=format, rank=rank, dtype=dtype or 'float32'
       )
-      params = tuned.merged(found)
+      params = tuned.on_host(tuned.merged(found))  # Before another base.
       base = found.program.task.load()  # pyrefly: ignore
       rows = tuned.what_merges_lost(found, thin, base, params)
       print(reporting.table(rows) + '\n')
