@@ -101,7 +101,11 @@ def watched_memory():
   def held():
     gc.collect()
     there = [
-        x for x in jax.live_arrays() if jnp.issubdtype(x.dtype, jnp.floating)
+        shard.data
+        for x in jax.live_arrays()
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        for shard in x.addressable_shards
+        if shard.device == jax.devices()[0]
     ]
     # Two arrays may share one buffer, as leaves and their shards do.
     return sum({x.unsafe_buffer_pointer(): x.nbytes for x in there}.values())
@@ -145,6 +149,15 @@ def logits(config, params):
   """Returns logits of some tokens."""
   tokens = np.arange(3, 35, dtype=np.int32).reshape(2, 16) * 7
   return np.asarray(decoder.logits(decoder.apply(config, params, tokens)))
+
+
+def make_config(**flags):
+  """Returns the config of a run."""
+  given = dict.fromkeys(inspect.signature(finetune.finetune).parameters, '')
+  defaults = inspect.signature(finetune.finetune).parameters.values()
+  given |= {p.name: p.default for p in defaults if p.default is not p.empty}
+  given |= {'data': str(FOLDER / 'data.jsonl'), **flags}
+  return finetune.make_config(given, hf.open_folder(FOLDER / 'model'))
 
 
 def lines(folder):
@@ -304,13 +317,7 @@ class PartsTest(parameterized.TestCase):
   )
   def test_trained_numbers(self, flags, expected):
     """Of stacks all layers count, of embedding and head the rows that train."""
-    given = dict.fromkeys(inspect.signature(finetune.finetune).parameters, '')
-    defaults = inspect.signature(finetune.finetune).parameters.values()
-    given |= {p.name: p.default for p in defaults if p.default is not p.empty}
-    data = str(FOLDER / 'data.jsonl')
-    given |= {'data': data, 'num_steps': 12, **flags, 'rank': 2}
-    found = hf.open_folder(FOLDER / 'model')
-    config = finetune.make_config(given, found)
+    config = make_config(num_steps=12, **flags, rank=2)
     task = language_model.without_data(str(FOLDER / 'model')).task
     rows = experiment.selection(config, task)
     if 'train_tokens' in flags:
@@ -325,6 +332,44 @@ class PartsTest(parameterized.TestCase):
         loop._check_line({name: math.nan, 'validation_perplexity': 1.0}, 3)
     line = {'validation_loss': math.inf, 'validation_perplexity': math.inf}
     self.assertEqual(loop._check_line(line, 3), line)
+
+  @parameterized.parameters(('none', 12), ('jit', 12), ('jit', 1e9))
+  def test_mode_is_the_first_that_fits(self, parallel, limit):
+    """On one device and several: what is compiled ahead tells."""
+    flags = dict(method='lora', targets='q_proj', max_length=64)
+    config = make_config(parallel=parallel, num_steps=12, **flags)
+    platform = mock.patch.object(finetune, '_is_cpu', lambda: False)
+    memory = mock.patch.object(finetune, '_memory', lambda: limit)
+    out = io.StringIO()
+    with platform, memory, contextlib.redirect_stderr(out):
+      args = config, 'auto', FOLDER / 'unwritten', []
+      config, program = finetune._fitting(*args)
+    fits = limit > 12
+    self.assertEqual(config.task.kwargs.scan_layers, not fits)
+    self.assertEqual('trying memory mode' in out.getvalue(), not fits)
+    self.assertLen(program.compiled, 1)
+
+  @parameterized.parameters('none', 'jit')
+  def test_compiled_ahead_is_what_trains(self, parallel):
+    config = base_config.get_config()
+    config.update_from_flattened_dict(
+        {
+            'task.name': f'{__file__}:stream_task',
+            'task.batch_size': 8,
+            'training.parallel': parallel,
+            'training.num_steps': 4,
+            'training.num_evals': 1,
+            'training.eval_gradient': False,
+            'training.progress': False,
+            'method.name': 'full',
+        }
+    )
+    program = experiment.make_program(config)
+    compiled = loop.compile_ahead(program)
+    self.assertGreater(compiled.memory_analysis().argument_size_in_bytes, 0)
+    folder = pathlib.Path(tempfile.mkdtemp(dir=FOLDER))
+    self.assertEqual(experiment.train(config, folder, program)['step'], 4)
+    self.assertEqual(program.compiled, {4: compiled})
 
   @parameterized.parameters(checkpoint._FROZEN, checkpoint._DIGEST)
   def test_last_checkpoint_goes_when_the_next_is_whole(self, last):
@@ -432,6 +477,38 @@ def small_task(*, batch_size):
       weights={'one': {'kernel': jnp.ones((6, 4)) / 3}},
       train={'x': x, 'y': y},
       batch_size=batch_size,
+  )
+
+
+class Ones:
+  """A stream."""
+
+  def __next__(self):
+    return {'x': np.ones((8, 6), np.float32)}
+
+  def get_state(self):
+    return {}
+
+  def set_state(self, state):
+    del state
+
+
+def stream_task(*, batch_size):
+  """Returns a task whose batches come from a stream."""
+
+  def loss(params, batch, key):
+    del key
+    return jnp.mean((batch['x'] @ params['one']['kernel']) ** 2), {}
+
+  return task_lib.Task(
+      'ones',
+      lambda key: {'one': {'kernel': jnp.ones((6, 4))}},
+      {},
+      loss,
+      8,
+      batch_size,
+      'stream',
+      stream=lambda seed: Ones(),
   )
 
 
@@ -797,6 +874,19 @@ class MethodTest(parameterized.TestCase):
     whole, _ = tune('whole', num_steps=24, num_evals=8, **flags)
     for path, leaf in weights(whole / 'merged').items():
       np.testing.assert_array_equal(leaf, weights(folder / 'merged')[path])
+
+  def test_devices_share_a_batch(self):
+    flags = dict(batch_size=8, num_steps=6, num_evals=2)
+    one, _ = tune('one_device', **flags)
+    with watched_memory() as seen:
+      many, _ = tune('devices', parallel='jit', **flags)
+    for name, sets in seen:
+      self.assertLess(sets, 0.25 if name == 'load' else 1.25, name)
+    for line, other in zip(lines(one), lines(many), strict=True):
+      self.assertEqual(line['step'], other['step'])
+      for name in ('loss', 'validation_loss'):
+        if name in line:
+          np.testing.assert_allclose(line[name], other[name], rtol=1e-4)
 
   def test_without_evaluations(self):
     folder, out = tune('blind', eval_fraction=0, export='merged')

@@ -197,7 +197,7 @@ def finetune(
     skip_bad: whether bad lines are left out in place of an error.
     separator: of documents in files of text.
     mode: speed (layers unrolled, nothing recomputed), memory (scanned, recomputed),
-      or the first that fits; memory on a CPU, speed with parallel=jit.
+      or the first that fits; memory on a CPU.
     dtype: of the weights; '' for that of the files, float32 for full.
     compute_dtype: '' for that of the weights, with full for that of the files.
     rounding: of merges; auto is stochastic for bfloat16 and float16 weights.
@@ -489,7 +489,7 @@ def _fitting(
   """
   modes = {'speed': (False, 'none'), 'memory': (True, 'full')}
   tried = list(modes) if mode == 'auto' else [mode]
-  if mode == 'auto' and jax.devices()[0].platform == 'cpu':
+  if mode == 'auto' and _is_cpu():
     tried = ['memory']  # It compiles in a fraction of the time.
   begun = None
   if (directory / 'config.json').is_file():
@@ -506,8 +506,7 @@ def _fitting(
     _check_exports(directory, chosen, program.settings)
     if loop.finished(directory, program.settings.num_steps) is not None:
       break
-    if program.driver.kind == 'none':
-      loop.compile_ahead(program)
+    loop.compile_ahead(program)
     needed = _bytes_of(program)['step']
     if limit is None or needed <= _FITS * limit:
       break
@@ -560,11 +559,14 @@ def _dispatch(config: config_dict.ConfigDict, most: int) -> int:
 def _steps_of_seconds(task: task_lib.Task) -> int:
   """Returns the steps that take about two seconds."""
   numbers = sum(x.size for x in jax.tree.leaves(task_lib.shapes(task)))
-  platform = jax.devices()[0].platform
-  rate = _RATES.get(platform, _RATES['gpu'])
-  rate *= (os.cpu_count() or 1) if platform == 'cpu' else 1
+  rate = _RATES.get(jax.devices()[0].platform, _RATES['gpu'])
+  rate *= (os.cpu_count() or 1) if _is_cpu() else 1
   seconds = 6 * numbers * task.num_tokens / rate
   return int(np.clip(round(_SECONDS / seconds), 1, 50))
+
+
+def _is_cpu() -> bool:
+  return jax.devices()[0].platform == 'cpu'
 
 
 def _memory() -> int | None:

@@ -324,10 +324,10 @@ def compile_ahead(program: Program) -> Any:
   """Returns the first dispatch compiled from shapes, nothing loaded.
 
   Args:
-    program: of one device, with a stream.
+    program: of one process, not of pmap, with a stream.
 
   Returns:
-    What jax compiles to; `memory_analysis` tells what it takes.
+    What jax compiles to; `memory_analysis` tells what it takes of each device.
   """
   num = _num_next(program, Progress(0, 0, math.inf, 0, 0, 0.0))
   task, key = program.task, jax.random.key(0)
@@ -337,6 +337,7 @@ def compile_ahead(program: Program) -> Any:
   rows = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((num, *x.shape), x.dtype), one
   )
+  state, rows = program.driver.placed(state, rows)
   begun = time.perf_counter()
   lowered = program.jit(num, state).lower(program.data, state, key, 0, rows)
   program.compiled[num] = lowered.compile()
