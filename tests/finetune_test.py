@@ -36,6 +36,7 @@ from bernoulli_lora_jax.models import hf
 from bernoulli_lora_jax.models import tokenizer as tokenizer_lib
 from bernoulli_lora_jax.tasks import language_model
 from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import directory
@@ -326,6 +327,16 @@ class PartsTest(parameterized.TestCase):
     else:
       self.assertEqual(sum(row['trained'] for row in rows), expected)
 
+  def test_tokens_are_counted_without_padding(self):
+    config = make_config(num_steps=12, max_length=100, batch_size=2)
+    task = arguments.make_task(config)
+    stream, rows = task.stream(0), task.num_samples
+    segments = [stream._next_row()['segments'] for _ in range(rows)]
+    self.assertEqual(stream.get_state()['epoch'], 0)
+    whole = np.count_nonzero(np.stack(segments))
+    self.assertLess(whole, 0.95 * rows * 100)
+    self.assertEqual(task.num_tokens, round(2 * whole / rows))
+
   def test_loss_that_is_not_finite_ends_a_run(self):
     for name in ('validation_loss', 'train_loss'):
       with self.assertRaisesRegex(loop.DivergedError, f'{name}, got nan at'):
@@ -561,6 +572,7 @@ class ChainTest(parameterized.TestCase):
       np.testing.assert_allclose(
           loss_of(folder / 'merged', split), told[f'{split}_loss'], rtol=1e-5
       )
+    self.assertRegex(out, r'12 steps of 1\d\d tokens in 2 rows of 64 \(')
     (first, *_), last = lines(folder), lines(folder)[-1]
     self.assertEqual((first['step'], last['step']), (0, 12))
     self.assertLess(last['validation_loss'], first['validation_loss'])

@@ -97,8 +97,9 @@ def make_task(
       scan_layers.
 
   Returns:
-    A task; num_samples is the rows of its first epoch. Metrics of validation and of
-    what is watched are loss, in nats a token, and perplexity.
+    A task; num_samples is the rows of its first epoch, num_tokens the tokens of a
+    batch in their mean, padding left out. Metrics of validation and of what is
+    watched are loss, in nats a token, and perplexity.
 
   Raises:
     FileNotFoundError: no such files.
@@ -174,7 +175,9 @@ def make_task(
       data=splits,
       loss=loss,
       num_samples=num_samples,
-      num_tokens=batch_size * max_length,
+      num_tokens=round(
+          batch_size * len(documents['train'].tokens) / num_samples
+      ),
       preview=text.show(documents['train'], found_tokenizer),
       metrics=functools.partial(_metrics, loss, chunk),
       chunk=chunk,

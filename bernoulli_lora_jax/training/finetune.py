@@ -532,9 +532,10 @@ def _made(
     t.eval_every = begun.training.eval_every
     t.checkpoint_every = t.checkpoint_every or begun.training.checkpoint_every
   # A checkpoint takes seconds: every two minutes.
-  apart = max(1, round(60 * _steps_of_seconds(task) / t.eval_every))
+  most = _steps_of_seconds(task, config.task.kwargs.max_length)
+  apart = max(1, round(60 * most / t.eval_every))
   t.checkpoint_every = t.checkpoint_every or apart * t.eval_every
-  t.steps_per_dispatch = _dispatch(config, _steps_of_seconds(task))
+  t.steps_per_dispatch = _dispatch(config, most)
   return experiment.make_program(config, task)
 
 
@@ -556,12 +557,12 @@ def _dispatch(config: config_dict.ConfigDict, most: int) -> int:
   return parts[-1] if 2 * parts[-1] >= min(most, *gaps) else most
 
 
-def _steps_of_seconds(task: task_lib.Task) -> int:
-  """Returns the steps that take about two seconds."""
+def _steps_of_seconds(task: task_lib.Task, length: int) -> int:
+  """Returns the steps that take about two seconds, on rows of a length."""
   numbers = sum(x.size for x in jax.tree.leaves(task_lib.shapes(task)))
   rate = _RATES.get(jax.devices()[0].platform, _RATES['gpu'])
   rate *= (os.cpu_count() or 1) if _is_cpu() else 1
-  seconds = 6 * numbers * task.num_tokens / rate
+  seconds = 6 * numbers * task.batch_size * length / rate
   return int(np.clip(round(_SECONDS / seconds), 1, 50))
 
 
@@ -623,7 +624,8 @@ def _show_start(
   )
   epochs = settings.num_steps * task.batch_size / task.num_samples
   print(
-      f'{settings.num_steps:,} steps of {task.num_tokens:,} tokens'
+      f'{settings.num_steps:,} steps of {task.num_tokens:,} tokens in'
+      f' {task.batch_size} rows of {config.task.kwargs.max_length:,}'
       f' ({epochs:.2f} epochs of {task.num_samples:,} rows) on'
       f' {jax.devices()[0].device_kind}, into {directory}'
   )
