@@ -255,6 +255,33 @@ class InputTest(parameterized.TestCase):
     self.assertFalse((FOLDER / 'wrong').exists())
     self.assertFalse(list((FOLDER / 'model').glob('.*')))
 
+  @parameterized.parameters(
+      ('speed', 'layers_1/', ''),
+      (
+          'speed',
+          '^layers/',
+          'such as layers_0/.* with mode=speed, got targets=',
+      ),
+      ('memory', '^layers/', ''),
+      (
+          'memory',
+          'layers_1/',
+          'such as layers/.* with mode=memory, got targets=',
+      ),
+      ('auto', '^layers/', 'with mode=speed, got targets='),
+      ('auto', 'layers_1/', 'with mode=memory, got targets='),
+      ('auto', 'q_proj', ''),
+  )
+  def test_targets_are_of_the_paths_of_the_modes(self, mode, targets, message):
+    config = make_config(num_steps=12, period=3, targets=targets, mode=mode)
+    with mock.patch.object(finetune, '_is_cpu', lambda: False):
+      modes = finetune._modes(mode, FOLDER / 'unwritten')
+    if not message:
+      finetune._check_method(config, modes)
+      return
+    with self.assertRaisesRegex(ValueError, message):
+      finetune._check_method(config, modes)
+
   def test_both_spellings_of_a_flag(self):
     out, _ = blora('finetune', '--help')
     self.assertIn('--num-steps INT', out)
@@ -349,11 +376,10 @@ class PartsTest(parameterized.TestCase):
     """On one device and several: what is compiled ahead tells."""
     flags = dict(method='lora', targets='q_proj', max_length=64)
     config = make_config(parallel=parallel, num_steps=12, **flags)
-    platform = mock.patch.object(finetune, '_is_cpu', lambda: False)
     memory = mock.patch.object(finetune, '_memory', lambda: limit)
     out = io.StringIO()
-    with platform, memory, contextlib.redirect_stderr(out):
-      args = config, 'auto', FOLDER / 'unwritten', []
+    with memory, contextlib.redirect_stderr(out):
+      args = config, ['speed', 'memory'], FOLDER / 'unwritten', []
       config, program = finetune._fitting(*args)
     fits = limit > 12
     self.assertEqual(config.task.kwargs.scan_layers, not fits)

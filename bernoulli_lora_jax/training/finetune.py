@@ -93,6 +93,8 @@ _OF_TASK = (
     *('kind', 'max_length', 'eval_fraction', 'template'),
     *('turns', 'over_limit', 'skip_bad', 'separator'),
 )
+# {mode: (scan_layers, remat)}.
+_MODES = {'speed': (False, 'none'), 'memory': (True, 'full')}
 _END = 'end.json'  # What was printed at the end, and at which step.
 _SECONDS = 2.0  # Of a dispatch, about: between two looks at signals and losses.
 _RATES = {'cpu': 1e10, 'gpu': 3e14, 'tpu': 1e14}  # FLOP/s, of a CPU's core.
@@ -219,8 +221,9 @@ def finetune(
     _check_rank(directory, chosen, adapter_rank)
     found = hf.open_folder(tuned.resolve(model))
     config = make_config(given, found)
-    _check_method(config)
-    config, program = _fitting(config, mode, directory, chosen)
+    modes = _modes(mode, directory)
+    _check_method(config, modes)
+    config, program = _fitting(config, modes, directory, chosen)
   _show_start(config, program, directory)
   try:
     summary = loop.train(*experiment.run_of(config, directory, program))
@@ -407,15 +410,29 @@ def _check_output(directory: pathlib.Path) -> None:
       )
 
 
-def _check_method(config: config_dict.ConfigDict) -> None:
+def _check_method(config: config_dict.ConfigDict, modes: list[str]) -> None:
   """Raises for what is wrong whatever the data are, before they are read."""
   fields.check(config)
   config = config.copy_and_resolve_references()
   kwargs = config.task.kwargs
-  bare = language_model.without_data(
-      model=kwargs.model, batch_size=config.task.batch_size
-  )
-  paths = list(matrices_lib.named_leaves(task_lib.shapes(bare.task)))
+  for mode in modes:  # Of which each has paths of its own.
+    kwargs.scan_layers, kwargs.remat = _MODES[mode]
+    run = {name: kwargs[name] for name in language_model.RUN_FIELDS}
+    bare = language_model.without_data(
+        model=kwargs.model, batch_size=config.task.batch_size, **run
+    )
+    _check_patterns(config, bare.task, mode)
+  # Of epochs it is not known yet.
+  config.training.num_steps = config.training.num_steps or 1 << 30
+  experiment.make_program(config, bare.task)
+  language_model.load_tokenizer(kwargs.tokenizer, bare.checkpoint)
+
+
+def _check_patterns(
+    config: config_dict.ConfigDict, task: task_lib.Task, mode: str
+) -> None:
+  """Raises for patterns that match no path of a mode's weights."""
+  paths = list(matrices_lib.named_leaves(task_lib.shapes(task)))
   linear = [path for path in paths if path.endswith('/kernel')]
   for flag, pattern, known in (
       ('targets', config.method.select, linear),
@@ -424,13 +441,9 @@ def _check_method(config: config_dict.ConfigDict) -> None:
     if pattern and not any(map(_pattern(flag, pattern).search, known)):
       kinds = sorted({tuned.kind(path) for path in known})
       raise ValueError(
-          f'Expected {flag} to match one of {", ".join(kinds)}, got'
-          f' {flag}={pattern!r}.'
+          f'Expected {flag} to match one of {", ".join(kinds)}, such as'
+          f' {max(known, key=len)} with mode={mode}, got {flag}={pattern!r}.'
       )
-  # Of epochs it is not known yet.
-  config.training.num_steps = config.training.num_steps or 1 << 30
-  experiment.make_program(config, bare.task)
-  language_model.load_tokenizer(kwargs.tokenizer, bare.checkpoint)
 
 
 def _check_exports(
@@ -477,29 +490,34 @@ def _with_checkpoint(text: str, directory: pathlib.Path) -> str:
   )
 
 
+def _begun(directory: pathlib.Path) -> config_dict.ConfigDict | None:
+  """Returns the config of the run in a directory, None where none was begun."""
+  if not (directory / 'config.json').is_file():
+    return None
+  return experiment.read_config(directory)
+
+
+def _modes(mode: str, directory: pathlib.Path) -> list[str]:
+  """Returns the modes that are tried; a run that was begun goes on as it was."""
+  if mode != 'auto':
+    return [mode]
+  if begun := _begun(directory):
+    is_scanned = begun.task.kwargs.get('scan_layers', True)
+    return ['memory' if is_scanned else 'speed']
+  # On a CPU that which compiles in a fraction of the time.
+  return ['memory'] if _is_cpu() else list(_MODES)
+
+
 def _fitting(
     config: config_dict.ConfigDict,
-    mode: str,
+    modes: list[str],
     directory: pathlib.Path,
     chosen: list[str],
 ) -> tuple[config_dict.ConfigDict, programs.Program]:
-  """Returns the config and its compiled program, in the first mode that fits.
-
-  A run that was begun goes on as it was.
-  """
-  modes = {'speed': (False, 'none'), 'memory': (True, 'full')}
-  tried = list(modes) if mode == 'auto' else [mode]
-  if mode == 'auto' and _is_cpu():
-    tried = ['memory']  # It compiles in a fraction of the time.
-  begun = None
-  if (directory / 'config.json').is_file():
-    begun = experiment.read_config(directory)
-  if mode == 'auto' and begun is not None:
-    is_scanned = begun.task.kwargs.get('scan_layers', True)
-    tried = ['memory' if is_scanned else 'speed']
-  limit = _memory()
-  for i, name in enumerate(tried):
-    config.task.kwargs.scan_layers, config.task.kwargs.remat = modes[name]
+  """Returns the config and its compiled program, in the first mode that fits."""
+  begun, limit = _begun(directory), _memory()
+  for i, name in enumerate(modes):
+    config.task.kwargs.scan_layers, config.task.kwargs.remat = _MODES[name]
     program = _made(config, begun)
     # What takes no time before what takes long.
     experiment.check_workdir(config, directory)
@@ -512,7 +530,7 @@ def _fitting(
       break
     print(
         f'{name} mode would take {needed / 2**30:.1f} of {limit / 2**30:.1f} GiB'
-        + ('; trying memory mode.' if i + 1 < len(tried) else '.'),
+        + ('; trying memory mode.' if i + 1 < len(modes) else '.'),
         file=sys.stderr,
     )
   return config, program  # pyrefly: ignore
