@@ -216,6 +216,11 @@ class InputTest(parameterized.TestCase):
       ('rank_zero', dict(rank=0), 'Expected rank >= 1'),
       ('full', dict(method='full', export='adapter'), 'Expected export=merged'),
       ('export', dict(export='gguf'), "export='gguf'"),
+      (
+          'vllm',
+          dict(export='merged,adapter:vllm', targets='q_proj|head'),
+          'layers alone with export=adapter:vllm, got targets=.*lm_head',
+      ),
       ('a_file', dict(output='DATA'), 'Expected a directory.*output='),
       ('other_things', dict(output='MODEL'), 'Expected an output that is new'),
       ('unnamed', dict(output=''), 'Expected the name of a directory'),
@@ -277,10 +282,10 @@ class InputTest(parameterized.TestCase):
     with mock.patch.object(finetune, '_is_cpu', lambda: False):
       modes = finetune._modes(mode, FOLDER / 'unwritten')
     if not message:
-      finetune._check_method(config, modes)
+      finetune._check_method(config, modes, [])
       return
     with self.assertRaisesRegex(ValueError, message):
-      finetune._check_method(config, modes)
+      finetune._check_method(config, modes, [])
 
   def test_both_spellings_of_a_flag(self):
     out, _ = blora('finetune', '--help')

@@ -222,7 +222,7 @@ def finetune(
     found = hf.open_folder(tuned.resolve(model))
     config = make_config(given, found)
     modes = _modes(mode, directory)
-    _check_method(config, modes)
+    _check_method(config, modes, chosen)
     config, program = _fitting(config, modes, directory, chosen)
   _show_start(config, program, directory)
   try:
@@ -410,7 +410,9 @@ def _check_output(directory: pathlib.Path) -> None:
       )
 
 
-def _check_method(config: config_dict.ConfigDict, modes: list[str]) -> None:
+def _check_method(
+    config: config_dict.ConfigDict, modes: list[str], chosen: list[str]
+) -> None:
   """Raises for what is wrong whatever the data are, before they are read."""
   fields.check(config)
   config = config.copy_and_resolve_references()
@@ -422,6 +424,8 @@ def _check_method(config: config_dict.ConfigDict, modes: list[str]) -> None:
         model=kwargs.model, batch_size=config.task.batch_size, **run
     )
     _check_patterns(config, bare.task, mode)
+  if 'adapter:vllm' in chosen:
+    _check_vllm(config.method.select, bare.task)
   # Of epochs it is not known yet.
   config.training.num_steps = config.training.num_steps or 1 << 30
   experiment.make_program(config, bare.task)
@@ -443,6 +447,18 @@ def _check_patterns(
       raise ValueError(
           f'Expected {flag} to match one of {", ".join(kinds)}, such as'
           f' {max(known, key=len)} with mode={mode}, got {flag}={pattern!r}.'
+      )
+
+
+def _check_vllm(targets: str, task: task_lib.Task) -> None:
+  """Raises for targets that vLLM has no adapter of."""
+  assert task.matrices is not None
+  found = matrices_lib.find(task_lib.shapes(task), task.matrices(targets))
+  for kind in {tuned.kind(m.path) for m in found}:
+    if not kind.endswith('_proj'):
+      raise ValueError(
+          'Expected targets of layers alone with export=adapter:vllm, got'
+          f' targets={targets!r}, which matches {kind}: export merged.'
       )
 
 
