@@ -661,6 +661,17 @@ class ChainTest(parameterized.TestCase):
     end = out.index('Merges and adapter')
     self.assertEqual(again[again.index('Merges and adapter') :], out[end:])
 
+  def test_a_speed_that_nobody_measured_is_not_told(self):
+    folder, out, _ = chain_run()
+    self.assertRegex(out, r'12 steps; .* [\d,]+ tokens/s\n')
+    end, told = files.read_json(folder / finetune._END), summary(folder)
+    told.pop('tokens_per_second')
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+      finetune._show_end(folder, [], told, end)
+    self.assertRegex(out.getvalue(), '12 steps; .* to compile\n')
+    self.assertNotIn('nan', out.getvalue())
+
   @pytest.mark.slow
   def test_another_prompt_is_answered(self):
     _, out = tune('chain', watch_data=FOLDER / 'watched.txt', prompt='Hello')

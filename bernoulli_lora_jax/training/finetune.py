@@ -784,12 +784,14 @@ def _show_end(
   best = summary['best_step']  # Which is kept with early stopping alone.
   keeps_best = run.config['training']['patience'] and best != summary['step']
   peak = summary.get('peak_memory_bytes')
+  # None of a run that was killed after its last step.
+  speed = summary.get('tokens_per_second')
   facts = [
       f'{summary["step"]:,} steps'
       + (f', the weights those of {best:,}' if keeps_best else ''),
       f'{summary["seconds"]:,.0f} s and {summary["compile_seconds"]:,.0f} s to'
       ' compile',
-      f'{summary.get("tokens_per_second", math.nan):,.0f} tokens/s',
+      *([f'{speed:,.0f} tokens/s'] if speed else []),
       *([f'at most {peak / 2**30:.1f} GiB'] if peak else []),
   ]
   print('\n' + '; '.join(facts))
