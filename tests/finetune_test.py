@@ -96,7 +96,7 @@ def chain_run():
 
 @contextlib.contextmanager
 def watched_memory():
-  """Yields a list of what is called, and how many sets of weights are then there."""
+  """Yields [(what is called, sets of weights that are then there, its options)]."""
   size = sum(x.nbytes for x in weights(FOLDER / 'model').values())
 
   def held():
@@ -117,7 +117,7 @@ def watched_memory():
     function = getattr(place, name)
 
     def call(*args, **kwargs):
-      seen.append((name, (held() - before) / size))
+      seen.append((name, (held() - before) / size, kwargs))
       return function(*args, **kwargs)
 
     return mock.patch.object(place, name, call)
@@ -639,7 +639,7 @@ class ChainTest(parameterized.TestCase):
 
   def test_one_set_of_weights_at_a_time_is_on_the_device(self):
     folder, _, seen = chain_run()
-    names = [name for name, _ in seen]
+    names = [name for name, *_ in seen]
     end = ['generate', 'load', 'generate', 'report']
     # The run's base, that of the recipe, that of what is merged, and that of a sample.
     told = ['load', '_peak_memory', 'load', 'save_recipe', 'load', *end]
@@ -647,8 +647,8 @@ class ChainTest(parameterized.TestCase):
     with watched_memory() as more:
       _, error = blora('export', folder, FOLDER / 'watched_export')
     self.assertEqual(error, '')
-    self.assertEqual([name for name, _ in more], ['load', 'load', 'report'])
-    for name, sets in seen + more:
+    self.assertEqual([name for name, *_ in more], ['load', 'load', 'report'])
+    for name, sets, _ in seen + more:
       # Beside it: data, factors and their moments.
       self.assertLess(sets, 0.25 if name == 'load' else 1.25, name)
 
@@ -801,7 +801,16 @@ class ChainTest(parameterized.TestCase):
     text = '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n'
     self.assertEqual(words.decode(chat[0]), text)
     self.assertEqual(words.decode(plain[0]), '<s>Hi')
-    self.assertEqual(options['end_tokens'], [words.eos_id])
+    self.assertEqual(options['end_tokens'], [words.eos_id, finetune_runs.END])
+
+  def test_samples_end_where_answers_do(self):
+    words = tokenizer_lib.load(FOLDER / 'model')
+    ends = [
+        options['end_tokens']
+        for name, _, options in chain_run()[-1]
+        if name == 'generate'
+    ]
+    self.assertEqual(ends, [[words.eos_id, finetune_runs.END]] * 2)
 
 
 @pytest.mark.slow
@@ -934,7 +943,7 @@ class MethodTest(parameterized.TestCase):
     one, _ = tune('one_device', **flags)
     with watched_memory() as seen:
       many, _ = tune('devices', parallel='jit', **flags)
-    for name, sets in seen:
+    for name, sets, _ in seen:
       self.assertLess(sets, 0.25 if name == 'load' else 1.25, name)
     for line, other in zip(lines(one), lines(many), strict=True):
       self.assertEqual(line['step'], other['step'])

@@ -37,6 +37,7 @@ from bernoulli_lora_jax.training import figures
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import programs
 from bernoulli_lora_jax.training import reporting
+from bernoulli_lora_jax.training import served
 from bernoulli_lora_jax.training import tuned
 
 # Of Adam, by method: guesses, which no study has chosen yet. The decoder of 1.7 million
@@ -732,7 +733,7 @@ def _finish(
           params,
           [ids],
           max_new_tokens=_SAMPLE,
-          end_tokens=[] if words.eos_id is None else [words.eos_id],
+          end_tokens=served.end_tokens(run.checkpoint, words),
       )[0]
   )
   after = say(params)
