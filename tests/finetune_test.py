@@ -212,6 +212,14 @@ class InputTest(parameterized.TestCase):
       ('others', dict(train_others='x_'), "norm.*train_others='x_'"),
       ('tokens', dict(train_tokens='no'), 'train_tokens=no'),
       ('tokens_pattern', dict(train_tokens='('), 'Expected train_tokens to be'),
+      *(
+          (
+              f'full_{flag}',
+              {'method': 'full', flag: 'Ġhow'},
+              f"^ValueError: Expected {flag}='' with method=full, .*, got {flag}='Ġhow'.$",
+          )
+          for flag in ('targets', 'train_others', 'train_tokens')
+      ),
       ('rank', dict(rank=100), 'Expected rank <= 48.*rank=100'),
       ('rank_zero', dict(rank=0), 'Expected rank >= 1'),
       ('full', dict(method='full', export='adapter'), 'Expected export=merged'),

@@ -274,12 +274,12 @@ def make_config(
   if rounding == 'auto':
     is_low = dtype in low.values() or not dtype and bool(stored)
     rounding = 'stochastic' if is_low else 'nearest'
-  if is_full and (given['targets'] or given['train_others']):
-    raise ValueError(
-        "Expected targets='' and train_others='' with method=full, which trains all"
-        f' weights, got targets={given["targets"]!r},'
-        f' train_others={given["train_others"]!r}.'
-    )
+  for flag in ('targets', 'train_others', 'train_tokens'):
+    if is_full and given[flag]:
+      raise ValueError(
+          f"Expected {flag}='' with method=full, which trains all weights, got"
+          f' {flag}={given[flag]!r}.'
+      )
   config = base_config.get_config()
   rate = given['learning_rate']
   others, other_rows = _others(given, found)
