@@ -36,6 +36,7 @@ from bernoulli_lora_jax.models import hf
 from bernoulli_lora_jax.models import tokenizer as tokenizer_lib
 from bernoulli_lora_jax.tasks import language_model
 from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.tasks import text
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
@@ -391,13 +392,22 @@ class PartsTest(parameterized.TestCase):
     config = make_config(parallel=parallel, num_steps=12, **flags)
     memory = mock.patch.object(finetune, '_memory', lambda: limit)
     out = io.StringIO()
-    with memory, contextlib.redirect_stderr(out):
+    read = mock.patch.object(text, 'load', wraps=text.load)
+    with memory, read as read, contextlib.redirect_stderr(out):
       args = config, ['speed', 'memory'], FOLDER / 'unwritten', []
       config, program = finetune._fitting(*args)
+    read.assert_called_once()
     fits = limit > 12
     self.assertEqual(config.task.kwargs.scan_layers, not fits)
     self.assertEqual('trying memory mode' in out.getvalue(), not fits)
     self.assertLen(program.compiled, 1)
+    anew, own = arguments.make_task(config), program.task
+    self.assertEqual(own.loss.args, anew.loss.args)
+    self.assertEqual(own.matrices('q_proj'), anew.matrices('q_proj'))
+    for name in ('num_samples', 'num_tokens', 'chunk', 'preview'):
+      self.assertEqual(getattr(own, name), getattr(anew, name))
+    for make in (task_lib.shapes, lambda task: task.load(), lambda t: t.data):
+      chex.assert_trees_all_equal(make(own), make(anew))
 
   @parameterized.parameters('none', 'jit')
   def test_compiled_ahead_is_what_trains(self, parallel):

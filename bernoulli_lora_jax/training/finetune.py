@@ -532,10 +532,16 @@ def _fitting(
     chosen: list[str],
 ) -> tuple[config_dict.ConfigDict, programs.Program]:
   """Returns the config and its compiled program, in the first mode that fits."""
-  begun, limit = _begun(directory), _memory()
+  begun, limit, task = _begun(directory), _memory(), None
+  kwargs = config.task.kwargs
   for i, name in enumerate(modes):
-    config.task.kwargs.scan_layers, config.task.kwargs.remat = _MODES[name]
-    program = _made(config, begun)
+    kwargs.scan_layers, kwargs.remat = _MODES[name]
+    if task is None:
+      task = arguments.make_task(config)
+    else:  # Data are read once.
+      run = {name: kwargs[name] for name in language_model.RUN_FIELDS}
+      task = language_model.with_run(task, kwargs.model, **run)
+    program = _made(config, task, begun)
     # What takes no time before what takes long.
     experiment.check_workdir(config, directory)
     _check_exports(directory, chosen, program.settings)
@@ -554,10 +560,11 @@ def _fitting(
 
 
 def _made(
-    config: config_dict.ConfigDict, begun: config_dict.ConfigDict | None
+    config: config_dict.ConfigDict,
+    task: task_lib.Task,
+    begun: config_dict.ConfigDict | None,
 ) -> programs.Program:
   """Returns the program of a config, whose steps are counted in it."""
-  task = arguments.make_task(config)
   t = config.training
   steps = t.num_passes * task.num_samples / task.batch_size
   t.num_steps = t.num_steps or max(1, round(steps))
