@@ -43,6 +43,9 @@ from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import finetune
+from bernoulli_lora_jax.training import finetune_checks
+from bernoulli_lora_jax.training import finetune_modes
+from bernoulli_lora_jax.training import finetune_shown
 from bernoulli_lora_jax.training import loop
 from bernoulli_lora_jax.training import programs
 from bernoulli_lora_jax.training import reporting
@@ -288,13 +291,13 @@ class InputTest(parameterized.TestCase):
   )
   def test_targets_are_of_the_paths_of_the_modes(self, mode, targets, message):
     config = make_config(num_steps=12, period=3, targets=targets, mode=mode)
-    with mock.patch.object(finetune, '_is_cpu', lambda: False):
-      modes = finetune._modes(mode, FOLDER / 'unwritten')
+    with mock.patch.object(finetune_modes, '_is_cpu', lambda: False):
+      modes = finetune_modes.modes_of(mode, FOLDER / 'unwritten')
     if not message:
-      finetune._check_method(config, modes, [])
+      finetune_checks.check_method(config, modes, [])
       return
     with self.assertRaisesRegex(ValueError, message):
-      finetune._check_method(config, modes, [])
+      finetune_checks.check_method(config, modes, [])
 
   def test_both_spellings_of_a_flag(self):
     out, _ = blora('finetune', '--help')
@@ -330,7 +333,7 @@ class InputTest(parameterized.TestCase):
     folder = FOLDER / 'told'
     (folder / 'merged').mkdir(parents=True)
     settings = mock.Mock(num_steps=12, patience=0)
-    check = lambda: finetune._check_exports(folder, ['merged'], settings)
+    check = lambda: finetune_checks.check_exports(folder, ['merged'], settings)
     with self.assertRaisesRegex(ValueError, 'which is of another run'):
       check()
     mark = folder / 'merged' / tuned.MARK
@@ -390,12 +393,12 @@ class PartsTest(parameterized.TestCase):
     """On one device and several: what is compiled ahead tells."""
     flags = dict(method='lora', targets='q_proj', max_length=64)
     config = make_config(parallel=parallel, num_steps=12, **flags)
-    memory = mock.patch.object(finetune, '_memory', lambda: limit)
+    memory = mock.patch.object(finetune_modes, 'memory', lambda: limit)
     out = io.StringIO()
     read = mock.patch.object(text, 'load', wraps=text.load)
     with memory, read as read, contextlib.redirect_stderr(out):
-      args = config, ['speed', 'memory'], FOLDER / 'unwritten', []
-      config, program = finetune._fitting(*args)
+      args = config, ['speed', 'memory'], FOLDER / 'unwritten', mock.Mock()
+      program = finetune_modes.fitting(*args)
     read.assert_called_once()
     fits = limit > 12
     self.assertEqual(config.task.kwargs.scan_layers, not fits)
@@ -686,7 +689,7 @@ class ChainTest(parameterized.TestCase):
     told.pop('tokens_per_second')
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-      finetune._show_end(folder, [], told, end)
+      finetune_shown.show_end(folder, [], told, end)
     self.assertRegex(out.getvalue(), '12 steps; .* to compile\n')
     self.assertNotIn('nan', out.getvalue())
 
