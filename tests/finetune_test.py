@@ -104,7 +104,6 @@ def watched_memory():
   size = sum(x.nbytes for x in weights(FOLDER / 'model').values())
 
   def held():
-    gc.collect()
     there = [
         shard.data
         for x in jax.live_arrays()
@@ -115,6 +114,7 @@ def watched_memory():
     # Two arrays may share one buffer, as leaves and their shards do.
     return sum({x.unsafe_buffer_pointer(): x.nbytes for x in there}.values())
 
+  gc.collect()
   before, seen = held(), []
 
   def watched(name, place):

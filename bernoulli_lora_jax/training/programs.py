@@ -187,7 +187,7 @@ class Program:
         return other
       if self.task.load is not None:  # Not twice at once.
         other.delete()
-      return jnp.asarray(own)
+      return own
 
     return self.put(jax.tree.map(pick, snapshot, kept, is_leaf=none))
 
