@@ -92,8 +92,12 @@ class Driver:
     return jax.device_put(jax.tree.map(place, tree, marks), self._split())
 
   def placed(self, state: Any, batches: Any) -> tuple[Any, Any]:
-    """Returns the shapes of a state, of no clients, and of batches where `put` and
-    `put_batches` place them; not of pmap."""
+    """Returns shapes where `put` and `put_batches` place arrays; not of pmap.
+
+    Args:
+      state: shapes of it, without clients.
+      batches: shapes of them.
+    """
     if self.kind == 'none':
       return state, batches
 
