@@ -7,6 +7,7 @@ import chat_templates
 import decoders
 import tokenizer_folders
 
+END = 300  # What ends an answer beside the tokenizer's end.
 FLAGS = {
     'num_steps': 12,
     'period': 3,
@@ -28,6 +29,9 @@ def write_model(folder):
       tokenizer_folders.byte_level_with_bos(),
       template=chat_templates.GENERATION,
   )
+  # As chat models have it: the end of a turn beside that of a text.
+  path = folder / 'generation_config.json'
+  path.write_text(json.dumps({'eos_token_id': [END]}))
   return folder
 
 

@@ -1,7 +1,9 @@
 """The commands finetune, merge, export and generate, as a user calls them."""
 
 import contextlib
+import dataclasses
 import functools
+import gc
 import inspect
 import io
 import json
@@ -13,26 +15,39 @@ import subprocess
 import sys
 import tempfile
 from unittest import mock
+import warnings
 
 from absl.testing import parameterized
+import chex
 import finetune_runs
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bernoulli_lora_jax import cli
+from bernoulli_lora_jax import export
 from bernoulli_lora_jax import files
 from bernoulli_lora_jax import matrices
 from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax.models import decoder
+from bernoulli_lora_jax.models import generate
 from bernoulli_lora_jax.models import hf
 from bernoulli_lora_jax.models import tokenizer as tokenizer_lib
 from bernoulli_lora_jax.tasks import language_model
+from bernoulli_lora_jax.tasks import task as task_lib
+from bernoulli_lora_jax.tasks import text
+from bernoulli_lora_jax.training import arguments
+from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
 from bernoulli_lora_jax.training import directory
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import finetune
+from bernoulli_lora_jax.training import finetune_checks
+from bernoulli_lora_jax.training import finetune_modes
+from bernoulli_lora_jax.training import finetune_shown
 from bernoulli_lora_jax.training import loop
+from bernoulli_lora_jax.training import programs
 from bernoulli_lora_jax.training import reporting
 from bernoulli_lora_jax.training import served
 from bernoulli_lora_jax.training import tuned
@@ -78,7 +93,49 @@ def tune(name, **flags):
 @functools.cache
 def chain_run():
   """The run of most tests: four links of Bernoulli-LoRA."""
-  return tune('chain', watch_data=FOLDER / 'watched.txt')
+  with watched_memory() as seen:
+    folder, out = tune('chain', watch_data=FOLDER / 'watched.txt')
+  return folder, out, seen
+
+
+@contextlib.contextmanager
+def watched_memory():
+  """Yields [(what is called, sets of weights that are then there, its options)]."""
+  size = sum(x.nbytes for x in weights(FOLDER / 'model').values())
+
+  def held():
+    there = [
+        shard.data
+        for x in jax.live_arrays()
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        for shard in x.addressable_shards
+        if shard.device == jax.devices()[0]
+    ]
+    # Two arrays may share one buffer, as leaves and their shards do.
+    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in there}.values())
+
+  gc.collect()
+  before, seen = held(), []
+
+  def watched(name, place):
+    function = getattr(place, name)
+
+    def call(*args, **kwargs):
+      seen.append((name, (held() - before) / size, kwargs))
+      return function(*args, **kwargs)
+
+    return mock.patch.object(place, name, call)
+
+  with contextlib.ExitStack() as stack:
+    for place, name in (
+        (hf, 'load'),
+        (loop, '_peak_memory'),
+        (recipes, 'save_recipe'),
+        (generate, 'generate'),
+        (export, 'report'),
+    ):
+      stack.enter_context(watched(name, place))
+    yield seen
 
 
 def weights(folder):
@@ -97,6 +154,15 @@ def logits(config, params):
   """Returns logits of some tokens."""
   tokens = np.arange(3, 35, dtype=np.int32).reshape(2, 16) * 7
   return np.asarray(decoder.logits(decoder.apply(config, params, tokens)))
+
+
+def make_config(**flags):
+  """Returns the config of a run."""
+  given = dict.fromkeys(inspect.signature(finetune.finetune).parameters, '')
+  defaults = inspect.signature(finetune.finetune).parameters.values()
+  given |= {p.name: p.default for p in defaults if p.default is not p.empty}
+  given |= {'data': str(FOLDER / 'data.jsonl'), **flags}
+  return finetune.make_config(given, hf.open_folder(FOLDER / 'model'))
 
 
 def lines(folder):
@@ -150,10 +216,23 @@ class InputTest(parameterized.TestCase):
       ('others', dict(train_others='x_'), "norm.*train_others='x_'"),
       ('tokens', dict(train_tokens='no'), 'train_tokens=no'),
       ('tokens_pattern', dict(train_tokens='('), 'Expected train_tokens to be'),
+      *(
+          (
+              f'full_{flag}',
+              {'method': 'full', flag: 'Ġhow'},
+              f"^ValueError: Expected {flag}='' with method=full, .*, got {flag}='Ġhow'.$",
+          )
+          for flag in ('targets', 'train_others', 'train_tokens')
+      ),
       ('rank', dict(rank=100), 'Expected rank <= 48.*rank=100'),
       ('rank_zero', dict(rank=0), 'Expected rank >= 1'),
       ('full', dict(method='full', export='adapter'), 'Expected export=merged'),
       ('export', dict(export='gguf'), "export='gguf'"),
+      (
+          'vllm',
+          dict(export='merged,adapter:vllm', targets='q_proj|head'),
+          'layers alone with export=adapter:vllm, got targets=.*lm_head',
+      ),
       ('a_file', dict(output='DATA'), 'Expected a directory.*output='),
       ('other_things', dict(output='MODEL'), 'Expected an output that is new'),
       ('unnamed', dict(output=''), 'Expected the name of a directory'),
@@ -193,6 +272,33 @@ class InputTest(parameterized.TestCase):
     self.assertFalse((FOLDER / 'wrong').exists())
     self.assertFalse(list((FOLDER / 'model').glob('.*')))
 
+  @parameterized.parameters(
+      ('speed', 'layers_1/', ''),
+      (
+          'speed',
+          '^layers/',
+          'such as layers_0/.* with mode=speed, got targets=',
+      ),
+      ('memory', '^layers/', ''),
+      (
+          'memory',
+          'layers_1/',
+          'such as layers/.* with mode=memory, got targets=',
+      ),
+      ('auto', '^layers/', 'with mode=speed, got targets='),
+      ('auto', 'layers_1/', 'with mode=memory, got targets='),
+      ('auto', 'q_proj', ''),
+  )
+  def test_targets_are_of_the_paths_of_the_modes(self, mode, targets, message):
+    config = make_config(num_steps=12, period=3, targets=targets, mode=mode)
+    with mock.patch.object(finetune_modes, '_is_cpu', lambda: False):
+      modes = finetune_modes.modes_of(mode, FOLDER / 'unwritten')
+    if not message:
+      finetune_checks.check_method(config, modes, [])
+      return
+    with self.assertRaisesRegex(ValueError, message):
+      finetune_checks.check_method(config, modes, [])
+
   def test_both_spellings_of_a_flag(self):
     out, _ = blora('finetune', '--help')
     self.assertIn('--num-steps INT', out)
@@ -227,7 +333,7 @@ class InputTest(parameterized.TestCase):
     folder = FOLDER / 'told'
     (folder / 'merged').mkdir(parents=True)
     settings = mock.Mock(num_steps=12, patience=0)
-    check = lambda: finetune._check_exports(folder, ['merged'], settings)
+    check = lambda: finetune_checks.check_exports(folder, ['merged'], settings)
     with self.assertRaisesRegex(ValueError, 'which is of another run'):
       check()
     mark = folder / 'merged' / tuned.MARK
@@ -256,13 +362,7 @@ class PartsTest(parameterized.TestCase):
   )
   def test_trained_numbers(self, flags, expected):
     """Of stacks all layers count, of embedding and head the rows that train."""
-    given = dict.fromkeys(inspect.signature(finetune.finetune).parameters, '')
-    defaults = inspect.signature(finetune.finetune).parameters.values()
-    given |= {p.name: p.default for p in defaults if p.default is not p.empty}
-    data = str(FOLDER / 'data.jsonl')
-    given |= {'data': data, 'num_steps': 12, **flags, 'rank': 2}
-    found = hf.open_folder(FOLDER / 'model')
-    config = finetune.make_config(given, found)
+    config = make_config(num_steps=12, **flags, rank=2)
     task = language_model.without_data(str(FOLDER / 'model')).task
     rows = experiment.selection(config, task)
     if 'train_tokens' in flags:
@@ -271,12 +371,68 @@ class PartsTest(parameterized.TestCase):
     else:
       self.assertEqual(sum(row['trained'] for row in rows), expected)
 
+  def test_tokens_are_counted_without_padding(self):
+    config = make_config(num_steps=12, max_length=100, batch_size=2)
+    task = arguments.make_task(config)
+    stream, rows = task.stream(0), task.num_samples
+    segments = [stream._next_row()['segments'] for _ in range(rows)]
+    self.assertEqual(stream.get_state()['epoch'], 0)
+    whole = np.count_nonzero(np.stack(segments))
+    self.assertLess(whole, 0.95 * rows * 100)
+    self.assertEqual(task.num_tokens, round(2 * whole / rows))
+
   def test_loss_that_is_not_finite_ends_a_run(self):
     for name in ('validation_loss', 'train_loss'):
       with self.assertRaisesRegex(loop.DivergedError, f'{name}, got nan at'):
         loop._check_line({name: math.nan, 'validation_perplexity': 1.0}, 3)
     line = {'validation_loss': math.inf, 'validation_perplexity': math.inf}
     self.assertEqual(loop._check_line(line, 3), line)
+
+  @parameterized.parameters(('none', 12), ('jit', 12), ('jit', 1e9))
+  def test_mode_is_the_first_that_fits(self, parallel, limit):
+    """On one device and several: what is compiled ahead tells."""
+    flags = dict(method='lora', targets='q_proj', max_length=64)
+    config = make_config(parallel=parallel, num_steps=12, **flags)
+    memory = mock.patch.object(finetune_modes, 'memory', lambda: limit)
+    out = io.StringIO()
+    read = mock.patch.object(text, 'load', wraps=text.load)
+    with memory, read as read, contextlib.redirect_stderr(out):
+      args = config, ['speed', 'memory'], FOLDER / 'unwritten', mock.Mock()
+      program = finetune_modes.fitting(*args)
+    read.assert_called_once()
+    fits = limit > 12
+    self.assertEqual(config.task.kwargs.scan_layers, not fits)
+    self.assertEqual('trying memory mode' in out.getvalue(), not fits)
+    self.assertLen(program.compiled, 1)
+    anew, own = arguments.make_task(config), program.task
+    self.assertEqual(own.loss.args, anew.loss.args)
+    self.assertEqual(own.matrices('q_proj'), anew.matrices('q_proj'))
+    for name in ('num_samples', 'num_tokens', 'chunk', 'preview'):
+      self.assertEqual(getattr(own, name), getattr(anew, name))
+    for make in (task_lib.shapes, lambda task: task.load(), lambda t: t.data):
+      chex.assert_trees_all_equal(make(own), make(anew))
+
+  @parameterized.parameters('none', 'jit')
+  def test_compiled_ahead_is_what_trains(self, parallel):
+    config = base_config.get_config()
+    config.update_from_flattened_dict(
+        {
+            'task.name': f'{__file__}:stream_task',
+            'task.batch_size': 8,
+            'training.parallel': parallel,
+            'training.num_steps': 4,
+            'training.num_evals': 1,
+            'training.eval_gradient': False,
+            'training.progress': False,
+            'method.name': 'full',
+        }
+    )
+    program = experiment.make_program(config)
+    compiled = loop.compile_ahead(program)
+    self.assertGreater(compiled.memory_analysis().argument_size_in_bytes, 0)
+    folder = pathlib.Path(tempfile.mkdtemp(dir=FOLDER))
+    self.assertEqual(experiment.train(config, folder, program)['step'], 4)
+    self.assertEqual(program.compiled, {4: compiled})
 
   @parameterized.parameters(checkpoint._FROZEN, checkpoint._DIGEST)
   def test_last_checkpoint_goes_when_the_next_is_whole(self, last):
@@ -315,6 +471,124 @@ class PartsTest(parameterized.TestCase):
     )
 
 
+class KeptTest(parameterized.TestCase):
+  """The best step of a run that stops early, on a small task."""
+
+  @parameterized.parameters(
+      # Losses of the evaluations at steps 2, 4, ...; the best step; links of 5 steps.
+      ([3, 2, 1, 4, 5], 6, 2),
+      ([2, 1, 4, 5], 4, 1),
+      ([3, 3, 2, 3, 1, 2], 10, 2),
+      ([3, math.inf, 2, 4, 1, 0], 12, 3),
+      ([math.inf, math.inf], 0, 0),
+  )
+  def test_recipe_is_of_the_best_step_which_the_host_keeps(
+      self, losses, best_step, num_links
+  ):
+    told = mock.Mock(side_effect=[9, *losses, 7])  # At step 0, and at the end.
+    program = small_program()
+    folder = pathlib.Path(tempfile.mkdtemp(dir=FOLDER))
+    evaluate = lambda self, state: {'validation_loss': told()}
+    with mock.patch.object(programs.Program, 'evaluate', evaluate):
+      ended = loop.train(program, 0, folder, {}, {})
+    self.assertEqual(told.call_count, len(losses) + 2)
+    self.assertEqual(ended['best_step'], best_step)
+    recipe = recipes.load_recipe(folder / 'recipe')
+    self.assertEqual(
+        (recipe.num_steps, len(recipe.links)), (best_step, num_links)
+    )
+    start = program.start(jax.random.key(0))
+    with loop.open_checkpoints(program, folder, start) as saver:
+      state, best, _ = loop.restore(saver, program, start)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(best):
+      is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+      self.assertIsInstance(leaf, jax.Array if is_key else np.ndarray, path)
+    kept = program.params(program.filled(best, state))
+    base = program.task.init(jax.random.key(0))
+    with warnings.catch_warnings():
+      warnings.simplefilter('error')  # Of another checksum.
+      chex.assert_trees_all_equal(recipes.replay(base, recipe), kept)
+
+  def test_filled_gives_up_what_it_replaces(self):
+    program = small_program()
+    state = program.start(jax.random.key(0))
+    kept = program.snapshot(state)
+    expected = program.params(state)
+    for load in (None, lambda: expected):
+      task = program.task._replace(load=load)
+      filled = dataclasses.replace(program, task=task).filled(kept, state)
+      chex.assert_trees_all_equal(program.params(filled), expected)
+      one = state.chain.params['one']['kernel']
+      self.assertEqual(one.is_deleted(), load is not None)
+
+
+def small_task(*, batch_size):
+  """Returns least squares."""
+  x = np.asarray(jax.random.normal(jax.random.key(0), (12, 6)))
+  y = x @ np.asarray(jax.random.normal(jax.random.key(1), (6, 4)))
+
+  def loss(params, batch, key):
+    del key
+    return (
+        jnp.mean((batch['x'] @ params['one']['kernel'] - batch['y']) ** 2),
+        {},
+    )
+
+  return task_lib.from_arrays(
+      'small',
+      loss,
+      weights={'one': {'kernel': jnp.ones((6, 4)) / 3}},
+      train={'x': x, 'y': y},
+      batch_size=batch_size,
+  )
+
+
+class Ones:
+  """A stream."""
+
+  def __next__(self):
+    return {'x': np.ones((8, 6), np.float32)}
+
+  def get_state(self):
+    return {}
+
+  def set_state(self, state):
+    del state
+
+
+def stream_task(*, batch_size):
+  """Returns a task whose batches come from a stream."""
+
+  def loss(params, batch, key):
+    del key
+    return jnp.mean((batch['x'] @ params['one']['kernel']) ** 2), {}
+
+  return task_lib.Task(
+      'ones',
+      lambda key: {'one': {'kernel': jnp.ones((6, 4))}},
+      {},
+      loss,
+      8,
+      batch_size,
+      'stream',
+      stream=lambda seed: Ones(),
+  )
+
+
+@functools.cache
+def small_program():
+  """Returns the program of the small task: at most 12 steps, links of 5."""
+  config = base_config.get_config()
+  config.task.name = f'{pathlib.Path(__file__)}:small_task'
+  config.task.batch_size = 6
+  config.method.mode, config.method.name = 'adapter', 'bernoulli'
+  config.method.rank, config.method.period = 2, 5
+  config.training.num_steps, config.training.eval_every = 12, 2
+  config.training.patience, config.training.recipe = 2, True
+  config.training.progress = False
+  return experiment.make_program(config)
+
+
 def _names(folder):
   return sorted(path.name for path in folder.iterdir())
 
@@ -344,12 +618,13 @@ class ChainTest(parameterized.TestCase):
   """What is there after a run, of which there is one."""
 
   def test_merged_weights_have_the_loss_that_was_told(self):
-    folder, out = chain_run()
+    folder, out, _ = chain_run()
     told = summary(folder)
     for split in ('validation', 'watched'):
       np.testing.assert_allclose(
           loss_of(folder / 'merged', split), told[f'{split}_loss'], rtol=1e-5
       )
+    self.assertRegex(out, r'12 steps of 1\d\d tokens in 2 rows of 64 \(')
     (first, *_), last = lines(folder), lines(folder)[-1]
     self.assertEqual((first['step'], last['step']), (0, 12))
     self.assertLess(last['validation_loss'], first['validation_loss'])
@@ -361,7 +636,7 @@ class ChainTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_recipe_makes_the_merged_weights(self):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     base = hf.load(FOLDER / 'model', scan_layers=True).params
     recipe = recipes.load_recipe(folder / 'recipe')
     self.assertLen(recipe.links, 4)
@@ -370,7 +645,7 @@ class ChainTest(parameterized.TestCase):
       np.testing.assert_array_equal(leaf, weights(folder / 'merged')[path])
 
   def test_adapter_has_the_logits_of_the_merged_weights(self):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     base = hf.load(FOLDER / 'model', scan_layers=True)
     params, _ = served._with_adapters(base, [str(folder / 'adapter')], None)
     tuned_params = hf.load(folder / 'merged', scan_layers=True).params
@@ -383,14 +658,40 @@ class ChainTest(parameterized.TestCase):
         np.abs(logits(base.config, base.params) - theirs).max(), 0.01
     )
 
+  def test_one_set_of_weights_at_a_time_is_on_the_device(self):
+    folder, _, seen = chain_run()
+    names = [name for name, *_ in seen]
+    end = ['generate', 'load', 'generate', 'report']
+    # The run's base, that of the recipe, that of what is merged, and that of a sample.
+    told = ['load', '_peak_memory', 'load', 'save_recipe', 'load', *end]
+    self.assertEqual(names, told)
+    with watched_memory() as more:
+      _, error = blora('export', folder, FOLDER / 'watched_export')
+    self.assertEqual(error, '')
+    self.assertEqual([name for name, *_ in more], ['load', 'load', 'report'])
+    for name, sets, _ in seen + more:
+      # Beside it: data, factors and their moments.
+      self.assertLess(sets, 0.25 if name == 'load' else 1.25, name)
+
   def test_the_same_command_again_prints_without_computing(self):
-    folder, out = chain_run()
+    folder, out, _ = chain_run()
     load = mock.patch.object(hf, 'load', side_effect=AssertionError)
     with load, mock.patch.object(loop, 'compile_ahead') as compiled:
       _, again = tune('chain', watch_data=FOLDER / 'watched.txt')
     compiled.assert_not_called()
     end = out.index('Merges and adapter')
     self.assertEqual(again[again.index('Merges and adapter') :], out[end:])
+
+  def test_a_speed_that_nobody_measured_is_not_told(self):
+    folder, out, _ = chain_run()
+    self.assertRegex(out, r'12 steps; .* [\d,]+ tokens/s\n')
+    end, told = files.read_json(folder / finetune._END), summary(folder)
+    told.pop('tokens_per_second')
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+      finetune_shown.show_end(folder, [], told, end)
+    self.assertRegex(out.getvalue(), '12 steps; .* to compile\n')
+    self.assertNotIn('nan', out.getvalue())
 
   @pytest.mark.slow
   def test_another_prompt_is_answered(self):
@@ -404,14 +705,14 @@ class ChainTest(parameterized.TestCase):
       (dict(num_steps=6), 'num_steps'),
   )
   def test_another_run_is_refused(self, flags, message):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     flags = {'watch_data': FOLDER / 'watched.txt', **flags}
     _, error = blora(*finetune_runs.command(FOLDER, folder, **flags))
     self.assertRegex(error, message)
 
   @pytest.mark.slow
   def test_a_process_at_a_time(self):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     with directory.hold(folder):
       words = finetune_runs.command(
           FOLDER, folder, watch_data=FOLDER / 'watched.txt'
@@ -441,7 +742,7 @@ class ChainTest(parameterized.TestCase):
     self.assertEqual(found, [{'tokenizer.json': 'own_words', **rest}, rest])
 
   def test_merge_and_export(self):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     out, error = blora('merge', folder, FOLDER / 'again')
     self.assertEqual(error, '')
     self.assertIn('step 12', out)
@@ -465,7 +766,7 @@ class ChainTest(parameterized.TestCase):
     self.assertEqual(tuned.step_of(FOLDER / 'low'), 12)
 
   def test_sum_of_adapters(self):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     adapter = folder / 'adapter'
     out, error = blora(
         *('merge', FOLDER / 'model', FOLDER / 'sum'),
@@ -478,7 +779,7 @@ class ChainTest(parameterized.TestCase):
       np.testing.assert_allclose(new[path], leaf, rtol=1e-4, atol=1e-6)
 
   def test_generate(self):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     end = json.loads((folder / finetune._END).read_text())
     prompt = end['begins'].removeprefix('<s>')
     flags = [f'--prompt={prompt}', '--max-new-tokens=48']
@@ -494,7 +795,7 @@ class ChainTest(parameterized.TestCase):
     self.assertNotEqual(added, before)
 
   def test_generate_many(self):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     flags = '--temperature=1 --max-new-tokens=4 --num=2 --chat'.split()
     out, error = blora(
         'generate', folder, '--prompts=-', *flags, stdin='One\n\nTwo\n'
@@ -508,7 +809,7 @@ class ChainTest(parameterized.TestCase):
     self.assertNotEqual(one, other)
 
   def test_chat_is_the_template(self):
-    folder, _ = chain_run()
+    folder, *_ = chain_run()
     seen = []
     fake = lambda config, params, rows, **options: (
         seen.append((rows, options)) or [[5]] * len(rows)
@@ -521,7 +822,16 @@ class ChainTest(parameterized.TestCase):
     text = '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n'
     self.assertEqual(words.decode(chat[0]), text)
     self.assertEqual(words.decode(plain[0]), '<s>Hi')
-    self.assertEqual(options['end_tokens'], [words.eos_id])
+    self.assertEqual(options['end_tokens'], [words.eos_id, finetune_runs.END])
+
+  def test_samples_end_where_answers_do(self):
+    words = tokenizer_lib.load(FOLDER / 'model')
+    ends = [
+        options['end_tokens']
+        for name, _, options in chain_run()[-1]
+        if name == 'generate'
+    ]
+    self.assertEqual(ends, [[words.eos_id, finetune_runs.END]] * 2)
 
 
 @pytest.mark.slow
@@ -610,10 +920,16 @@ class MethodTest(parameterized.TestCase):
     )
     self.assertIn(f'the weights those of {told["best_step"]}', out)
     self.assertEqual(tuned.step_of(folder / 'merged'), told['best_step'])
+    recipe = recipes.load_recipe(folder / 'recipe')
+    self.assertEqual(recipe.num_steps, told['best_step'])
+    base = hf.load(FOLDER / 'model', scan_layers=True).params
+    made = recipes.replay(base, recipe)
+    for path, leaf in matrices.named_leaves(made).items():
+      np.testing.assert_array_equal(leaf, weights(folder / 'merged')[path])
     tune('early', **flags)  # It is over: nothing is refused.
 
   def test_goes_on_from_an_earlier_run(self):
-    first, _ = chain_run()
+    first, *_ = chain_run()
     folder, _ = tune('second', model=first, watch_data=FOLDER / 'watched.txt')
     begun, ended = lines(folder)[0], summary(first)
     np.testing.assert_allclose(
@@ -642,6 +958,19 @@ class MethodTest(parameterized.TestCase):
     whole, _ = tune('whole', num_steps=24, num_evals=8, **flags)
     for path, leaf in weights(whole / 'merged').items():
       np.testing.assert_array_equal(leaf, weights(folder / 'merged')[path])
+
+  def test_devices_share_a_batch(self):
+    flags = dict(batch_size=8, num_steps=6, num_evals=2)
+    one, _ = tune('one_device', **flags)
+    with watched_memory() as seen:
+      many, _ = tune('devices', parallel='jit', **flags)
+    for name, sets, _ in seen:
+      self.assertLess(sets, 0.25 if name == 'load' else 1.25, name)
+    for line, other in zip(lines(one), lines(many), strict=True):
+      self.assertEqual(line['step'], other['step'])
+      for name in ('loss', 'validation_loss'):
+        if name in line:
+          np.testing.assert_allclose(line[name], other[name], rtol=1e-4)
 
   def test_without_evaluations(self):
     folder, out = tune('blind', eval_fraction=0, export='merged')

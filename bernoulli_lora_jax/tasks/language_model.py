@@ -97,8 +97,9 @@ def make_task(
       scan_layers.
 
   Returns:
-    A task; num_samples is the rows of its first epoch. Metrics of validation and of
-    what is watched are loss, in nats a token, and perplexity.
+    A task; num_samples is the rows of its first epoch, num_tokens the tokens of a
+    batch in their mean, padding left out. Metrics of validation and of what is
+    watched are loss, in nats a token, and perplexity.
 
   Raises:
     FileNotFoundError: no such files.
@@ -144,8 +145,6 @@ def make_task(
         stacklevel=2,
     )
   most = max_segments or _segments(documents.values(), max_length)
-  config = dataclasses.replace(config, max_segments=most)
-  loss = decoder.make_loss(config, loss_chunk)
   rows = packing_lib.Packing(max_length, most, window, packing)
   splits = {
       name: _with_index(packing_lib.arrays(part, rows))
@@ -169,17 +168,60 @@ def make_task(
         process_count,
     )
     drawn = {'sampling': 'stream', 'stream': stream}
-  chunk = eval_batch_size or batch_size
-  return bare.task._replace(
+  task = bare.task._replace(
       data=splits,
-      loss=loss,
       num_samples=num_samples,
-      num_tokens=batch_size * max_length,
+      num_tokens=round(
+          batch_size * len(documents['train'].tokens) / num_samples
+      ),
       preview=text.show(documents['train'], found_tokenizer),
-      metrics=functools.partial(_metrics, loss, chunk),
-      chunk=chunk,
+      chunk=eval_batch_size or batch_size,
       **drawn,
   )
+  return _with_loss(task, config, loss_chunk, most)
+
+
+def with_run(
+    task: task_lib.Task,
+    model: str | os.PathLike[str],
+    **run: Any,
+) -> task_lib.Task:
+  """Returns a task whose model is run otherwise, its data as they are.
+
+  Args:
+    task: of `make_task`, not in memory.
+    model: its folder.
+    **run: how the model is loaded, see `make_task`.
+  """
+  old, loss_chunk = task.loss.args  # pyrefly: ignore
+  bare = without_data(model, task.batch_size, loss_chunk, **run)
+  names = 'init', 'load', 'matrices'
+  task = task._replace(**{name: getattr(bare.task, name) for name in names})
+  config = bare.checkpoint.config
+  return _with_loss(task, config, loss_chunk, old.max_segments)
+
+
+def _with_loss(
+    task: task_lib.Task,
+    config: decoder.DecoderConfig,
+    loss_chunk: int,
+    max_segments: int,
+) -> task_lib.Task:
+  """Returns a task with the loss of a decoder."""
+  config = dataclasses.replace(config, max_segments=max_segments)
+  loss = functools.partial(_loss, config, loss_chunk)
+  metrics = functools.partial(_metrics, loss, task.chunk)
+  return task._replace(loss=loss, metrics=metrics)
+
+
+def _loss(
+    config: decoder.DecoderConfig,
+    chunk: int,
+    params: Any,
+    batch: task_lib.Batch,
+    key: Any = None,
+) -> tuple[jax.Array, parts.Weighted]:
+  return decoder.make_loss(config, chunk)(params, batch, key)
 
 
 def _segments(parts_of: Iterable[packing_lib.Documents], length: int) -> int:

@@ -74,7 +74,9 @@ class Task(NamedTuple):
   # (regular expression, '' for all) -> what it selects, where a tree does not tell
   # the axes of its kernels; None: by paths.
   matrices: Callable[[str], matrices_lib.Matrices] | None = None
-  num_tokens: int = 0  # Of a batch, where speed is told in tokens; 0: in steps.
+  # Of a batch in the mean, padding left out, where speed is told in tokens; 0: in
+  # steps.
+  num_tokens: int = 0
   preview: str = ''  # What a user looks at before training, as examples.
   # (params, data, split) -> metrics, where they are not those of the loss without
   # noise; see `evaluate`.

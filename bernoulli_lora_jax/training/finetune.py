@@ -2,41 +2,39 @@
 
 The command is a run of `tasks.language_model` like any other: its directory has
 config.json, metrics.jsonl, checkpoints/ and recipe/, is resumed by the same command and
-read by `blora report`. Here are its flags, what it prints, and what it writes at the end
-(`tuned`).
+read by `blora report`. Here are its flags and what it writes at the end (`tuned`);
+`finetune_checks` refuses, `finetune_modes` compiles, `finetune_shown` prints.
 """
 
 from collections.abc import Iterator
 import contextlib
-import math
+import functools
 import os
 import pathlib
 import re
 import shutil
-import sys
 from typing import Any, Literal
 
-import jax
 from ml_collections import config_dict
 import numpy as np
 
 from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import files
-from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax.models import generate
 from bernoulli_lora_jax.models import hf
 from bernoulli_lora_jax.models import tokenizer as tokenizer_lib
 from bernoulli_lora_jax.tasks import language_model
 from bernoulli_lora_jax.tasks import task as task_lib
-from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import directory as directory_lib
 from bernoulli_lora_jax.training import experiment
-from bernoulli_lora_jax.training import fields
 from bernoulli_lora_jax.training import figures
+from bernoulli_lora_jax.training import finetune_checks
+from bernoulli_lora_jax.training import finetune_modes
+from bernoulli_lora_jax.training import finetune_shown
 from bernoulli_lora_jax.training import loop
-from bernoulli_lora_jax.training import programs
 from bernoulli_lora_jax.training import reporting
+from bernoulli_lora_jax.training import served
 from bernoulli_lora_jax.training import tuned
 
 # Of Adam, by method: guesses, which no study has chosen yet. The decoder of 1.7 million
@@ -48,13 +46,6 @@ LEARNING_RATES = {
     'rac_left': 1e-3,
     'rac_right': 1e-3,
     'bernoulli': 1e-3,
-}
-# {what --export calls it: (its folder, style of `peft_format`, None for weights)}.
-EXPORTS = {
-    'merged': ('merged', None),
-    'adapter': ('adapter', 'peft'),
-    'adapter:peft': ('adapter', 'peft'),
-    'adapter:vllm': ('adapter_vllm', 'vllm'),
 }
 # {flag: its field}.
 _FIELDS = {
@@ -94,10 +85,7 @@ _OF_TASK = (
     *('turns', 'over_limit', 'skip_bad', 'separator'),
 )
 _END = 'end.json'  # What was printed at the end, and at which step.
-_SECONDS = 2.0  # Of a dispatch, about: between two looks at signals and losses.
-_RATES = {'cpu': 1e10, 'gpu': 3e14, 'tpu': 1e14}  # FLOP/s, of a CPU's core.
 _SAMPLE = 48  # Tokens of a sample.
-_FITS = 0.92  # Part of a device's memory that a step may take.
 
 
 def finetune(
@@ -183,7 +171,7 @@ def finetune(
     watch_data: further text whose loss is shown: what the model should not forget.
     num_evals: evaluations, evenly spaced.
     early_stopping: evaluations without a lower loss after which the run stops, its best
-      weights kept (the recipe is that of its last ones); 0 never.
+      weights kept; 0 never.
     targets: regular expression of linear maps, as 'q_proj|v_proj'; '' for all of the
       layers'.
     train_others: regular expression of further weights, trained at full size, as 'norm'.
@@ -197,7 +185,7 @@ def finetune(
     skip_bad: whether bad lines are left out in place of an error.
     separator: of documents in files of text.
     mode: speed (layers unrolled, nothing recomputed), memory (scanned, recomputed),
-      or the first that fits; memory on a CPU, speed with parallel=jit.
+      or the first that fits; memory on a CPU.
     dtype: of the weights; '' for that of the files, float32 for full.
     compute_dtype: '' for that of the weights, with full for that of the files.
     rounding: of merges; auto is stochastic for bfloat16 and float16 weights.
@@ -212,16 +200,19 @@ def finetune(
   given = dict(locals())
   directory = pathlib.Path(output)
   with _flags_named():
-    chosen = _exports(export, method, bool(train_others or train_tokens))
+    has_others = bool(train_others or train_tokens)
+    chosen = finetune_checks.exports(export, method, has_others)
     checks.integers(0, adapter_rank=adapter_rank)
     directory_lib.check(output)
-    _check_output(directory)
-    _check_rank(directory, chosen, adapter_rank)
+    finetune_checks.check_output(directory)
+    finetune_checks.check_rank(directory, chosen, adapter_rank)
     found = hf.open_folder(tuned.resolve(model))
     config = make_config(given, found)
-    _check_method(config)
-    config, program = _fitting(config, mode, directory, chosen)
-  _show_start(config, program, directory)
+    modes = finetune_modes.modes_of(mode, directory)
+    finetune_checks.check_method(config, modes, chosen)
+    check = functools.partial(finetune_checks.check_exports, directory, chosen)
+    program = finetune_modes.fitting(config, modes, directory, check)
+  finetune_shown.show_start(config, program, directory)
   try:
     summary = loop.train(*experiment.run_of(config, directory, program))
   except loop.DivergedError as e:
@@ -231,7 +222,7 @@ def finetune(
   with directory_lib.hold(directory):
     _draw(directory)
     end = _finish(directory, chosen, adapter_rank, task, tokenizer, prompt)
-  _show_end(directory, chosen, summary, end)
+  finetune_shown.show_end(directory, chosen, summary, end)
 
 
 def make_config(
@@ -270,12 +261,12 @@ def make_config(
   if rounding == 'auto':
     is_low = dtype in low.values() or not dtype and bool(stored)
     rounding = 'stochastic' if is_low else 'nearest'
-  if is_full and (given['targets'] or given['train_others']):
-    raise ValueError(
-        "Expected targets='' and train_others='' with method=full, which trains all"
-        f' weights, got targets={given["targets"]!r},'
-        f' train_others={given["train_others"]!r}.'
-    )
+  for flag in ('targets', 'train_others', 'train_tokens'):
+    if is_full and given[flag]:
+      raise ValueError(
+          f"Expected {flag}='' with method=full, which trains all weights, got"
+          f' {flag}={given[flag]!r}.'
+      )
   config = base_config.get_config()
   rate = given['learning_rate']
   others, other_rows = _others(given, found)
@@ -339,7 +330,7 @@ def _others(
     raise ValueError(
         'Expected a tokenizer with a vocabulary for train_tokens, got bytes.'
     )
-  _pattern('train_tokens', given['train_tokens'])
+  finetune_checks.compiled('train_tokens', given['train_tokens'])
   rows = sorted(
       number
       for token, number in words.backend.get_vocab(True).items()
@@ -351,33 +342,6 @@ def _others(
       train_tokens=given['train_tokens'],
   )
   return r'^embed_tokens/embedding$|^lm_head/kernel$', tuple(rows)
-
-
-def _pattern(name: str, pattern: str) -> re.Pattern[str]:
-  """Returns a regular expression; raises for what is none."""
-  try:
-    return re.compile(pattern)
-  except re.error as e:
-    raise ValueError(
-        f'Expected {name} to be a regular expression, got {name}={pattern!r}: {e}.'
-    ) from e
-
-
-def _exports(export: str, method: str, has_others: bool) -> list[str]:
-  """Returns the names of what is written at the end."""
-  if export == 'auto':
-    no_adapter = method == 'full' or has_others
-    return ['merged'] if no_adapter else ['merged', 'adapter']
-  names = [name for name in export.split(',') if name and name != 'none']
-  for name in names:
-    checks.one_of([*EXPORTS, 'none', 'auto'], export=name)
-    if name.startswith('adapter') and (method == 'full' or has_others):
-      raise ValueError(
-          'Expected export=merged where whole weights train (method=full,'
-          f' train_others, train_tokens), got export={name!r}: no adapter holds'
-          ' them.'
-      )
-  return names
 
 
 @contextlib.contextmanager
@@ -393,79 +357,6 @@ def _flags_named() -> Iterator[None]:
     raise ValueError(text) from e
 
 
-def _check_output(directory: pathlib.Path) -> None:
-  """Raises for a directory of other things."""
-  path = directory / 'config.json'
-  record = files.read_json(path) if path.is_file() else {}
-  task = record.get('task') if isinstance(record, dict) else None
-  if not isinstance(task, dict) or task.get('name') != tuned.TASK:
-    others = {p.name for p in directory.glob('*')} - {'.lock'}
-    if others:
-      raise ValueError(
-          f'Expected an output that is new, empty or of an earlier run, got {directory}'
-          f' with {", ".join(sorted(others)[:3])}.'
-      )
-
-
-def _check_method(config: config_dict.ConfigDict) -> None:
-  """Raises for what is wrong whatever the data are, before they are read."""
-  fields.check(config)
-  config = config.copy_and_resolve_references()
-  kwargs = config.task.kwargs
-  bare = language_model.without_data(
-      model=kwargs.model, batch_size=config.task.batch_size
-  )
-  paths = list(matrices_lib.named_leaves(task_lib.shapes(bare.task)))
-  linear = [path for path in paths if path.endswith('/kernel')]
-  for flag, pattern, known in (
-      ('targets', config.method.select, linear),
-      ('train_others', config.method.others, paths),
-  ):
-    if pattern and not any(map(_pattern(flag, pattern).search, known)):
-      kinds = sorted({tuned.kind(path) for path in known})
-      raise ValueError(
-          f'Expected {flag} to match one of {", ".join(kinds)}, got'
-          f' {flag}={pattern!r}.'
-      )
-  # Of epochs it is not known yet.
-  config.training.num_steps = config.training.num_steps or 1 << 30
-  experiment.make_program(config, bare.task)
-  language_model.load_tokenizer(kwargs.tokenizer, bare.checkpoint)
-
-
-def _check_exports(
-    directory: pathlib.Path, chosen: list[str], settings: programs.Settings
-) -> None:
-  """Raises where what the run would write is there, and of another step."""
-  over = loop.finished(directory, settings.num_steps) or {}
-  if 'diverged' in over:  # Which is told, and not what was saved before.
-    return
-  last = over.get('best_step' if settings.patience else 'step')
-  for name in chosen:
-    folder = directory / EXPORTS[name][0]
-    step = tuned.step_of(folder)
-    if folder.exists() and (step is None or step != last):
-      raise ValueError(
-          f'Expected no {folder}, which is of'
-          f' {"another run" if step is None else f"step {step}"} where this run has'
-          f' {settings.num_steps} steps: move it, or choose another output.'
-      )
-
-
-def _check_rank(
-    directory: pathlib.Path, chosen: list[str], adapter_rank: int
-) -> None:
-  """Raises where an adapter is there that was asked for another rank."""
-  for name in chosen:
-    folder = directory / EXPORTS[name][0]
-    there = tuned.rank_of(folder)
-    if there is not None and there != adapter_rank:
-      raise ValueError(
-          f'Expected adapter_rank={there}, as of {folder}, got'
-          f' adapter_rank={adapter_rank}: move it, or choose another output.'
-      )
-
-
 def _with_checkpoint(text: str, directory: pathlib.Path) -> str:
   """Returns what has diverged, and where the last good checkpoint is."""
   step = tuned.last_checkpoint(directory)
@@ -475,175 +366,6 @@ def _with_checkpoint(text: str, directory: pathlib.Path) -> str:
       f'{text} It is that of step {step}, which blora merge {directory}'
       ' writes; another try needs another output.'
   )
-
-
-def _fitting(
-    config: config_dict.ConfigDict,
-    mode: str,
-    directory: pathlib.Path,
-    chosen: list[str],
-) -> tuple[config_dict.ConfigDict, programs.Program]:
-  """Returns the config and its compiled program, in the first mode that fits.
-
-  A run that was begun goes on as it was.
-  """
-  modes = {'speed': (False, 'none'), 'memory': (True, 'full')}
-  tried = list(modes) if mode == 'auto' else [mode]
-  if mode == 'auto' and jax.devices()[0].platform == 'cpu':
-    tried = ['memory']  # It compiles in a fraction of the time.
-  begun = None
-  if (directory / 'config.json').is_file():
-    begun = experiment.read_config(directory)
-  if mode == 'auto' and begun is not None:
-    is_scanned = begun.task.kwargs.get('scan_layers', True)
-    tried = ['memory' if is_scanned else 'speed']
-  limit = _memory()
-  for i, name in enumerate(tried):
-    config.task.kwargs.scan_layers, config.task.kwargs.remat = modes[name]
-    program = _made(config, begun)
-    # What takes no time before what takes long.
-    experiment.check_workdir(config, directory)
-    _check_exports(directory, chosen, program.settings)
-    if loop.finished(directory, program.settings.num_steps) is not None:
-      break
-    if program.driver.kind == 'none':
-      loop.compile_ahead(program)
-    needed = _bytes_of(program)['step']
-    if limit is None or needed <= _FITS * limit:
-      break
-    print(
-        f'{name} mode would take {needed / 2**30:.1f} of {limit / 2**30:.1f} GiB'
-        + ('; trying memory mode.' if i + 1 < len(tried) else '.'),
-        file=sys.stderr,
-    )
-  return config, program  # pyrefly: ignore
-
-
-def _made(
-    config: config_dict.ConfigDict, begun: config_dict.ConfigDict | None
-) -> programs.Program:
-  """Returns the program of a config, whose steps are counted in it."""
-  task = arguments.make_task(config)
-  t = config.training
-  steps = t.num_passes * task.num_samples / task.batch_size
-  t.num_steps = t.num_steps or max(1, round(steps))
-  links = config.method.period if t.recipe else 1
-  t.eval_every = _aligned(max(1, t.num_steps // t.num_evals), links)
-  if begun is not None:  # A longer one goes on as it was, too.
-    t.eval_every = begun.training.eval_every
-    t.checkpoint_every = t.checkpoint_every or begun.training.checkpoint_every
-  # A checkpoint takes seconds: every two minutes.
-  apart = max(1, round(60 * _steps_of_seconds(task) / t.eval_every))
-  t.checkpoint_every = t.checkpoint_every or apart * t.eval_every
-  t.steps_per_dispatch = _dispatch(config, _steps_of_seconds(task))
-  return experiment.make_program(config, task)
-
-
-def _aligned(every: int, period: int) -> int:
-  """Returns about as many steps, a multiple of the period or a part of it."""
-  if every >= period:
-    return round(every / period) * period
-  parts = [n for n in range(1, period + 1) if period % n == 0]
-  return min(parts, key=lambda n: abs(math.log(n / every)))
-
-
-def _dispatch(config: config_dict.ConfigDict, most: int) -> int:
-  """Returns the steps of a dispatch: of one length, where a long one divides all."""
-  t = config.training
-  gaps = [t.eval_every, t.checkpoint_every, t.num_steps]
-  gaps += [config.method.period] if t.recipe else []
-  whole = math.gcd(*gaps)
-  parts = [n for n in range(1, most + 1) if whole % n == 0]
-  return parts[-1] if 2 * parts[-1] >= min(most, *gaps) else most
-
-
-def _steps_of_seconds(task: task_lib.Task) -> int:
-  """Returns the steps that take about two seconds."""
-  numbers = sum(x.size for x in jax.tree.leaves(task_lib.shapes(task)))
-  platform = jax.devices()[0].platform
-  rate = _RATES.get(platform, _RATES['gpu'])
-  rate *= (os.cpu_count() or 1) if platform == 'cpu' else 1
-  seconds = 6 * numbers * task.num_tokens / rate
-  return int(np.clip(round(_SECONDS / seconds), 1, 50))
-
-
-def _memory() -> int | None:
-  """Returns the bytes that a device lets a process use; None where it is unsaid."""
-  stats = jax.devices()[0].memory_stats() or {}
-  return stats.get('bytes_limit')
-
-
-def _bytes_of(program: programs.Program) -> dict[str, int]:
-  """Returns the bytes of a step, and of what it keeps."""
-  task = program.task
-  start = lambda key, weights: programs.start(
-      task, program.method, key, weights
-  )
-  shapes = task_lib.shapes(task)
-  state = jax.eval_shape(start, jax.random.key(0), shapes)
-  size = lambda tree: sum(
-      x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)
-  )
-  of = {'weights': size(shapes), 'optimiser and factors': 0, 'step': 0}
-  of['optimiser and factors'] = size(state) - of['weights']
-  for compiled in program.compiled.values():
-    stats = compiled.memory_analysis()
-    if stats is not None:
-      of['step'] = (
-          stats.argument_size_in_bytes
-          + stats.output_size_in_bytes
-          + stats.temp_size_in_bytes
-          - stats.alias_size_in_bytes
-      )
-  return of
-
-
-def _show_start(
-    config: config_dict.ConfigDict,
-    program: programs.Program,
-    directory: pathlib.Path,
-) -> None:
-  """Prints what a user looks at before training."""
-  task, settings = program.task, program.settings
-  print(task.preview)
-  print()
-  rows = _by_kind(experiment.selection(config, task))
-  print(reporting.table(rows))
-  print()
-  trained = experiment.trained_parameters(config, task)
-  numbers = sum(x.size for x in jax.tree.leaves(task_lib.shapes(task)))
-  print(f'trained a step: {trained:,.0f} of {numbers:,} numbers')
-  of = _bytes_of(program)
-  memory = ', '.join(f'{k} {v / 2**30:.2f}' for k, v in of.items() if v)
-  limit = _memory()
-  print(
-      f'memory, GiB: {memory}' + (f' of {limit / 2**30:.1f}' if limit else '')
-  )
-  epochs = settings.num_steps * task.batch_size / task.num_samples
-  print(
-      f'{settings.num_steps:,} steps of {task.num_tokens:,} tokens'
-      f' ({epochs:.2f} epochs of {task.num_samples:,} rows) on'
-      f' {jax.devices()[0].device_kind}, into {directory}'
-  )
-
-
-def _by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Returns a table of matrices with layers of a kind in one row."""
-  made: dict[Any, dict[str, Any]] = {}
-  for row in rows:
-    shape = row['shape'].rpartition(' x ')
-    sides = f'{shape[0].split(" x ")[-1]} x {shape[2]}'
-    stacked = row['shape'].split(' x ')
-    layers = int(stacked[0]) if len(stacked) > 2 else 1
-    name = tuned.kind(row['matrix']) or row['matrix']
-    rest = {k: row[k] for k in ('rank', 'P(left)', 'scale') if k in row}
-    key = name, sides, *rest.values()
-    own = made.setdefault(
-        key, {'matrix': name, 'layers': 0, 'shape': sides, **rest, 'trained': 0}
-    )
-    own['layers'] += layers
-    own['trained'] += row['trained']
-  return list(made.values())
 
 
 def _finish(
@@ -660,7 +382,7 @@ def _finish(
     {'step', 'exports', 'prompt', 'before', 'after', 'lost'}: what the model says, and
     what merges and the adapter lost.
   """
-  folders = {EXPORTS[name][0]: EXPORTS[name][1] for name in chosen}
+  folders = dict(finetune_checks.EXPORTS[name] for name in chosen)
   missing = [name for name in folders if not (directory / name).exists()]
   end = files.read_json(directory / _END) if (directory / _END).exists() else {}
   asked = {'exports': sorted(folders), 'prompt': prompt}
@@ -686,8 +408,6 @@ def _finish(
   params = tuned.merged(run)
   if 'merged' in missing:
     tuned.save_merged(run, directory / 'merged', params=params)
-  base = run.program.task.load()  # pyrefly: ignore
-  lost = tuned.what_merges_lost(run, thin, base, params) if thin else []
   words = language_model.load_tokenizer(tokenizer, run.checkpoint)
   ids = words.encode(prompt) if prompt else _beginning(task)
   say = lambda params: words.decode(
@@ -696,16 +416,19 @@ def _finish(
           params,
           [ids],
           max_new_tokens=_SAMPLE,
-          end_tokens=[] if words.eos_id is None else [words.eos_id],
+          end_tokens=served.end_tokens(run.checkpoint, words),
       )[0]
   )
+  after = say(params)
+  params = tuned.on_host(params)  # Before another base is on the device.
+  base = run.program.task.load()  # pyrefly: ignore
   end = {
       **asked,
       'step': run.step,
       'begins': words.decode(ids),
       'before': say(base),
-      'after': say(params),
-      'lost': lost,
+      'after': after,
+      'lost': tuned.what_merges_lost(run, thin, base, params) if thin else [],
   }
   files.write_json(directory / _END, end)
   return end
@@ -715,52 +438,6 @@ def _draw(directory: pathlib.Path) -> None:
   """Draws the losses of a run into loss.png."""
   (run,) = reporting.load_runs([directory])
   figures.write_losses(run, directory / 'loss.png')
-
-
-def _show_end(
-    directory: pathlib.Path,
-    chosen: list[str],
-    summary: dict[str, Any],
-    end: dict[str, Any],
-) -> None:
-  """Prints what a run has come to."""
-  if end['lost']:
-    print('\nMerges and adapter against base + sum of links, parts lost:\n')
-    print(reporting.table(end['lost']))
-  (run,) = reporting.load_runs([directory])
-  first = next((line for line in run.metrics if line['step'] == 0), {})
-  rows = [
-      {
-          'text': name,
-          'loss before': first.get(f'{split}_loss', math.nan),
-          'after': summary[f'{split}_loss'],
-          'perplexity before': first.get(f'{split}_perplexity', math.nan),
-          'after ': summary[f'{split}_perplexity'],
-      }
-      for split, name in (('validation', 'held out'), ('watched', 'watched'))
-      if f'{split}_loss' in summary
-  ]
-  if rows:
-    print('\n' + reporting.table(rows))
-  best = summary['best_step']  # Which is kept with early stopping alone.
-  keeps_best = run.config['training']['patience'] and best != summary['step']
-  peak = summary.get('peak_memory_bytes')
-  facts = [
-      f'{summary["step"]:,} steps'
-      + (f', the weights those of {best:,}' if keeps_best else ''),
-      f'{summary["seconds"]:,.0f} s and {summary["compile_seconds"]:,.0f} s to'
-      ' compile',
-      f'{summary.get("tokens_per_second", math.nan):,.0f} tokens/s',
-      *([f'at most {peak / 2**30:.1f} GiB'] if peak else []),
-  ]
-  print('\n' + '; '.join(facts))
-  print(f'\nprompt: {end["begins"]!r}')
-  print(f'before: {end["before"]!r}')
-  print(f'after:  {end["after"]!r}\n')
-  for name in chosen:
-    print(f'{EXPORTS[name][0]}: {directory / EXPORTS[name][0]}')
-  print(f'losses: {directory / "loss.png"}')
-  print(f'more:   blora generate {directory} --prompt ...')
 
 
 def _beginning(task: task_lib.Task) -> list[int]:

@@ -194,8 +194,6 @@ def train(
       files.write_json(workdir / 'summary.json', summary)
       raise
     log.close()
-    if settings.recipe:
-      _save_recipe(program, workdir, key, state)
     if settings.patience:
       state = program.filled(best, state)
     if speeds:
@@ -212,6 +210,8 @@ def train(
         **_floats(program.evaluate(state)),
         **_floats(program.test(state)),
     }
+    if settings.recipe:  # After what looks at the peak, and at the state.
+      _save_recipe(program, workdir, key, state)
     files.write_json(workdir / 'summary.json', summary)
     _end_if_terminated(terminated, 'the run is finished')
     return summary
@@ -324,10 +324,10 @@ def compile_ahead(program: Program) -> Any:
   """Returns the first dispatch compiled from shapes, nothing loaded.
 
   Args:
-    program: of one device, with a stream.
+    program: of one process, not of pmap, with a stream.
 
   Returns:
-    What jax compiles to; `memory_analysis` tells what it takes.
+    What jax compiles to; `memory_analysis` tells what it takes of each device.
   """
   num = _num_next(program, Progress(0, 0, math.inf, 0, 0, 0.0))
   task, key = program.task, jax.random.key(0)
@@ -337,6 +337,7 @@ def compile_ahead(program: Program) -> Any:
   rows = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((num, *x.shape), x.dtype), one
   )
+  state, rows = program.driver.placed(state, rows)
   begun = time.perf_counter()
   lowered = program.jit(num, state).lower(program.data, state, key, 0, rows)
   program.compiled[num] = lowered.compile()
@@ -405,29 +406,26 @@ def _save_link(
 def _save_recipe(
     program: Program, workdir: pathlib.Path, key: jax.Array, state: Any
 ) -> None:
-  """Completes the recipe of a finished run."""
+  """Completes the recipe of a finished run, of the state that it keeps.
+
+  A state of weights that are loaded is consumed.
+  """
   chain = program.method.chain
   if chain is None:
     raise ValueError('Expected training.recipe=False in gradient mode.')
   final = program.get(state).chain
   step = int(final.count)
-  num_links = -(-step // (chain.policy.period or step))
+  num_links = -(-step // (chain.policy.period or max(1, step)))
   folder = workdir / 'recipe'
-  if step != program.settings.num_steps:  # Stopped early, within a link.
+  # Stopped early, or kept from before the end: within a link.
+  if step != program.settings.num_steps and num_links:
     recipes.save_link(
         folder, num_links - 1, recipes.trained_factors(final, chain)
     )
   links = [recipes.load_link(folder, i) for i in range(num_links)]
-  task = program.task
-  merged = recipes.checksum(
-      program.params(state)
-  )  # Before another base is there.
-  if task.load is None:
-    base = programs.init_params(task, key, task.weights)
-  else:
-    base = task.load()
+  base, merged = _checksums(program, key, state)
   made = recipes.Recipe(
-      recipes.checksum(base),
+      base,
       merged,
       chain.policy,
       chain.matrices,
@@ -436,6 +434,20 @@ def _save_recipe(
       tuple(links),
   )
   recipes.save_recipe(folder, made, links=False)  # They are there.
+
+
+def _checksums(program: Program, key: jax.Array, state: Any) -> tuple[str, str]:
+  """Returns those of the base and of the merged weights; see `_save_recipe`."""
+  task = program.task
+  if task.load is None:
+    base = programs.init_params(task, key, task.weights)
+    return recipes.checksum(base), recipes.checksum(program.params(state))
+  own = program.get(state)
+  params = program.method.params_of_large(own, in_place=True)
+  merged = recipes.checksum(params)
+  # One set of weights at a time is on the device.
+  jax.tree.map(lambda leaf: leaf.delete(), params)
+  return recipes.checksum(task.load()), merged
 
 
 def _save(
@@ -514,6 +526,8 @@ def restore(
 ) -> tuple[Any, Any, Progress]:
   """Returns state, best snapshot (or None) and progress of the newest checkpoint.
 
+  The snapshot is on the host, as `Program.snapshot` gives it.
+
   Args:
     saver: see `open_checkpoints`.
     program: see `Program`.
@@ -522,7 +536,7 @@ def restore(
   """
   zero = Progress(0, 0, 0.0, 0, 0, 0.0)
   best = program.snapshot(state) if program.settings.patience else None
-  like = jax.tree.map(jnp.asarray, checkpoint_tree(state, best, zero))
+  like = checkpoint_tree(state, best, zero)  # The best of the host stays there.
   # Checkpoints of the first version hold params besides.
   params = jax.eval_shape(program.method.params, state)
   if program.task.load is not None:  # Not twice at once.

@@ -91,6 +91,22 @@ class Driver:
     place = lambda x, mark: rows(x) if mark else stack(x)
     return jax.device_put(jax.tree.map(place, tree, marks), self._split())
 
+  def placed(self, state: Any, batches: Any) -> tuple[Any, Any]:
+    """Returns shapes where `put` and `put_batches` place arrays; not of pmap.
+
+    Args:
+      state: shapes of it, without clients.
+      batches: shapes of them.
+    """
+    if self.kind == 'none':
+      return state, batches
+
+    def at(tree, place):
+      make = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+      return jax.tree.map(make, tree)
+
+    return at(state, self._replicated()), at(batches, self._rows())
+
   def put_batches(self, batches: Any) -> Any:
     """Returns batches of a stream, (num, b, ...), on their way to the devices.
 
@@ -101,8 +117,8 @@ class Driver:
     if self.kind == 'pmap':
       return batches
     self._check_rows(jax.tree.leaves(batches)[0].shape[1] * jax.process_count())
-    rows = jax.sharding.NamedSharding(_mesh(self.devices), _P(None, _AXIS))
-    place = functools.partial(jax.make_array_from_process_local_data, rows)
+    make = jax.make_array_from_process_local_data
+    place = functools.partial(make, self._rows())
     return jax.tree.map(place, batches)
 
   def get(self, tree: Any, marks: Any = None) -> Any:
@@ -147,6 +163,9 @@ class Driver:
 
   def _split(self) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(_mesh(self.devices), _P(_AXIS))
+
+  def _rows(self) -> jax.sharding.NamedSharding:
+    return jax.sharding.NamedSharding(_mesh(self.devices), _P(None, _AXIS))
 
 
 def make_driver(kind: str, num_devices: int | None = None) -> Driver:

@@ -37,7 +37,8 @@ class Settings:
     plateau_factor: in (0, 1).
     eval_gradient: whether evaluations report the squared norm of the full
       gradient over trained leaves, at the cost of a data pass.
-    recipe: whether an adapter-mode run writes its recipe, see `recipes`.
+    recipe: whether an adapter-mode run writes its recipe, see `recipes`; with
+      patience that of the lowest loss.
     progress: whether to show a progress bar.
     max_to_keep: checkpoints kept.
   """
@@ -174,10 +175,20 @@ class Program:
     return jax.tree.map(lambda x, s: None if s else _on_host(x), kept, stays)
 
   def filled(self, snapshot: Any, state: Any) -> Any:
-    """Returns a snapshot with what stays taken from a state, as `put` gives it."""
+    """Returns a snapshot with what stays taken from a state, as `put` gives it.
+
+    Of weights that are loaded what it replaces of the state is given up.
+    """
     none = lambda x: x is None
     kept = self.method.snapshot(self.get(state))
-    pick = lambda own, other: other if own is None else jnp.asarray(own)
+
+    def pick(own, other):
+      if own is None:
+        return other
+      if self.task.load is not None:  # Not twice at once.
+        other.delete()
+      return own
+
     return self.put(jax.tree.map(pick, snapshot, kept, is_leaf=none))
 
   def evaluate(self, state: Any) -> dict[str, jax.Array]:

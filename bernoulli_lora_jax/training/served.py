@@ -104,7 +104,7 @@ def export(
       thin = tuned.save_adapter(
           found, folder, style=format, rank=rank, dtype=dtype or 'float32'
       )
-      params = tuned.merged(found)
+      params = tuned.on_host(tuned.merged(found))  # Before another base.
       base = found.program.task.load()  # pyrefly: ignore
       rows = tuned.what_merges_lost(found, thin, base, params)
       print(reporting.table(rows) + '\n')
@@ -177,7 +177,7 @@ def generate(
       top_k=top_k,
       top_p=top_p,
       key=jax.random.key(seed),
-      end_tokens=_ends(checkpoint, words),
+      end_tokens=end_tokens(checkpoint, words),
   )
   for i, answer in enumerate(made):
     if len(made) > 1:
@@ -249,8 +249,15 @@ def _prompts(prompt: str, prompts: str) -> list[str]:
   return asked
 
 
-def _ends(checkpoint: hf.Checkpoint, words: text.TextTokenizer) -> list[int]:
-  """Returns the tokens that end an answer: the tokenizer's, and the model's own."""
+def end_tokens(
+    checkpoint: hf.Checkpoint, words: text.TextTokenizer
+) -> list[int]:
+  """Returns the tokens that end an answer: the tokenizer's, and the model's own.
+
+  Args:
+    checkpoint: of the model, whose config.json and generation_config.json name some.
+    words: its tokenizer.
+  """
   found = set() if words.eos_id is None else {words.eos_id}
   if not isinstance(words, text.Bytes):
     folder = checkpoint.folder

@@ -149,6 +149,17 @@ def merged(run: Tuned) -> Any:
   return params
 
 
+def on_host(params: Any) -> Any:
+  """Returns weights as NumPy arrays; they are deleted on the device."""
+
+  def move(leaf):
+    host = np.array(leaf)  # No view of what is deleted.
+    leaf.delete()
+    return host
+
+  return jax.tree.map(move, params)
+
+
 def save_merged(
     run: Tuned,
     folder: str | os.PathLike[str],
@@ -274,7 +285,7 @@ def what_merges_lost(
     run: see `load`.
     thin: of `change`, or truncated.
     base: weights before, as the run's task loads them.
-    params: of `merged`.
+    params: of `merged`; `on_host`, where two sets do not fit on the device.
 
   Returns:
     Rows {'matrix', 'layers', 'rank', 'lost', 'distance'}, see `export.report`: the
@@ -283,7 +294,8 @@ def what_merges_lost(
   matrices = run.program.method.chain.matrices  # pyrefly: ignore
   # As they are written, in the dtypes of the files.
   stored = hf.weight_shapes(run.checkpoint)
-  params = jax.tree.map(lambda x, s: x.astype(s.dtype), params, stored)
+  cast = lambda x, s: x.astype(s.dtype, copy=False)
+  params = jax.tree.map(cast, params, stored)
   return by_kind(
       export.report(thin, base, params, matrices), ('rank', 'lost', 'distance')
   )
