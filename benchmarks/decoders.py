@@ -51,16 +51,19 @@ CONFIGS = {
 }
 
 
-def policy(method: str, rank: int, period: int) -> bl.ChainPolicy:
-  """Returns the policy of 'lora', 'rac_left' or 'bernoulli'."""
+def policy(
+    method: str, rank: int, period: int, **fields: Any
+) -> bl.ChainPolicy:
+  """Returns the policy of 'lora', 'rac_left', 'rac_right' or 'bernoulli'."""
   if method == 'lora':
-    return bl.ChainPolicy.lora(rank)
-  if method == 'rac_left':
-    return bl.ChainPolicy.rac(rank, period, 'left')
+    return bl.ChainPolicy.lora(rank, **fields)
+  if method in ('rac_left', 'rac_right'):
+    return bl.ChainPolicy.rac(rank, period, method[4:], **fields)
   if method == 'bernoulli':
-    return bl.ChainPolicy.bernoulli(rank, period)
+    return bl.ChainPolicy.bernoulli(rank, period, **fields)
   raise ValueError(
-      f"Expected method in ('lora', 'rac_left', 'bernoulli'), got {method!r}."
+      "Expected method in ('lora', 'rac_left', 'rac_right', 'bernoulli'), got"
+      f' {method!r}.'
   )
 
 
@@ -105,6 +108,7 @@ def start(
     tx: optax.GradientTransformation,
     *,
     chunk: int,
+    **kwargs: Any,
 ) -> tuple[bl.adapters.Chain, bl.adapters.AdapterState, Callable[..., Any]]:
   """Returns a chain on all linear maps, its state and its compiled step.
 
@@ -114,12 +118,13 @@ def start(
     policy: of the chain.
     tx: optimiser of the factors.
     chunk: positions whose logits exist at once.
+    **kwargs: of `adapters.make_chain`.
 
   Returns:
     The chain; its state; (state, batch) -> (state, (value, aux)), which takes the
     state's buffers.
   """
-  chain = bl.adapters.make_chain(policy, tx, decoder.matrices(config))
+  chain = bl.adapters.make_chain(policy, tx, decoder.matrices(config), **kwargs)
   state = chain.init(jax.random.key(0), params, copy=False)
   loss = inject.by_product(decoder.make_loss(config, chunk))
   step = jax.jit(lambda s, b: chain.step(s, loss, b), donate_argnums=0)

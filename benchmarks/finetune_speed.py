@@ -19,6 +19,10 @@ METHOD is lora, rac_left or bernoulli. Further ones, by --only:
   peft_compiled_mask        as transformers does it: with the mask
   peft_compiled_autocast    float32 adapters, as ours are, under autocast
   bare_METHOD_unpacked      a batch of nothing but tokens
+  sketched_METHOD           as bare, of a sketched chain: rac_left, rac_right, bernoulli;
+                            with _coordinate, _stochastic behind
+  bare_METHOD_memory, sketched_METHOD_memory     scanned layers, full remat
+  floor_dx                  forward and dx alone, no chain
   plain_lora, plain_lora_unpacked     LoRA by hand in JAX on the same decoder
 
 *tokens/s* is over --steps steps that nothing waits for, *synchronised* the median
@@ -49,6 +53,7 @@ import numpy as np
 import optax
 import tabulate
 
+import bernoulli_lora_jax as bl
 from bernoulli_lora_jax.models import decoder
 
 _ROWS = [
@@ -73,6 +78,9 @@ _TIMEOUT = flags.DEFINE_float('timeout', 240.0, 'Seconds that a row may take.')
 _FOLDER = flags.DEFINE_string('folder', '', 'Of checkpoints; else temporary.')
 _OUT = flags.DEFINE_string('out', '', 'Folder for results as JSON lines, logs.')
 _STYLE = flags.DEFINE_string('style', 'simple', 'Table format of tabulate.')
+_PROFILE = flags.DEFINE_string(
+    'profile', '', 'Folder for the kernels of three steps of rows in JAX.'
+)
 _ONE = flags.DEFINE_string('one', '', 'Runs one row in this process.')
 
 Row = dict[str, Any]
@@ -213,9 +221,14 @@ def batch_of(vocabulary: int, is_packed: bool) -> dict[str, jax.Array]:
 def jax_step(start, kind: str) -> Row:
   """Measures a step in JAX, of `start(method, config, params)`."""
   raw, _, length = sizes()
+  is_lean = kind.endswith('_memory')
+  kind = kind.removesuffix('_memory')
   method = kind.removesuffix('_unpacked')
   config, params = decoders.drawn(
-      raw, scan_layers=False, remat='none', max_segments=4
+      raw,
+      scan_layers=is_lean,
+      remat='full' if is_lean else 'none',
+      max_segments=4,
   )
   chain, state, step = start(method, config, params)
   batch = batch_of(config.vocab_size, is_packed=method == kind)
@@ -229,6 +242,8 @@ def jax_step(start, kind: str) -> Row:
     carry[:] = step(carry[0], batch)
 
   found = timed(once, lambda: jax.block_until_ready(carry))
+  if _PROFILE.value:
+    profile(once, lambda: jax.block_until_ready(carry))
   rate = found['tokens_per_second'] * per_token / 1e12
   return {
       **found,
@@ -243,11 +258,64 @@ def jax_step(start, kind: str) -> Row:
   }
 
 
+def profile(step, wait) -> None:
+  """Writes three steps as ROW.trace.json.gz, which chrome://tracing reads."""
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      for _ in range(3):
+        step()
+      wait()
+    (trace,) = pathlib.Path(folder).rglob('*.trace.json.gz')
+    target = pathlib.Path(_PROFILE.value)
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copy(trace, target / f'{_ONE.value}_{_RANK.value}.trace.json.gz')
+
+
 def bare(method: str, config, params):
   """Starts a chain's own step."""
   policy = decoders.policy(method, _RANK.value, _PERIOD.value)
   tx = optax.adamw(_RATE.value)
   return decoders.start(config, params, policy, tx, chunk=_CHUNK.value)
+
+
+def sketched(method: str, config, params):
+  """Starts a sketched chain's own step."""
+  method, is_coordinate = cut(method, '_coordinate')
+  method, is_stochastic = cut(method, '_stochastic')
+  fields: dict[str, Any] = {}
+  if is_coordinate:
+    fields['sketch'] = bl.sketches.coordinate()
+  if is_stochastic:
+    fields['rounding'] = 'stochastic'
+  policy = decoders.policy(method, _RANK.value, _PERIOD.value, **fields)
+  tx = optax.adam(_RATE.value)
+  return decoders.start(
+      config, params, policy, tx, chunk=_CHUNK.value, sketched=True
+  )
+
+
+def cut(name: str, end: str) -> tuple[str, bool]:
+  """Returns a name without its end, and whether it had it."""
+  return name.removesuffix(end), name.endswith(end)
+
+
+def floor(method: str, config, params):
+  """Starts forward and dx alone: the derivative by the first layer's norm."""
+  del method
+  chain, state, _ = bare('lora', config, params)
+  loss = decoder.make_loss(config, _CHUNK.value)
+
+  def step(state, batch):
+    first, params = 'layers_0', state.params
+
+    def value(scale):
+      layer = {**params[first], 'input_layernorm': scale}
+      return loss({**params, first: layer}, batch, None)[0]
+
+    value, grads = jax.value_and_grad(value)(params[first]['input_layernorm'])
+    return state._replace(other_states=grads), (value, None)
+
+  return chain, state, jax.jit(step, donate_argnums=0)
 
 
 def plain(method: str, config, params):
@@ -385,6 +453,8 @@ def measure(name: str) -> Row:
   rooms = {
       'peft': peft,
       'bare': functools.partial(jax_step, bare),
+      'sketched': functools.partial(jax_step, sketched),
+      'floor': functools.partial(jax_step, floor),
       'plain': functools.partial(jax_step, plain),
   }
   return rooms[room](kind)

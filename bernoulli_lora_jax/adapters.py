@@ -18,6 +18,11 @@ draws from the same key.
     state, (value, aux) = jax.jit(chain.step, static_argnums=1)(state, loss, batch)
     tuned = chain.params(state)
 
+A *sketched* chain (A4) moves W at each step by the increment of its trained factor,
+W <- W + s L dR: L R is zero at every evaluation, so the loss has no adapter, and
+its derivative is formed by the trained factor alone. In exact arithmetic it takes
+the steps of the chain of adapters; it rounds W at each step, not at each link.
+
 Reference: Hu et al., LoRA, arXiv 2106.09685; Xia et al., Chain of LoRA, arXiv
 2401.04151; Zhu et al., Asymmetry in low-rank adapters, arXiv 2402.16842;
 Malinovsky et al., RAC-LoRA, arXiv 2410.08305; Sokolov et al., Bernoulli-LoRA,
@@ -48,6 +53,7 @@ from bernoulli_lora_jax import policies
 from bernoulli_lora_jax import restart as restart_lib
 from bernoulli_lora_jax import rounding as rounding_lib
 from bernoulli_lora_jax import sharded
+from bernoulli_lora_jax import sketched as sketched_lib
 from bernoulli_lora_jax import ties
 
 Adapted = policies.Adapted
@@ -63,9 +69,11 @@ _ROUND, _ROUND_OTHERS = 3, 4
 class AdapterState(NamedTuple):
   """State of a chain of adapters."""
 
-  params: Any  # Base weights with all finished links merged.
+  params: (
+      Any  # Base weights with all finished links merged; sketched: all steps.
+  )
   factors: Pairs  # {path: {'left': (*batch, m, r), 'right': (*batch, r, n)}},
-  # float32 or wider.
+  # float32 or wider; sketched: the frozen ones, both where coins are traced.
   coins: dict[str, jax.Array]  # {path: shape=batch, bool}; of traced coins.
   opt_state: Any  # Of the trained factors.
   remainders: dict[str, jax.Array]  # {path: (*batch, m, n)}; 'compensated'.
@@ -90,6 +98,7 @@ class Chain:
   # (pattern, optimiser) of what trains at full size.
   other_txs: tuple[tuple[str, optax.GradientTransformationExtraArgs], ...] = ()
   restart: restart_lib.Restart | None = None
+  sketched: bool = False
 
   @property
   def others(self) -> dict[str, optax.GradientTransformation]:
@@ -139,6 +148,7 @@ def make_chain(
     reductions: Mapping[str, str] | None = None,
     others: Mapping[str, optax.GradientTransformation] | None = None,
     restart: restart_lib.Restart | None = None,
+    sketched: bool = False,
 ) -> Chain:
   """Returns a chain of adapters as pure functions.
 
@@ -168,6 +178,10 @@ def make_chain(
     restart: (fresh, old) -> the optimiser's state at the start of a link, where
       `policy.reset_optimizer`. None: what holds leaves of factors is fresh,
       schedules and the like go on, see `restart.restart`.
+    sketched: whether each step moves W itself, by chains that train one factor
+      a link and merge. The optimiser then sees gradients alone: there is no
+      factor that it could decay, and one that asks for params fails. `inject`
+      says what a loss computes.
 
   Returns:
     A `Chain`. step(state, loss, batch, *args, scale=1.0) ends a link that is
@@ -199,6 +213,11 @@ def make_chain(
   if isinstance(average, str):
     deprecated.warn('average=name', 'average=devices.Mapped(name)')
     average = devices.Mapped(average)
+  if sketched and (policy.side is None or policy.period is None):
+    raise ValueError(
+        'Expected a sketched chain to train one factor and to end its links, got'
+        f' side={policy.side!r}, period={policy.period}: leave sketched out.'
+    )
   reductions = parts.check_reductions(reductions)
   for pattern in others or {}:
     matrices_lib.check_pattern('a pattern of others', pattern)
@@ -215,6 +234,7 @@ def make_chain(
       tuple(reductions.items()),
       other_txs,
       restart,
+      sketched,
   )
 
 
@@ -249,7 +269,7 @@ def init(
   leaves = _other_leaves(base, chosen)
   other_states = {p: owned(tx.init(leaves[p])) for p, tx in chain.other_txs}
   first = functools.partial(
-      _first_state, tx=chain.tx, found=found, policy=policy
+      _first_state, chain=dataclasses.replace(chain, matrices=None), found=found
   )
   state = sharded.automatic(
       first, key, base, out=lambda: _start_specs(base, found, policy)
@@ -262,7 +282,7 @@ def init(
       other_states=other_states or (),
   )
   if policy.period and policy.reset_optimizer and chain.restart is None:
-    trained = factors_lib.trained_pairs(state.factors, found)
+    trained = _trained(state.factors, found)
     restart_lib.check(chain.tx, state.opt_state, trained)
   return state
 
@@ -271,11 +291,11 @@ def _first_state(
     key: jax.Array,
     unused_base: Any,
     *,
-    tx: optax.GradientTransformation,
+    chain: Chain,
     found: Sequence[Adapted],
-    policy: ChainPolicy,
 ) -> AdapterState:
   """Returns the state at step 0 but for the base weights."""
+  policy = chain.policy
   # Compiled: op by op, frames would round otherwise than in later links.
   drawn = jax.jit(lambda key: factors_lib.draw_link(key, 0, found, policy))(key)
   remainders = {}
@@ -285,9 +305,9 @@ def _first_state(
       remainders[m.path] = jnp.zeros((*m.batch, m.m, m.n), m.dtype)
   return AdapterState(
       params=(),
-      factors=drawn.factors,
+      factors=_stored(chain, drawn.factors, found),
       coins=drawn.coins,
-      opt_state=tx.init(factors_lib.trained_pairs(drawn.factors, found)),
+      opt_state=chain.tx.init(factors_lib.trained_pairs(drawn.factors, found)),
       remainders=remainders,
       count=jnp.zeros([], jnp.int32),
       key=jnp.copy(key),
@@ -340,6 +360,8 @@ def move_factors(
 
 def merged_params(chain: Chain, state: AdapterState) -> Any:
   """Returns the weights with the products of the link merged."""
+  if chain.sketched:
+    return owned(state.params)
   return owned(_placed(_merge, chain, state).params)
 
 
@@ -348,7 +370,8 @@ def merge(chain: Chain, state: AdapterState) -> AdapterState:
 
   It is the end of a link for the optimiser too.
   """
-  end = lambda chain, state: _restarted(chain, _merge(chain, state))
+  merged = (lambda _, state: state) if chain.sketched else _merge
+  end = lambda chain, state: _restarted(chain, merged(chain, state))
   return owned(_placed(end, chain, state))
 
 
@@ -363,9 +386,10 @@ def next_link(chain: Chain, state: AdapterState) -> AdapterState:
     chain: one whose links end.
     state: of arrays, on one device or replicated, with `period` steps done.
   """
-  keys = _round_keys_of(chain, state)
-  params, remainders = _merge_each(_merged_in_place, chain, state, keys)
-  state = state._replace(params=params, remainders=remainders)
+  if not chain.sketched:
+    keys = _round_keys_of(chain, state)
+    params, remainders = _merge_each(_merged_in_place, chain, state, keys)
+    state = state._replace(params=params, remainders=remainders)
   factors, coins, opt_state = _begun_anew(chain, state)
   return state._replace(factors=factors, coins=coins, opt_state=opt_state)
 
@@ -377,6 +401,8 @@ def merged_each(
 
   Leaves that are not adapted are the state's own; in_place the others are deleted.
   """
+  if chain.sketched:
+    return state.params if in_place else owned(state.params)
   keys = _round_keys_of(chain, state)
   merge_one = _merged_in_place if in_place else _merged_apart
   return _merge_each(merge_one, chain, state, keys)[0]
@@ -518,7 +544,7 @@ def _if_due_jvp(change, primals, tangents):
 
 def _next_link(chain: Chain, state: AdapterState) -> AdapterState:
   """Merges, flips, resamples and restarts."""
-  return _drawn_anew(chain, _merge(chain, state))
+  return _drawn_anew(chain, state if chain.sketched else _merge(chain, state))
 
 
 def _drawn_anew(chain: Chain, state: AdapterState) -> AdapterState:
@@ -526,20 +552,37 @@ def _drawn_anew(chain: Chain, state: AdapterState) -> AdapterState:
   policy, found = chain.policy, chain.adapted(state.params)
   link = state.count // policy.period if policy.resample else 0
   drawn = factors_lib.draw_link(state.key, link, found, policy)
-  return _restarted(
-      chain, state._replace(factors=drawn.factors, coins=drawn.coins)
-  )
+  factors = _stored(chain, drawn.factors, found)
+  return _restarted(chain, state._replace(factors=factors, coins=drawn.coins))
 
 
 def _restarted(chain: Chain, state: AdapterState) -> AdapterState:
   if not chain.policy.reset_optimizer:
     return state
-  trained = factors_lib.trained_pairs(
-      state.factors, chain.adapted(state.params)
-  )
+  trained = _trained(state.factors, chain.adapted(state.params))
   rule = functools.partial(restart_lib.restart, trained=trained)
   rule = chain.restart or rule
   return state._replace(opt_state=rule(chain.tx.init(trained), state.opt_state))
+
+
+def _stored(chain: Chain, factors: Pairs, found: Sequence[Adapted]) -> Pairs:
+  """Returns the factors that a state keeps: sketched, those that are not zero."""
+  if not chain.sketched:
+    return factors
+  is_kept = lambda one, side: len(one.trained) == 2 or side not in one.trained
+  return {
+      one.matrix.path: {
+          side: factor
+          for side, factor in factors[one.matrix.path].items()
+          if is_kept(one, side)
+      }
+      for one in found
+  }
+
+
+def _trained(factors: Pairs, found: Sequence[Adapted]) -> Pairs:
+  """Returns the trained factors of those that a state keeps."""
+  return factors_lib.trained_pairs(factors_lib.completed(factors, found), found)
 
 
 def _moved_factors(
@@ -552,14 +595,16 @@ def _moved_factors(
 ) -> tuple[AdapterState, Any]:
   """Returns the state a step along the gradients, and (value, aux) before it."""
   found = chain.adapted(state.params)
-  trained = factors_lib.trained_pairs(state.factors, found)
+  start = factors_lib.completed(state.factors, found)
+  trained = factors_lib.trained_pairs(start, found)
   chosen = _places_of_others(chain, state.params, found)
   rest = _other_leaves(state.params, chosen)
 
   def value_of(moved, batch, *args):
-    factors = factors_lib.joined(state.factors, moved[0])
+    factors = factors_lib.joined(start, moved[0])
     params = _with_others(state.params, chosen, moved[1])
-    result = loss(params, factors_lib.scaled(factors, found), batch, *args)
+    pairs = factors_lib.scaled(factors, found, chain.sketched)
+    result = loss(params, pairs, batch, *args)
     if type(result) is not tuple or len(result) != 2:
       raise TypeError(
           'Expected a loss that returns (scalar, aux), got'
@@ -595,13 +640,14 @@ def _moved_by(
 ) -> AdapterState:
   """Returns the state one step along the gradients."""
   policy, found = chain.policy, chain.adapted(state.params)
-  trained = factors_lib.trained_pairs(state.factors, found)
+  start = factors_lib.completed(state.factors, found)
+  trained = factors_lib.trained_pairs(start, found)
   chosen = _places_of_others(chain, state.params, found)
   rest = _other_leaves(state.params, chosen)
   moves = factors_lib.moving(trained, state.coins)
   grads = factors_lib.where(moves, grads, jax.tree.map(jnp.zeros_like, grads))
   updates, opt_state = chain.tx.update(
-      grads, state.opt_state, trained, value=value
+      grads, state.opt_state, None if chain.sketched else trained, value=value
   )
   moved_rest, other_states = {}, {}
   for pattern, one in chain.other_txs:
@@ -618,13 +664,25 @@ def _moved_by(
   if policy.warmup:
     place = state.count % policy.period if policy.period else state.count
     scale = scale * jnp.minimum(1.0, (place + 1) / policy.warmup)
-  moved = _moved(trained, updates, scale)
+  moved = factors_lib.where(moves, _moved(trained, updates, scale), trained)
+  factors = factors_lib.joined(start, moved)
+  if chain.sketched:
+    leaves, treedef = jax.tree.flatten(state.params)
+    leaves, remainders = sketched_lib.moved(
+        leaves,
+        factors_lib.scaled(factors, found),
+        state.remainders,
+        _round_keys(state, found),
+        found,
+        policy.rounding,
+    )
+    params = treedef.unflatten(leaves)
+    state = state._replace(params=params, remainders=remainders)
+  else:
+    state = state._replace(factors=factors)
   return state._replace(
       params=_with_others(state.params, chosen, moved_rest),
       other_states=other_states or (),
-      factors=factors_lib.joined(
-          state.factors, factors_lib.where(moves, moved, trained)
-      ),
       opt_state=_keep_frozen(moves, opt_state, state.opt_state),
       count=optax.safe_increment(state.count),
   )

@@ -81,16 +81,41 @@ def draw_link(
   )
 
 
-def scaled(factors: Pairs, found: Sequence[Adapted]) -> dict[str, inject.Pair]:
-  """Returns the factors as losses see them: the scale s in the right one."""
+def scaled(
+    factors: Pairs, found: Sequence[Adapted], sketched: bool = False
+) -> dict[str, inject.Pair]:
+  """Returns the factors as losses see them: the scale s in the right one.
+
+  Args:
+    factors: of each, left and right.
+    found: what is adapted.
+    sketched: whether their products are zero and stay so.
+  """
   return {
       one.matrix.path: inject.Pair(
           factors[one.matrix.path]['left'],
           one.scale * factors[one.matrix.path]['right'],
           one.matrix.axes,
+          one.trained if sketched else (),
       )
       for one in found
   }
+
+
+def completed(factors: Pairs, found: Sequence[Adapted]) -> Pairs:
+  """Returns the factors with zeros for those that are not there."""
+  pairs = {}
+  for one in found:
+    m, pair = one.matrix, factors[one.matrix.path]
+    shapes = {'left': (m.m, one.inner), 'right': (one.inner, m.n)}
+    dtype = matrices_lib.wide(m.dtype)
+    pairs[m.path] = {
+        side: pair[side]
+        if side in pair
+        else jnp.zeros((*m.batch, *shape), dtype)
+        for side, shape in shapes.items()
+    }
+  return pairs
 
 
 def trained_pairs(factors: Pairs, found: Sequence[Adapted]) -> Pairs:

@@ -229,9 +229,10 @@ def _dot_general(eqn, operands, uses):
   value, other = (first, second) if is_left else (second, first)
   contracted, batch = eqn.params['dimension_numbers']
   ours, theirs = (0, 1) if is_left else (1, 0)
-  (product,) = _plain(
-      eqn, (value.base, other) if is_left else (other, value.base)
-  )
+
+  def plain(base, other):
+    return _plain(eqn, (base, other) if is_left else (other, base))[0]
+
   p = lowrank.Product(
       is_left,
       contracted[ours],
@@ -240,8 +241,15 @@ def _dot_general(eqn, operands, uses):
       batch[theirs],
       eqn.params['precision'],
       eqn.outvars[0].aval.dtype,
-      sharded.explicit(product),
+      None,
   )
+  if value.trained:
+    product = lowrank.sketched_product(value, other, p, plain)
+    if product is not None:
+      uses.multiply(value, p)
+    return None if product is None else [product]
+  product = plain(value.base, other)
+  p = p._replace(out_sharding=sharded.explicit(product))
   change = lowrank.product(value, other, p) if value.factors else None
   if value.factors and change is None:
     return None
@@ -272,7 +280,13 @@ def _custom_vjp(eqn, operands, uses):
 def _remat(eqn, operands, uses):
   p = eqn.params
   run = lambda *operands: _run(p['jaxpr'], operands, uses)
-  return jax.checkpoint(run, prevent_cse=p['prevent_cse'], policy=p['policy'])(
+  policy = p['policy']
+  if any(isinstance(x, LowRank) and x.trained for x in operands):
+    # What a sketched product keeps is thin.
+    thin = jax.checkpoint_policies.save_only_these_names(lowrank.SKETCH)
+    both = jax.checkpoint_policies.save_from_both_policies
+    policy = thin if policy is None else both(policy, thin)
+  return jax.checkpoint(run, prevent_cse=p['prevent_cse'], policy=policy)(
       *operands
   )
 

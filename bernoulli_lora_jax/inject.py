@@ -21,6 +21,11 @@ cast to the compute dtype where they are multiplied. A `Pair` also says which ax
 of its leaf are left and right ones; of a plain mapping they are read from the loss,
 as `all_linear` does.
 
+*Sketched products* (A4). Where a chain keeps its products merged, L R is zero at
+every evaluation. A `Pair` with `trained` sides says so: by_product then computes x W
+alone, with the derivative that x W + (x L) R has by the trained side. Neither the
+adapter nor, where the left side is frozen, x is there any more.
+
 Weights quantised by Qwix are met in the projections of Linen models (`projections`);
 any other use of them is an error.
 """
@@ -57,6 +62,11 @@ class Pair(Mapping):
   left: jax.Array  # (*batch, m, r)
   right: jax.Array  # (*batch, r, n)
   axes: Axes = dataclasses.field(metadata={'static': True})
+  # Sides that are trained from L R = 0, which then is not multiplied by; () for
+  # any L R.
+  trained: tuple[str, ...] = dataclasses.field(
+      default=(), metadata={'static': True}
+  )
 
   def __getitem__(self, side: str) -> jax.Array:
     if side not in ('left', 'right'):
@@ -412,4 +422,7 @@ def _low_rank(leaf: Any, pair: Any, axes: Axes, path: str) -> LowRank:
           f' {pair[side].shape}: its rule should say left={axes.left},'
           f' right={axes.right}, batch={axes.batch}.'
       )
-  return lowrank.low_rank(leaf, pair['left'], pair['right'], axes, path)
+  trained = pair.trained if isinstance(pair, Pair) else ()
+  return lowrank.low_rank(
+      leaf, pair['left'], pair['right'], axes, path, trained
+  )

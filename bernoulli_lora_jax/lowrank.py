@@ -7,21 +7,30 @@ only moves or cuts axes is done to the three arrays; a product contracts its oth
 operand with the side that it sums over, then with the other side (`product`);
 whatever else happens to a value happens to the array (`dense`).
 
+Of a `LowRank` with `trained` sides L R is zero, and those sides alone have a
+derivative: its products are those of the base, with the derivative of x W + (x L) R
+(`sketched_product`, A4).
+
 A `LowRank` without factors is a probe: labels name the axes of the leaf, and what
 reaches a product tells over which of them it sums.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import functools
 import string
 from typing import Any, NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from bernoulli_lora_jax import sharded
 
 Labels = tuple[Any, ...]
+
+# Name of what a sketched product keeps of its operand, for policies of remat.
+SKETCH = 'sketch_of_an_operand'
 
 _LETTERS = string.ascii_letters
 _RANK = 'Z'
@@ -69,6 +78,10 @@ class LowRank:
   entries: tuple[int, ...] = dataclasses.field(
       default=(), metadata={'static': True}
   )
+  # Sides that have a derivative where L R = 0; () for any L R.
+  trained: tuple[str, ...] = dataclasses.field(
+      default=(), metadata={'static': True}
+  )
 
   def parts(self) -> Iterator[tuple[jax.Array, list[int]]]:
     """Yields base, L and R, each with the value's axes that it has."""
@@ -86,7 +99,13 @@ class LowRank:
     """Returns the value with change(array, its axes) in place of each part."""
     base, *factors = (change(array, own) for array, own in self.parts())
     entries = (*self.entries, *entries)
-    return LowRank(base, tuple(factors), labels, self.path, entries)
+    return dataclasses.replace(
+        self,
+        base=base,
+        factors=tuple(factors),
+        labels=labels,
+        entries=entries,
+    )
 
   def dense(self) -> jax.Array:
     """Returns base + L R, summed in the wider dtype and rounded once."""
@@ -108,7 +127,12 @@ class LowRank:
 
 
 def low_rank(
-    leaf: jax.Array, left: jax.Array, right: jax.Array, axes: Axes, path: str
+    leaf: jax.Array,
+    left: jax.Array,
+    right: jax.Array,
+    axes: Axes,
+    path: str,
+    trained: tuple[str, ...] = (),
 ) -> LowRank:
   """Returns the value of a leaf with factors (*batch, m, r) and (*batch, r, n)."""
   sizes = lambda axes: tuple(leaf.shape[axis] for axis in axes)
@@ -121,7 +145,7 @@ def low_rank(
     return factor.transpose(*order, len(own))
 
   factors = in_order(left, axes.left), in_order(right.mT, axes.right)
-  return LowRank(leaf, factors, axes.labels, path)
+  return LowRank(leaf, factors, axes.labels, path, trained=trained)
 
 
 def probe(leaf: jax.Array, path: str) -> LowRank:
@@ -193,9 +217,56 @@ def slices(value: LowRank) -> tuple[list[jax.Array], Callable[..., LowRank]]:
         next(scanned) if has_axis else array for array, has_axis in parts
     )
     entries = (*value.entries, *_entries(value, (0,)))
-    return LowRank(base, tuple(factors), value.labels[1:], value.path, entries)
+    return dataclasses.replace(
+        value,
+        base=base,
+        factors=tuple(factors),
+        labels=value.labels[1:],
+        entries=entries,
+    )
 
   return [array for array, has_axis in parts if has_axis], inside
+
+
+class _Einsums(NamedTuple):
+  """(x F) S, in two products: F is of the side that is summed over, S the other."""
+
+  sides: tuple[str, str]  # Of F and S.
+  other: str  # Indices of x,
+  first: str  # of F,
+  thin: str  # of x F,
+  second: str  # of S,
+  out: str  # of the product.
+
+
+def _einsums(value: LowRank, other: jax.Array, p: Product) -> _Einsums | None:
+  """Returns how L R is multiplied by; None where it sums over no whole side."""
+  summed = {value.labels[i] for i in p.contracted}
+  rest = {v for i, v in enumerate(value.labels) if i not in p.contracted}
+  whole = sorted({'l', 'r'} - rest, key=lambda side: (side not in summed, side))
+  if not whole:
+    return None
+  names = _LETTERS[: len(value.labels)]
+  left, right = (
+      ''.join(names[i] for i in own) + _RANK
+      for _, own in list(value.parts())[1:]
+  )
+  is_left = whole[0] == 'l'
+  first, second = (left, right) if is_left else (right, left)
+  ours = (*p.batch, *p.contracted)
+  shared = dict(zip((*p.other_batch, *p.other_contracted), ours, strict=True))
+  free = iter(_LETTERS[len(names) :])
+  others = ''.join(
+      names[shared[i]] if i in shared else next(free) for i in range(other.ndim)
+  )
+  ours_free = [names[i] for i in range(len(names)) if i not in ours]
+  others_free = [c for i, c in enumerate(others) if i not in shared]
+  ends = (ours_free, others_free) if p.is_left else (others_free, ours_free)
+  out = ''.join([names[i] for i in p.batch] + ends[0] + ends[1])
+  needed = set(out) | set(second)
+  thin = ''.join(dict.fromkeys(c for c in others + first if c in needed))
+  sides = ('left', 'right') if is_left else ('right', 'left')
+  return _Einsums(sides, others, first, thin, second, out)
 
 
 def product(value: LowRank, other: jax.Array, p: Product) -> jax.Array | None:
@@ -210,44 +281,116 @@ def product(value: LowRank, other: jax.Array, p: Product) -> jax.Array | None:
     An array in `p.dtype`; None where the product sums over no whole side, so that
     L R would have to be formed.
   """
-  summed = {value.labels[i] for i in p.contracted}
-  rest = {v for i, v in enumerate(value.labels) if i not in p.contracted}
-  whole = sorted({'l', 'r'} - rest, key=lambda side: (side not in summed, side))
-  if not whole:
+  e = _einsums(value, other, p)
+  if e is None:
     return None
-  names = _LETTERS[: len(value.labels)]
-  left, right = (
-      (array, ''.join(names[i] for i in own) + _RANK)
-      for array, own in list(value.parts())[1:]
-  )
-  first, second = (left, right) if whole[0] == 'l' else (right, left)
-  ours = (*p.batch, *p.contracted)
-  shared = dict(zip((*p.other_batch, *p.other_contracted), ours, strict=True))
-  free = iter(_LETTERS[len(names) :])
-  others = ''.join(
-      names[shared[i]] if i in shared else next(free) for i in range(other.ndim)
-  )
-  ours_free = [names[i] for i in range(len(names)) if i not in ours]
-  others_free = [c for i, c in enumerate(others) if i not in shared]
-  ends = (ours_free, others_free) if p.is_left else (others_free, ours_free)
-  out = ''.join([names[i] for i in p.batch] + ends[0] + ends[1])
-  needed = set(out) | set(second[1])
-  thin = ''.join(dict.fromkeys(c for c in others + first[1] if c in needed))
+  first, second = (value.factors[side == 'right'] for side in e.sides)
   # Factors are cast to what the product multiplies in.
-  cast = lambda x: x.astype(other.dtype)
   inner = jnp.einsum(
-      f'{others},{first[1]}->{thin}',
+      f'{e.other},{e.first}->{e.thin}',
       other,
-      cast(first[0]),
+      first.astype(other.dtype),
       precision=p.precision,
   )
   return jnp.einsum(
-      f'{thin},{second[1]}->{out}',
+      f'{e.thin},{e.second}->{e.out}',
       inner.astype(other.dtype),
-      cast(second[0]),
+      second.astype(other.dtype),
       precision=p.precision,
       preferred_element_type=p.dtype,
       out_sharding=p.out_sharding,
+  )
+
+
+def sketched_product(
+    value: LowRank,
+    other: jax.Array,
+    p: Product,
+    plain: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array | None:
+  """Returns the product of the base with another array; L R = 0 has its derivative.
+
+  With y = x W and a frozen L the derivative by R is (x L)^T dy, by a left factor
+  of a frozen R it is x^T (dy R^T): W has none, x that of the base product. What is
+  kept for it is x L, named `SKETCH`, where R alone is trained, else x.
+
+  Args:
+    value: with factors whose product is zero, and `trained` sides.
+    other: the other operand, x.
+    p: the product.
+    plain: (base, other) -> the product of arrays.
+
+  Returns:
+    An array in `p.dtype`; None where `product` has none.
+  """
+  e = _einsums(value, other, p)
+  if e is None:
+    return None
+  is_kept_thin = e.sides[0] not in value.trained
+  of = functools.partial(_einsum, other.dtype, p.precision)
+  shape = jax.ShapeDtypeStruct(other.shape, other.dtype)
+
+  def thin_of(other, factors):
+    first = factors[e.sides[0] == 'right']
+    return of(f'{e.other},{e.first}->{e.thin}', other, first)
+
+  @jax.custom_vjp
+  def multiply(base, factors, other):
+    del factors
+    return plain(base, other)
+
+  def forward(base, factors, other):
+    is_moved = base.perturbed
+    base, other = base.value, other.value
+    factors = tuple(x.value for x in factors)
+    if is_moved:
+      raise ValueError(
+          f'Expected a derivative by factors alone, got one by {value.path}, which'
+          ' a sketched product does not have: use adapters, or gradient mode.'
+      )
+    kept = thin_of(other, factors) if is_kept_thin else other
+    if is_kept_thin:
+      kept = checkpoint_name(kept, SKETCH)
+    return plain(base, other), (base, factors, kept)
+
+  def backward(kept, out_grad):
+    base, factors, x = kept
+    if isinstance(out_grad, jax.custom_derivatives.SymbolicZero):
+      out_grad = jnp.zeros(out_grad.shape, out_grad.dtype)
+    first, second = (factors[side == 'right'] for side in e.sides)
+    grads: dict[str, jax.Array | None] = dict.fromkeys(('left', 'right'))
+    if e.sides[1] in value.trained:
+      thin = x if is_kept_thin else thin_of(x, factors)
+      spec = f'{e.thin},{e.out}->{e.second}'
+      grads[e.sides[1]] = of(spec, thin, out_grad, dtype=second.dtype)
+    if e.sides[0] in value.trained:
+      thin = of(f'{e.out},{e.second}->{e.thin}', out_grad, second)
+      spec = f'{e.other},{e.thin}->{e.first}'
+      grads[e.sides[0]] = of(spec, x, thin, dtype=first.dtype)
+    (by_other,) = jax.linear_transpose(lambda x: plain(base, x), shape)(
+        out_grad
+    )
+    return None, tuple(grads.values()), by_other
+
+  multiply.defvjp(forward, backward, symbolic_zeros=True)
+  return multiply(value.base, value.factors, other)
+
+
+def _einsum(
+    narrow: Any,
+    precision: Any,
+    spec: str,
+    *operands: jax.Array,
+    dtype: Any = None,
+) -> jax.Array:
+  """Returns a product of operands cast to a dtype, summed and kept in another."""
+  if dtype is not None and jax.default_backend() == 'cpu':
+    narrow = jnp.promote_types(narrow, dtype)  # XLA has no mixed ones there.
+  return jnp.einsum(
+      spec,
+      *(x.astype(narrow) for x in operands),
+      precision=precision,
+      preferred_element_type=dtype,
   )
 
 

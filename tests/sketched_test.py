@@ -1,7 +1,5 @@
 """Tests of A4: chains that move W at each step and have no adapter in the loss."""
 
-import functools
-import re
 
 from absl.testing import parameterized
 import chex
@@ -92,7 +90,9 @@ class SameStepsTest(parameterized.TestCase):
           sketched.params(state), merged, rtol=0, atol=1e-9
       )
       change = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), merged, params)
-      moved = jax.tree.leaves(change['layers' if config.scan_layers else 'layers_0'])
+      moved = jax.tree.leaves(
+          change['layers' if config.scan_layers else 'layers_0']
+      )
       self.assertGreater(max(map(float, moved)), 1e-2)
 
   def test_left(self):
@@ -120,7 +120,7 @@ class SameStepsTest(parameterized.TestCase):
       dict(alpha=6.0),
       dict(frame='raw'),
       dict(warmup=2),
-      dict(rank=10),  # Above some sides.
+      dict(rank=7),  # Above some sides.
       dict(reset_optimizer=False, resample=False),
       dict(prob=1.0),
   )
@@ -155,7 +155,3 @@ class SameStepsTest(parameterized.TestCase):
         updates, opt_state = tx.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
       chex.assert_trees_all_close(chain.params(state), params, atol=1e-12)
-
-
-if __name__ == '__main__':
-  pass
