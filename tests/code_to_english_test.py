@@ -195,6 +195,12 @@ class ConfigTest(parameterized.TestCase):
     for variant in ('small', 'medium', 'small,smoke'):
       runs = module['sweep'](variant)
       self.assertLen({sweep_lib.run_name(x) for x in runs}, len(runs))
+    rates = {
+        run['method.name']: run['method.learning_rate']
+        for run in module['sweep']('small')
+    }
+    # As in the README.
+    self.assertEqual(rates, {'full': 1e-3, 'lora': 1.2e-2, 'bernoulli': 2.5e-2})
     with self.assertRaisesRegex(ValueError, "'large'"):
       module['get_config']('large')
 

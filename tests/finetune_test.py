@@ -371,6 +371,47 @@ class PartsTest(parameterized.TestCase):
     else:
       self.assertEqual(sum(row['trained'] for row in rows), expected)
 
+  @parameterized.parameters(
+      ('lora', 192, 1.2e-2),
+      ('lora', 512, 2.5e-3),
+      ('cola', 512, 2.5e-3),
+      ('bernoulli', 192, 2.5e-2),
+      ('bernoulli', 512, 8e-3),
+      ('rac_left', 512, 8e-3),
+      ('rac_right', 512, 8e-3),
+      ('full', 512, 3e-3),
+  )
+  def test_default_rate_is_on_the_safe_side(self, method, width, best):
+    """At most the best that was found at a width, of all ranks, and not far below."""
+    given = dict.fromkeys(('alpha', 'train_others', 'train_tokens'))
+    given |= dict(method=method, rank=16)
+    rate, _ = finetune.default_rate(given, width)
+    self.assertBetween(rate, best / 4, best)
+
+  @parameterized.parameters(
+      # Width 32; two digits, so 0.12 of 4 / 32.
+      (dict(), 0.12, None, '4 / width 32'),
+      (dict(alpha=6), 0.042, 6, '4 / width 32 / 3'),
+      (dict(alpha=1), 0.12, 1, '4 / width 32'),
+      (dict(method='lora'), 0.039, 4, '1.25 / width 32'),
+      (dict(method='cola'), 0.039, 4, '1.25 / width 32'),
+      (dict(method='lora', alpha=4), 0.039, 4, '1.25 / width 32'),
+      (dict(method='lora', alpha=8), 0.02, 8, '1.25 / width 32 / 2'),
+      (dict(method='lora', alpha=1), 0.039, 1, '1.25 / width 32'),
+      (dict(method='full', alpha=8), 0.016, 8, '0.5 / width 32'),
+      (dict(train_others='norm'), 0.016, None, '0.5 / width 32'),
+      (dict(train_tokens='Ġhow'), 0.016, None, '0.5 / width 32'),
+      (dict(learning_rate=1.0), 1.0, None, '4 / width 32'),
+  )
+  def test_rate_and_scale(self, flags, rate, alpha, told):
+    given = dict(num_steps=12, rank=2, **flags)
+    method = make_config(**given).method
+    self.assertEqual(method.learning_rate, rate)
+    self.assertEqual(method.alpha, alpha)
+    given = {'method': 'bernoulli', 'alpha': None, **given}
+    given = {'train_others': '', 'train_tokens': '', **given}
+    self.assertEqual(finetune.default_rate(given, 32)[1], told)
+
   def test_tokens_are_counted_without_padding(self):
     config = make_config(num_steps=12, max_length=100, batch_size=2)
     task = arguments.make_task(config)
@@ -838,7 +879,8 @@ class ChainTest(parameterized.TestCase):
 class MethodTest(parameterized.TestCase):
 
   def test_lora(self):
-    folder, out = tune('lora', method='lora', alpha=4)
+    folder, out = tune('lora', method='lora', learning_rate=None)
+    self.assertIn('learning rate: 0.039, from 1.25 / width 32\n', out)
     self.assertRegex(out, 'self_attn/q_proj +2 +32 x 32 +2 .* 2 ')
     self.assertEqual(tuned.read_config(folder).method.alpha, 4)
     base = hf.load(FOLDER / 'model', scan_layers=True)
@@ -851,6 +893,7 @@ class MethodTest(parameterized.TestCase):
 
   def test_full(self):
     folder, out = tune('full', method='full', learning_rate=1e-3)
+    self.assertIn('learning rate: 0.001\n', out)
     self.assertEqual(moved(folder / 'merged'), set(weights(FOLDER / 'model')))
     self.assertFalse((folder / 'adapter').exists())
     self.assertFalse((folder / 'recipe').exists())

@@ -37,16 +37,19 @@ from bernoulli_lora_jax.training import reporting
 from bernoulli_lora_jax.training import served
 from bernoulli_lora_jax.training import tuned
 
-# Of Adam, by method: guesses, which no study has chosen yet. The decoder of 1.7 million
-# numbers in the README wants 12 to 25 times as much.
+# Of Adam, times the width of the model: none above the best rate that was found for its
+# method at width 192 (the README) and at 512 (docs/evidence.md, ranks 8 to 141). For
+# wider models that is an extrapolation.
 LEARNING_RATES = {
-    'full': 1e-4,
-    'lora': 1e-3,
-    'cola': 1e-3,
-    'rac_left': 1e-3,
-    'rac_right': 1e-3,
-    'bernoulli': 1e-3,
+    'full': 0.5,
+    'lora': 1.25,
+    'cola': 1.25,
+    'rac_left': 4.0,
+    'rac_right': 4.0,
+    'bernoulli': 4.0,
 }
+# alpha / rank there, which alpha=None stands for; 1 for others.
+_SCALES = {'lora': 2.0, 'cola': 2.0}
 # {flag: its field}.
 _FIELDS = {
     'seed': 'seed',
@@ -152,14 +155,15 @@ def finetune(
     rank: of the factors.
     period: steps of a link, after which it is merged.
     prob: P(left), of bernoulli.
-    alpha: the scale is alpha / rank; None for 1.
+    alpha: the scale is alpha / rank; None for 1, with lora and cola 2.
     sketch: law of the frozen factors.
     num_steps: of the run; 0 for num_epochs.
     num_epochs: passes through the data.
     batch_size: rows of max_length tokens a step, of all devices.
     micro_batches: parts of a batch, one after another: less memory.
     max_length: tokens of a row, into which documents are packed.
-    learning_rate: the peak; None for 1e-3, with full 1e-4: a guess, try others.
+    learning_rate: the peak; None for 4 / width of the model, with lora and cola 1.25,
+      with full, train_others, train_tokens 0.5: found at widths to 512, a guess beyond.
     schedule: of the learning rate after its warm-up; cosine and linear end at 0.
     warmup: steps of linear warm-up.
     optimizer: of what trains.
@@ -212,7 +216,9 @@ def finetune(
     finetune_checks.check_method(config, modes, chosen)
     check = functools.partial(finetune_checks.check_exports, directory, chosen)
     program = finetune_modes.fitting(config, modes, directory, check)
-  finetune_shown.show_start(config, program, directory)
+  found_rate = default_rate(given, found.config.hidden_size)[1]
+  rate_from = '' if learning_rate is not None else found_rate
+  finetune_shown.show_start(config, program, directory, rate_from)
   try:
     summary = loop.train(*experiment.run_of(config, directory, program))
   except loop.DivergedError as e:
@@ -238,6 +244,7 @@ def make_config(
     ValueError: an argument outside its range, by name.
   """
   checks.that(bool(given['data']), 'data to be named', data="''")
+  checks.integers(1, rank=given['rank'])
   checks.that(
       given['num_steps'] > 0 or given['num_epochs'] > 0,
       'num_steps > 0 or num_epochs > 0',
@@ -268,15 +275,18 @@ def make_config(
           f' {flag}={given[flag]!r}.'
       )
   config = base_config.get_config()
-  rate = given['learning_rate']
+  rate, alpha = given['learning_rate'], given['alpha']
+  if rate is None:
+    rate = default_rate(given, found.config.hidden_size)[0]
+  if alpha is None and given['method'] in _SCALES:
+    alpha = _SCALES[given['method']] * given['rank']
   others, other_rows = _others(given, found)
   values = {field: given[flag] for flag, field in _FIELDS.items()}
   values |= {
       'task.name': tuned.TASK,
       'method.mode': 'gradient' if is_full else 'adapter',
-      'method.learning_rate': LEARNING_RATES[given['method']]
-      if rate is None
-      else rate,
+      'method.learning_rate': rate,
+      'method.alpha': alpha,
       'method.rounding': rounding,
       'method.train_others': is_full,
       'method.others': others,
@@ -305,6 +315,28 @@ def make_config(
       }
   )
   return config
+
+
+def default_rate(given: dict[str, Any], width: int) -> tuple[float, str]:
+  """Returns the peak of the learning rate where none is given, and from what.
+
+  A scale above that of `LEARNING_RATES` divides it. What trains at full size beside
+  adapters has their rate, so both have that of full fine-tuning, the lowest.
+
+  Args:
+    given: arguments of `finetune`.
+    width: of the model.
+  """
+  method = given['method']
+  part = 1.0
+  if method != 'full' and given['alpha'] is not None:
+    scale = given['alpha'] / given['rank']
+    part = max(part, scale / _SCALES.get(method, 1.0))
+  if given['train_others'] or given['train_tokens']:
+    method = 'full'
+  constant = LEARNING_RATES[method]
+  told = f'{constant:g} / width {width}' + (f' / {part:g}' if part > 1 else '')
+  return float(f'{constant / width / part:.2g}'), told
 
 
 def _absolute(data: str) -> str:

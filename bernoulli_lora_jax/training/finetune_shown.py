@@ -20,6 +20,7 @@ def show_start(
     config: config_dict.ConfigDict,
     program: programs.Program,
     directory: pathlib.Path,
+    rate_from: str,
 ) -> None:
   """Prints what a user looks at before training.
 
@@ -27,6 +28,7 @@ def show_start(
     config: of the run.
     program: of it, compiled.
     directory: of it.
+    rate_from: what its learning rate was chosen from; '' where it was given.
   """
   task, settings = program.task, program.settings
   print(task.preview)
@@ -37,6 +39,8 @@ def show_start(
   trained = experiment.trained_parameters(config, task)
   numbers = sum(x.size for x in jax.tree.leaves(task_lib.shapes(task)))
   print(f'trained a step: {trained:,.0f} of {numbers:,} numbers')
+  rate = f'learning rate: {config.method.learning_rate:g}'
+  print(rate + (f', from {rate_from}' if rate_from else ''))
   of = finetune_modes.bytes_of(program)
   memory = ', '.join(f'{k} {v / 2**30:.2f}' for k, v in of.items() if v)
   limit = finetune_modes.memory()
