@@ -170,8 +170,14 @@ def of_state(
 
   Raises:
     ValueError: a state with links in its base weights, a chain with others (which
-      no adapter holds), a factor that is not finite.
+      no adapter holds) or a sketched one (whose weights have moved), a factor that
+      is not finite.
   """
+  if chain.sketched:
+    raise ValueError(
+        'Expected a chain of adapters, got sketched=True, which moves its weights:'
+        ' of_change takes them before and after.'
+    )
   period = chain.policy.period
   if period is not None and int(state.count) > period:
     raise ValueError(

@@ -69,9 +69,10 @@ def trained_factors(
   last one.
 
   Raises:
-    ValueError: a factor that is not finite, by path.
+    ValueError: a factor that is not finite, by path; a sketched chain, which
+      keeps none.
   """
-  _check_others(chain)
+  _check_chain(chain)
   adapters.check_factors(state.factors)
   factors = {}
   for one in chain.adapted(state.params):
@@ -196,7 +197,7 @@ def make_recipe(
     ValueError: a base of other paths or shapes than the state's.
   """
   adapters.check_shapes(final.params, base)
-  _check_others(chain)
+  _check_chain(chain)
   return Recipe(
       checksum(base),
       checksum(jax.jit(chain.params)(final)),
@@ -208,7 +209,12 @@ def make_recipe(
   )
 
 
-def _check_others(chain: adapters.Chain) -> None:
+def _check_chain(chain: adapters.Chain) -> None:
+  if chain.sketched:
+    raise ValueError(
+        'Expected a chain of adapters for a recipe, which stores trained factors,'
+        ' got sketched=True: keep a checkpoint.'
+    )
   if chain.others:
     raise ValueError(
         'Expected a chain without others for a recipe, which stores factors'

@@ -413,6 +413,7 @@ class GuaranteeTest(X64TestCase):
           'EF21 with cohorts',
       ),
       (dict(method__mode='adapter', method__frame='raw'), 'raw factors'),
+      (dict(method__mode='sketched', method__frame='raw'), 'raw factors'),
       (dict(method__resample=False), ''),
       (
           dict(method__mode='adapter', method__resample=False),

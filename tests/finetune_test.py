@@ -23,8 +23,11 @@ import finetune_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import bernoulli_lora_jax as bl
+from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import cli
 from bernoulli_lora_jax import export
 from bernoulli_lora_jax import files
@@ -247,6 +250,16 @@ class InputTest(parameterized.TestCase):
       ('dtype', dict(dtype='int8'), "invalid choice 'int8' .*dtype"),
       ('period', dict(period=0), 'Expected period >= 1'),
       ('prob', dict(prob=2), r'Expected prob in \[0, 1\]'),
+      (
+          'sketched',
+          dict(method='lora', sketched='yes'),
+          "^ValueError: Expected method of rac_left, .*, got method='lora'.$",
+      ),
+      (
+          'sketched_adamw',
+          dict(method='rac_left', sketched='yes', optimizer='adamw'),
+          "^ValueError: Expected optimizer adam or sgd .*, got optimizer='adamw'.$",
+      ),
       ('adapter_rank', dict(adapter_rank=-1), 'Expected adapter_rank >= 0'),
   )
   def test_is_named(self, flags, message):
@@ -510,6 +523,173 @@ class PartsTest(parameterized.TestCase):
     self.assertFalse(
         list(FOLDER.glob('*named*')) + list(FOLDER.glob('.named*'))
     )
+
+
+class SketchedTest(parameterized.TestCase):
+  """Weights that move at each step; what has no factors."""
+
+  @parameterized.parameters(
+      (dict(method='rac_left'), 'sketched'),
+      (dict(method='rac_right'), 'sketched'),
+      (dict(method='rac_left', sketched='no'), 'adapter'),
+      (dict(method='rac_left', optimizer='adamw'), 'adapter'),
+      (dict(method='rac_left', dtype='bfloat16'), 'sketched'),
+      (
+          dict(method='rac_left', dtype='bfloat16', rounding='nearest'),
+          'adapter',
+      ),
+      (dict(method='rac_left', rounding='nearest'), 'sketched'),
+      (dict(method='bernoulli'), 'adapter'),
+      (dict(method='bernoulli', sketched='yes'), 'sketched'),
+      (dict(method='lora'), 'adapter'),
+      (dict(method='full'), 'gradient'),
+  )
+  def test_mode(self, flags, mode):
+    config = make_config(**flags)
+    self.assertEqual(config.method.mode, mode)
+    has_recipe = mode == 'adapter' and flags['method'] != 'lora'
+    self.assertEqual(config.training.recipe, has_recipe)
+
+  @parameterized.parameters('adapter', 'sketched')
+  def test_a_run_that_was_begun_goes_on_as_it_was(self, mode):
+    folder = FOLDER / f'begun_{mode}'
+    folder.mkdir()
+    config = make_config(method='rac_left')
+    config.method.mode = mode
+    (folder / 'config.json').write_text(config.to_json_best_effort())
+    make = functools.partial(make_config, method='rac_left', output=str(folder))
+    self.assertEqual(make().method.mode, mode)
+    was, other = ('yes', 'no') if mode == 'sketched' else ('no', 'yes')
+    self.assertEqual(make(sketched=was).method.mode, mode)
+    with self.assertRaisesRegex(
+        ValueError, f'={was}, as in .*sketched={other}'
+    ):
+      make(sketched=other)
+
+  def test_change_has_the_rank_of_all_links(self):
+    key = jax.random.split(jax.random.key(0), 3)
+    base = {'kernel': jax.random.normal(key[0], (12, 10))}
+    left = jax.random.normal(key[1], (12, 4))
+    change = left @ jax.random.normal(key[2], (4, 10))
+    chain = adapters.make_chain(
+        bl.ChainPolicy.rac(2, 3, 'left'), optax.sgd(0.1), sketched=True
+    )
+    state = chain.init(jax.random.key(0), {'kernel': base['kernel'] + change})
+    program = mock.Mock(method=mock.Mock(chain=chain))
+    program.task.load = lambda: jax.tree.map(jnp.copy, base)
+    # Within the second link.
+    run = tuned.Tuned(FOLDER, program, None, mock.Mock(chain=state), 5)
+    thin = tuned.change(run)['kernel']
+    self.assertEqual(thin.ranks, 4)
+    np.testing.assert_allclose(thin.left @ thin.right, change, atol=1e-5)
+    self.assertLess(thin.lost, 1e-5)
+    values = np.linalg.svd(change, compute_uv=False)
+    thin = tuned.change(run, rank=1)['kernel']
+    lost = np.linalg.norm(values[1:]) / np.linalg.norm(values)
+    # Two turns of the power method find the direction.
+    np.testing.assert_allclose(thin.lost, lost, rtol=1e-4)
+
+  @pytest.mark.slow
+  @parameterized.parameters(('rac_left', 'memory'), ('bernoulli', 'speed'))
+  def test_run(self, method, mode):
+    flags = dict(method=method, sketched='yes', mode=mode)
+    name = f'sketched_{method}'
+    folder, out = tune(name, **flags)
+    self.assertIn('50,336 numbers, sketched', out)
+    told, (first, *_) = summary(folder), lines(folder)
+    self.assertLess(told['validation_loss'], first['validation_loss'])
+    np.testing.assert_allclose(
+        loss_of(folder / 'merged'), told['validation_loss'], rtol=1e-5
+    )
+    # The steps are those of adapters, to rounding.
+    other, _ = tune(f'{name}_not', **{**flags, 'sketched': 'no'})
+    for path, leaf in weights(other / 'merged').items():
+      np.testing.assert_allclose(
+          weights(folder / 'merged')[path], leaf, rtol=2e-3, atol=2e-4
+      )
+    self.assertFalse((folder / 'recipe').exists())
+    base = hf.load(FOLDER / 'model', scan_layers=True)
+    params, _ = served._with_adapters(base, [str(folder / 'adapter')], None)
+    after = hf.load(folder / 'merged', scan_layers=True).params
+    np.testing.assert_allclose(
+        logits(base.config, params), logits(base.config, after), **CLOSE
+    )
+    # Four links of rank 2.
+    self.assertRegex(
+        out, r'change of weights.*(?s:.)*q_proj +2 +8 +\d\S*e-0\d '
+    )
+    with mock.patch.object(hf, 'load', side_effect=AssertionError):
+      _, again = tune(name, **flags)
+    self.assertEqual(*(x[x.index('Adapter against') :] for x in (out, again)))
+    self.check_commands(folder)
+
+  def check_commands(self, folder):
+    low = FOLDER / f'{folder.name}_low'
+    out, error = blora('export', folder, low, '--rank=1')
+    self.assertEqual(error, '')
+    lost = [float(x.split()[3]) for x in out.splitlines() if '_proj' in x]
+    self.assertBetween(min(lost), 0.05, 1.0)
+    again = FOLDER / f'{folder.name}_again'
+    self.assertEqual(blora('merge', folder, again)[1], '')
+    old, new = weights(folder / 'merged'), weights(again)
+    for path, leaf in old.items():
+      np.testing.assert_array_equal(leaf, new[path])
+    end = json.loads((folder / finetune._END).read_text())
+    prompt = end['begins'].removeprefix('<s>')
+    said, _ = blora(
+        'generate', folder, f'--prompt={prompt}', '--max-new-tokens=48'
+    )
+    self.assertEqual(said.removesuffix('\n'), end['after'])
+    more, _ = tune(f'{folder.name}_more', model=folder, method='rac_right')
+    np.testing.assert_allclose(
+        lines(more)[0]['validation_loss'],
+        summary(folder)['validation_loss'],
+        rtol=1e-5,
+    )
+
+  @pytest.mark.slow
+  @parameterized.parameters(
+      dict(),
+      dict(dtype='bfloat16'),
+      dict(early_stopping=4),
+      dict(parallel='jit'),
+  )
+  def test_resumes_within_a_link(self, **more):
+    flags = dict(method='rac_right', checkpoint_every=4, batch_size=8, **more)
+    name = '_'.join(['cut', *map(str, more)])
+    whole, _ = tune(f'{name}_whole', **flags)
+    num_next = loop._num_next
+
+    def interrupted(program, progress):
+      if progress.step >= 7:
+        raise KeyboardInterrupt
+      return num_next(program, progress)
+
+    words = finetune_runs.command(FOLDER, FOLDER / name, **flags)
+    with mock.patch.object(loop, '_num_next', interrupted):
+      with self.assertRaises((KeyboardInterrupt, AssertionError)):
+        self.assertEqual(blora(*words)[1], '')
+    self.assertEqual(tuned.last_checkpoint(FOLDER / name), 4)
+    self.assertEqual(blora(*words)[1], '')
+    for path, leaf in weights(whole / 'merged').items():
+      np.testing.assert_array_equal(
+          leaf, weights(FOLDER / name / 'merged')[path]
+      )
+    for one, other in zip(lines(whole), lines(FOLDER / name), strict=True):
+      for line in (one, other):
+        line.pop('tokens_per_second', None)
+      self.assertEqual(one, other)
+
+  @pytest.mark.slow
+  def test_best_weights_leave(self):
+    flags = dict(early_stopping=1, learning_rate=8.0, num_steps=24, warmup=2)
+    folder, _ = tune('sketched_early', method='rac_left', num_evals=12, **flags)
+    told = summary(folder)
+    self.assertLess(told['best_step'], told['step'])
+    np.testing.assert_allclose(
+        loss_of(folder / 'merged'), told['validation_loss'], rtol=1e-4
+    )
+    self.assertEqual(tuned.step_of(folder / 'merged'), told['best_step'])
 
 
 class KeptTest(parameterized.TestCase):

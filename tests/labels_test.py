@@ -53,6 +53,7 @@ _CLOSE = (
     {'training.num_passes': 60.0},
     {'training.num_full_passes': 60.0},
     {'method.mode': 'adapter'},
+    {'method.mode': 'sketched'},
     {'method.name': 'rac_left', **_ADAM},
     {'method.name': 'rac_left'},
     {'method.name': 'full'},
@@ -74,6 +75,10 @@ class NamesTest(parameterized.TestCase):
       (
           {**_ADAM, 'method.name': 'rac_left', 'method.period': 17},
           'RAC-LoRA (left frozen), Adam, r = 1, adapters, K = 17',
+      ),
+      (
+          {'method.mode': 'sketched', 'method.name': 'rac_right'},
+          'RAC-LoRA (right frozen), SGD, r = 4, sketched gradients',
       ),
       (_EF21, 'Bernoulli-LoRA, EF21, TopK 10%, r = 4, 10 clients, IID'),
   )

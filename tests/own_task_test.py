@@ -177,7 +177,9 @@ class TaskTest(parameterized.TestCase):
     self.check_micro_batches('gradient', 'full', 'gd')
 
   @parameterized.parameters(
-      ('gradient', 'bernoulli', 'sgd'), ('adapter', 'bernoulli', 'sgd')
+      ('gradient', 'bernoulli', 'sgd'),
+      ('adapter', 'bernoulli', 'sgd'),
+      ('sketched', 'rac_left', 'sgd'),
   )
   @pytest.mark.slow
   def test_micro_batches_weigh_so_elsewhere(self, mode, name, estimator):
@@ -278,6 +280,7 @@ class TaskTest(parameterized.TestCase):
       ('gradient', 'bernoulli', {'two/bias'}),
       ('gradient', 'full', {'two/bias'}),
       ('adapter', 'lora', {'two/bias', 'one/kernel', 'two/kernel'}),
+      ('sketched', 'rac_right', {'two/bias'}),
   )
   @pytest.mark.slow
   def test_checkpoints_hold_so_elsewhere(self, mode, name, frozen):
@@ -312,6 +315,7 @@ class TaskTest(parameterized.TestCase):
 
   @parameterized.parameters(
       ('adapter', 'lora', {'training__patience': 1}),
+      ('sketched', 'bernoulli', {'training__patience': 1}),
       ('gradient', 'bernoulli', {}),
   )
   @pytest.mark.slow

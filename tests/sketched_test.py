@@ -1,6 +1,5 @@
 """Tests of A4: chains that move W at each step and have no adapter in the loss."""
 
-
 from absl.testing import parameterized
 import chex
 from flax import linen as nn
@@ -12,7 +11,9 @@ import pytest
 
 import bernoulli_lora_jax as bl
 from bernoulli_lora_jax import adapters
+from bernoulli_lora_jax import export
 from bernoulli_lora_jax import inject
+from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax.models import decoder
 
 _SGD, _ADAM = optax.sgd(0.3), optax.adam(0.02)
@@ -71,6 +72,19 @@ def _inner_jaxprs(jaxpr):
         inner = getattr(one, 'jaxpr', one)
         if hasattr(inner, 'eqns'):
           yield from _inner_jaxprs(inner)
+
+
+class LeaveTest(parameterized.TestCase):
+
+  @parameterized.parameters('left', 'bernoulli')
+  def test_no_factors_leave(self, side):
+    """They are zero: an adapter, or a recipe, of them would be of nothing."""
+    chain = adapters.make_chain(_policy(side), _SGD, sketched=True)
+    state = chain.init(jax.random.key(0), {'kernel': jnp.ones((5, 4))})
+    with self.assertRaisesRegex(ValueError, 'sketched=True.*of_change'):
+      export.of_state(chain, state)
+    with self.assertRaisesRegex(ValueError, 'sketched=True: keep a check'):
+      recipes.trained_factors(state, chain)
 
 
 class SameStepsTest(parameterized.TestCase):

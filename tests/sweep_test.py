@@ -100,6 +100,7 @@ class TogetherTest(parameterized.TestCase):
       ({}, [1]),
       (dict(method__mode='gradient', method__estimator='mvr'), [1]),
       (dict(method__name='cola', method__reset_optimizer=False), [2]),
+      (dict(method__mode='sketched', training__patience=2), [1, 2]),
   )
   @pytest.mark.slow
   def test_other_methods_equal_runs_alone(self, overrides, checked):
@@ -548,9 +549,11 @@ class AdapterRunTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       experiment.make_program(config)
 
-  def test_gradient_mode_has_no_recipe(self):
-    config = small_config(method__mode='gradient', training__recipe=True)
-    with self.assertRaisesRegex(ValueError, 'training.recipe=False'):
+  @parameterized.parameters('gradient', 'sketched')
+  def test_other_modes_have_no_recipe(self, mode):
+    config = small_config(method__mode=mode, training__recipe=True)
+    message = f'training.recipe=False in {mode} mode, got recipe=True'
+    with self.assertRaisesRegex(ValueError, message):
       experiment.make_program(config)
 
   def test_nan_in_factors_saves_nothing(self):
@@ -568,6 +571,93 @@ class AdapterRunTest(parameterized.TestCase):
     self.assertFalse((self.tmp / 'recipe' / 'recipe.json').exists())
     summary = json.loads((self.tmp / 'summary.json').read_text())
     self.assertIn('diverged', summary)
+
+
+class SketchedRunTest(parameterized.TestCase):
+  """Sketched mode in the loop."""
+
+  @pytest.fixture(autouse=True)
+  def _tmp(self, tmp_path):
+    self.tmp = tmp_path
+
+  def train(self, name, **overrides):
+    """Returns the lines of a run, and the state that it has saved last."""
+    states, save = [], loop._save
+
+    def watched(saver, state, best, progress):
+      states[:] = [jax.tree.map(jnp.copy, state)]
+      save(saver, state, best, progress)
+
+    with mock.patch.object(loop, '_save', watched):
+      experiment.train(small_config(**overrides), self.tmp / name)
+    return lines_of(self.tmp / name), states[0]
+
+  def test_same_run_as_with_adapters(self):
+    flags = dict(training__num_evals=1, task__hidden=())
+    ours, end = self.train('ours', method__mode='sketched', **flags)
+    theirs, _ = self.train('theirs', **flags)
+    # The same steps in exact arithmetic: sums in another order.
+    assert_lines_close(ours, theirs, rtol=2e-3)
+    for pair in end.chain.factors.values():  # That which trains is zero.
+      self.assertEqual(min(jnp.abs(x).max() for x in pair.values()), 0)
+
+  @pytest.mark.slow
+  def test_resume_is_bit_identical(self):
+    flags = dict(training__checkpoint_every=8, training__num_evals=3)
+    ours, end = self.train('whole', method__mode='sketched', **flags)
+    num_next = loop._num_next
+
+    def interrupted(program, progress):
+      if progress.step >= 16:  # Within a link of 5 steps.
+        raise KeyboardInterrupt
+      return num_next(program, progress)
+
+    with mock.patch.object(loop, '_num_next', interrupted):
+      with self.assertRaises(KeyboardInterrupt):
+        self.train('cut', method__mode='sketched', **flags)
+    again, resumed = self.train('cut', method__mode='sketched', **flags)
+    self.assertEqual(again, ours)
+    chex.assert_trees_all_equal(resumed.chain.params, end.chain.params)
+    chex.assert_trees_all_equal(resumed.chain.opt_state, end.chain.opt_state)
+
+  @parameterized.parameters('jit', 'pmap')
+  @pytest.mark.slow
+  def test_devices_give_the_same_run(self, kind):
+    one, _ = self.train('one', method__mode='sketched')
+    both = dict(method__mode='sketched', training__parallel=kind)
+    ours, _ = self.train(kind, **both)
+    # Sums in another order, over 24 steps of Adam.
+    assert_lines_close(ours, one, rtol=1e-3)
+
+  @parameterized.parameters(
+      dict(method__rounding='stochastic'),
+      dict(method__rounding='compensated', training__patience=2),
+      dict(method__name='rac_left', method__others='bias'),
+      dict(method__name='rac_right', method__clip_norm=0.1),
+      dict(training__num_micro_batches=4, task__dropout=0.0),
+  )
+  @pytest.mark.slow
+  def test_other_runs_are_those_of_adapters(self, **overrides):
+    ours, _ = self.train('ours', method__mode='sketched', **overrides)
+    theirs, _ = self.train('theirs', **overrides)
+    # Weights of float32 are rounded at each step, or at each link.
+    assert_lines_close(ours, theirs, rtol=2e-3)
+
+  @parameterized.parameters(
+      ('method.name', 'lora', r"^Expected method.name in \(.*'lora'.$"),
+      ('method.name', 'cola', r"^Expected method.name in \(.*'cola'.$"),
+      ('method.optimizer', 'adamw', "^Expected method.optimizer .*'adamw'.$"),
+      ('method.estimator', 'page', "estimator='sgd' in sketched .*'page'"),
+      ('method.train_others', True, 'train_others=False in sketched'),
+      ('method.period', 0, 'method.period >= 1 for bernoulli'),
+      ('federated.num_clients', 2, "method.mode 'gradient' or .*='sketched'"),
+      ('method.rounding', 'up', "rounding in .*'up'"),
+  )
+  def test_bad_values_are_named(self, field, value, message):
+    config = small_config(method__mode='sketched')
+    config = experiment.apply_overrides(config, {field: value})
+    with self.assertRaisesRegex(ValueError, message):
+      experiment.make_program(config)
 
 
 def test_settings_are_what_the_config_says():

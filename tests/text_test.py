@@ -973,7 +973,9 @@ class TaskTest(TextTest):
     t.eval_gradient, t.progress = False, False
     return config
 
-  @parameterized.parameters(('gradient', 'full'), ('adapter', 'bernoulli'))
+  @parameterized.parameters(
+      ('gradient', 'full'), ('adapter', 'bernoulli'), ('sketched', 'rac_left')
+  )
   @pytest.mark.slow
   def test_training_goes_on(self, mode, name):
     """A run that is cut ends where the unbroken one does; the loss falls."""

@@ -84,7 +84,7 @@ def why_uncovered(config: config_dict.ConfigDict, task: task_lib.Task) -> str:
     return f'{c.name} is no chain of projections'
   if c.optimizer != 'sgd':
     return f'{c.optimizer} in place of plain steps'
-  is_adapter = c.mode == 'adapter'
+  is_adapter = c.mode != 'gradient'
   if c.schedule != 'constant' or c.warmup_steps:
     return 'a stepsize that changes'
   if is_adapter and c.link_warmup:
@@ -129,7 +129,7 @@ def why_uncovered(config: config_dict.ConfigDict, task: task_lib.Task) -> str:
 def is_plain_gd(config: config_dict.ConfigDict, task: task_lib.Task) -> bool:
   """Returns whether the gradient of a step is that of f."""
   c = config.method
-  is_single = c.mode == 'adapter' or c.estimator in ('sgd', 'mvr')
+  is_single = c.mode != 'gradient' or c.estimator in ('sgd', 'mvr')
   return c.estimator == 'gd' or (is_single and has_whole_batches(task))
 
 
@@ -317,10 +317,10 @@ def _federated_constants(
 
 
 def stepsize_of(finished: runs.Finished, task: task_lib.Task) -> float:
-  """Returns gamma of A1; in adapter mode s^2 times the learning rate."""
+  """Returns gamma of A1; with a scale s^2 times the learning rate."""
   gamma = arguments.learning_rate_of(finished.config, task)
   c = finished.config.method
-  if c.mode == 'adapter' and c.alpha is not None:
+  if c.mode != 'gradient' and c.alpha is not None:
     rank = c.rank if c.scaling == 'rank' else math.sqrt(c.rank)
     gamma *= (c.alpha / rank) ** 2
   return gamma

@@ -330,7 +330,7 @@ def make_policy(
     task: task_lib.Task,
     prob: float | jax.Array,
 ) -> adapters.ChainPolicy:
-  """Returns the policy of adapter mode; `prob` may be traced."""
+  """Returns the policy of a chain of factors; `prob` may be traced."""
   c = config.method
   names = [f.name for f in dataclasses.fields(adapters.ChainPolicy)]
   special: dict[str, Any] = {
@@ -397,7 +397,7 @@ def make_optimizer(
 def make_others(
     config: config_dict.ConfigDict, learning_rate: Any
 ) -> dict[str, optax.GradientTransformation]:
-  """Returns {pattern: optimiser} of what adapter mode trains at full size.
+  """Returns {pattern: optimiser} of what trains at full size beside factors.
 
   Raises:
     ValueError: rows of no leaf.
@@ -458,6 +458,11 @@ def _inner(config: config_dict.ConfigDict) -> Any:
 def check_federated(config: config_dict.ConfigDict) -> None:
   """Raises ValueError for a field that federated runs would ignore."""
   c = config.method
+  if c.mode == 'sketched':
+    raise ValueError(
+        "Expected method.mode 'gradient' or 'adapter' in federated runs, got"
+        " mode='sketched': clients average factors, or weights."
+    )
   needed: dict[str, Any] = {
       'training.plateau_patience': 0,
       'training.num_micro_batches': 1,

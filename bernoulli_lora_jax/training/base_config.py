@@ -43,8 +43,9 @@ def get_config() -> config_dict.ConfigDict:
   config.method = config_dict.ConfigDict()
   # 'gradient': the whole gradient, projected (chains and full fine-tuning).
   # 'adapter': thin factors beside frozen weights (the LoRA family).
+  # 'sketched': chains of adapters whose weights move at each step; less memory.
   config.method.mode = 'gradient'
-  # Both modes: 'rac_left' (p = 1), 'rac_right' (p = 0), 'bernoulli'; gradient
+  # All modes: 'rac_left' (p = 1), 'rac_right' (p = 0), 'bernoulli'; gradient
   # mode: 'full' (no projection); adapter mode: 'lora', 'asymmetric_left',
   # 'asymmetric_right', 'cola'. Left and right name the sketched, frozen side:
   # left trains the right factor.
@@ -66,8 +67,8 @@ def get_config() -> config_dict.ConfigDict:
   config.method.select = ''  # Regular expression of the matrices; '': kernels.
   # Gradient mode: whether biases and the like move too.
   config.method.train_others = False
-  # Adapter mode: regular expression of further leaves, trained at full size by the
-  # same optimiser; '': none.
+  # Adapter and sketched mode: regular expression of further leaves, trained at full
+  # size by the same optimiser; '': none.
   config.method.others = ''
   # Of those, the rows of tokens that move, in embeddings and heads; (): all.
   config.method.other_rows = ()
@@ -87,7 +88,7 @@ def get_config() -> config_dict.ConfigDict:
   config.method.warmup_steps = 0  # Linear warm-up from zero.
   config.method.clip_norm = config_dict.placeholder(float)  # Global norm.
 
-  # Adapter mode only; see adapters.ChainPolicy.
+  # Adapter and sketched mode only; see adapters.ChainPolicy.
   config.method.alpha = config_dict.placeholder(float)  # None: scale 1.
   config.method.scaling = 'rank'  # alpha / rank; 'sqrt': alpha / sqrt(rank).
   config.method.frame = 'orthonormal'  # Frozen factor; or 'raw'.

@@ -139,9 +139,10 @@ def make_program(
   try:
     settings = make_settings(config, task)
     method = make_method(config, task, driver=driver)
-    if t.recipe and method.chain is None:
+    if t.recipe and (method.chain is None or method.chain.sketched):
       raise ValueError(
-          'Expected training.recipe=False in gradient mode, got recipe=True.'
+          f'Expected training.recipe=False in {config.method.mode} mode, got'
+          ' recipe=True: a recipe is made of the factors of adapters.'
       )
     key = jax.random.key(0)
     jax.eval_shape(method.init, key, task_lib.shapes(task))
@@ -259,9 +260,9 @@ def _make_method(
     learning_rate: float | jax.Array | None = None,
 ) -> methods.Method:
   c = config.method
-  if c.mode not in ('gradient', 'adapter'):
+  if c.mode not in methods.MODES:
     raise ValueError(
-        f"Expected method.mode to be 'gradient' or 'adapter', got {c.mode!r}."
+        f'Expected method.mode in {methods.MODES}, got {c.mode!r}.'
     )
   prob = c.prob if prob is None else prob
   if learning_rate is None:
@@ -278,21 +279,23 @@ def _make_method(
   }
   if config.federated.num_clients:
     return _make_federated(config, task, schedule, prob, driver)
-  if c.mode == 'adapter':
+  if c.mode != 'gradient':
     if c.estimator != 'sgd':
       raise ValueError(
-          "Expected method.estimator='sgd' in adapter mode, got"
+          f"Expected method.estimator='sgd' in {c.mode} mode, got"
           f' {c.estimator!r}: the others carry a full gradient (gradient mode).'
       )
     if c.train_others:
       raise ValueError(
-          'Expected method.train_others=False in adapter mode, got True.'
+          f'Expected method.train_others=False in {c.mode} mode, got True.'
       )
     if config.training.recipe and c.others:
       raise ValueError(
           'Expected training.recipe=False with method.others, which no recipe'
           f' holds, got others={c.others!r}.'
       )
+    if c.mode == 'sketched':
+      _check_sketched(c)
     return methods.adapter_method(
         task.loss,
         arguments.make_policy(config, task, prob),
@@ -300,6 +303,7 @@ def _make_method(
         matrices=matrices,
         additive=not arguments.is_flax(task),
         others=arguments.make_others(config, schedule),
+        sketched=c.mode == 'sketched',
         **common,
     )
   if c.others or c.other_rows:
@@ -317,6 +321,20 @@ def _make_method(
       trained=arguments.trained_leaves(config, task),
       **common,
   )
+
+
+def _check_sketched(c: config_dict.ConfigDict) -> None:
+  """Raises ValueError for what only factors can do."""
+  if c.name not in methods.SKETCHED:
+    raise ValueError(
+        f'Expected method.name in {methods.SKETCHED} in sketched mode, got'
+        f' {c.name!r}.'
+    )
+  if c.optimizer == 'adamw':
+    raise ValueError(
+        "Expected method.optimizer 'sgd', 'momentum' or 'adam' in sketched mode,"
+        " which has no factor to decay, got 'adamw'."
+    )
 
 
 def _make_federated(
@@ -495,7 +513,7 @@ def selection(
   params = task_lib.shapes(task)
   c = config.method
   matrices = arguments.make_matrices(config, task)
-  if c.mode == 'adapter':
+  if c.mode != 'gradient':
     policy = arguments.make_policy(config, task, c.prob)
     others = [c.others] if c.others else []
     rows = adapters.adapter_table(params, policy, matrices, others)

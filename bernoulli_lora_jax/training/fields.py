@@ -79,7 +79,7 @@ _RULES: dict[str, _Rule] = {
     'task.num_rows': _at_least(1),
     'task.num_pretraining': _at_least(1),
     'task.num_samples': _at_least(1),
-    'method.mode': _one_of('gradient', 'adapter'),
+    'method.mode': _one_of('gradient', 'adapter', 'sketched'),
     'method.name': _LATER,
     'method.estimator': _LATER,
     'method.rank': _at_least(1),

@@ -103,6 +103,7 @@ def finetune(
     prob: float = 0.5,
     alpha: float | None = None,
     sketch: str = 'gaussian',
+    sketched: Literal['auto', 'yes', 'no'] = 'auto',
     num_steps: int = 0,
     num_epochs: float = 1.0,
     batch_size: int = 8,
@@ -157,6 +158,8 @@ def finetune(
     prob: P(left), of bernoulli.
     alpha: the scale is alpha / rank; None for 1, with lora and cola 2.
     sketch: law of the frozen factors.
+    sketched: whether weights move at each step, with no factors beside them: less
+      memory, of rac_left, rac_right and bernoulli; auto is yes for the first two.
     num_steps: of the run; 0 for num_epochs.
     num_epochs: passes through the data.
     batch_size: rows of max_length tokens a step, of all devices.
@@ -265,9 +268,14 @@ def make_config(
   dtype = given['dtype'] or ('float32' if is_full and stored else '')
   compute = given['compute_dtype'] or (stored[0] if is_full and stored else '')
   rounding = given['rounding']
+  is_low = dtype in low.values() or not dtype and bool(stored)
   if rounding == 'auto':
-    is_low = dtype in low.values() or not dtype and bool(stored)
     rounding = 'stochastic' if is_low else 'nearest'
+  # A step is less than half the spacing of such weights.
+  is_sketched = finetune_modes.is_sketched(
+      given, loses_steps=is_low and rounding == 'nearest'
+  )
+  method_mode = 'sketched' if is_sketched else 'adapter'
   for flag in ('targets', 'train_others', 'train_tokens'):
     if is_full and given[flag]:
       raise ValueError(
@@ -284,7 +292,7 @@ def make_config(
   values = {field: given[flag] for flag, field in _FIELDS.items()}
   values |= {
       'task.name': tuned.TASK,
-      'method.mode': 'gradient' if is_full else 'adapter',
+      'method.mode': 'gradient' if is_full else method_mode,
       'method.learning_rate': rate,
       'method.alpha': alpha,
       'method.rounding': rounding,
@@ -293,7 +301,9 @@ def make_config(
       'method.other_rows': other_rows,
       'training.num_passes': float(given['num_epochs']),
       # Of LoRA the state holds all that a recipe would.
-      'training.recipe': given['method'] not in ('full', 'lora') and not others,
+      'training.recipe': given['method'] not in ('full', 'lora')
+      and not others
+      and not is_sketched,
       'training.max_to_keep': 1,
   }
   if is_full or given['method'] == 'lora':
@@ -435,7 +445,7 @@ def _finish(
       )
     else:
       thin = tuned.change(run, adapter_rank)
-  if thin is None and folders and not tuned.why_no_adapter(run):
+  if thin is None and folders and tuned.has_links(run):
     thin = tuned.change(run, adapter_rank)
   params = tuned.merged(run)
   if 'merged' in missing:

@@ -16,6 +16,7 @@ from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import loop
+from bernoulli_lora_jax.training import methods
 from bernoulli_lora_jax.training import programs
 
 # {mode: (scan_layers, remat)}.
@@ -30,6 +31,43 @@ def _begun(directory: pathlib.Path) -> config_dict.ConfigDict | None:
   if not (directory / 'config.json').is_file():
     return None
   return experiment.read_config(directory)
+
+
+def is_sketched(given: dict[str, Any], loses_steps: bool) -> bool:
+  """Returns whether a run is sketched; one that was begun goes on as it was.
+
+  Args:
+    given: arguments of the command.
+    loses_steps: whether the rounding of weights would lose single steps.
+
+  Raises:
+    ValueError: what is asked for and cannot be, by name.
+  """
+  asked, method = given['sketched'], given['method']
+  can = method in methods.SKETCHED
+  if asked == 'yes' and not can:
+    raise ValueError(
+        f'Expected method of {", ".join(methods.SKETCHED)} with sketched=yes, got'
+        f' method={method!r}.'
+    )
+  if asked == 'yes' and given['optimizer'] == 'adamw':
+    raise ValueError(
+        'Expected optimizer adam or sgd with sketched=yes, which has no factors'
+        " to decay, got optimizer='adamw'."
+    )
+  begun = _begun(pathlib.Path(given['output']))
+  if can and begun is not None and begun.method.mode != 'gradient':
+    was = 'yes' if begun.method.mode == 'sketched' else 'no'
+    if asked not in ('auto', was):
+      raise ValueError(
+          f'Expected sketched={was}, as in {given["output"]}, got'
+          f' sketched={asked}: choose another output.'
+      )
+    return was == 'yes'
+  if asked != 'auto':
+    return asked == 'yes'
+  is_one_sided = method in ('rac_left', 'rac_right')
+  return is_one_sided and given['optimizer'] != 'adamw' and not loses_steps
 
 
 def modes_of(mode: str, directory: pathlib.Path) -> list[str]:
@@ -106,7 +144,7 @@ def _made(
   t = config.training
   steps = t.num_passes * task.num_samples / task.batch_size
   t.num_steps = t.num_steps or max(1, round(steps))
-  links = config.method.period if t.recipe else 1
+  links = config.method.period if _ends_at_links(config) else 1
   t.eval_every = _aligned(max(1, t.num_steps // t.num_evals), links)
   if begun is not None:  # A longer one goes on as it was, too.
     t.eval_every = begun.training.eval_every
@@ -117,6 +155,11 @@ def _made(
   t.checkpoint_every = t.checkpoint_every or apart * t.eval_every
   t.steps_per_dispatch = _dispatch(config, most)
   return experiment.make_program(config, task)
+
+
+def _ends_at_links(config: config_dict.ConfigDict) -> bool:
+  """Returns whether dispatches end with links, as those of evaluations should."""
+  return config.training.recipe or config.method.mode == 'sketched'
 
 
 def _aligned(every: int, period: int) -> int:
@@ -131,7 +174,7 @@ def _dispatch(config: config_dict.ConfigDict, most: int) -> int:
   """Returns the steps of a dispatch: of one length, where a long one divides all."""
   t = config.training
   gaps = [t.eval_every, t.checkpoint_every, t.num_steps]
-  gaps += [config.method.period] if t.recipe else []
+  gaps += [config.method.period] if _ends_at_links(config) else []
   whole = math.gcd(*gaps)
   parts = [n for n in range(1, most + 1) if whole % n == 0]
   return parts[-1] if 2 * parts[-1] >= min(most, *gaps) else most

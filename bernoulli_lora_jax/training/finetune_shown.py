@@ -38,7 +38,8 @@ def show_start(
   print()
   trained = experiment.trained_parameters(config, task)
   numbers = sum(x.size for x in jax.tree.leaves(task_lib.shapes(task)))
-  print(f'trained a step: {trained:,.0f} of {numbers:,} numbers')
+  how = ', sketched' if config.method.mode == 'sketched' else ''
+  print(f'trained a step: {trained:,.0f} of {numbers:,} numbers{how}')
   rate = f'learning rate: {config.method.learning_rate:g}'
   print(rate + (f', from {rate_from}' if rate_from else ''))
   of = finetune_modes.bytes_of(program)
@@ -89,10 +90,16 @@ def show_end(
     summary: of `loop.train`.
     end: what merges have lost, and the samples.
   """
-  if end['lost']:
-    print('\nMerges and adapter against base + sum of links, parts lost:\n')
-    print(reporting.table(end['lost']))
   (run,) = reporting.load_runs([directory])
+  if end['lost']:
+    is_sketched = run.config['method'].get('mode') == 'sketched'
+    what = (
+        'Adapter against the change of weights'
+        if is_sketched
+        else 'Merges and adapter against base + sum of links'
+    )
+    print(f'\n{what}, parts lost:\n')
+    print(reporting.table(end['lost']))
   first = next((line for line in run.metrics if line['step'] == 0), {})
   rows = [
       {

@@ -22,6 +22,11 @@ METHODS = {  # In the order of tables.
     'rac_right': 'RAC-LoRA (right frozen)',
     'bernoulli': 'Bernoulli-LoRA',
 }
+_MODES = {
+    'gradient': 'projected gradients',
+    'adapter': 'adapters',
+    'sketched': 'sketched gradients',
+}
 _OPTIMIZERS = {'sgd': 'SGD', 'adam': 'Adam', 'adamw': 'AdamW'}
 _COMPRESSORS = {
     'identity': 'uncompressed',
@@ -218,8 +223,7 @@ def _method(c: Flat) -> str:
 def _mode(c: Flat) -> str | None:
   if c['method.name'] not in _CHAINS:
     return None  # There is one.
-  is_adapter = c['method.mode'] == 'adapter'
-  return 'adapters' if is_adapter else 'projected gradients'
+  return _MODES.get(c['method.mode'], spaced(c['method.mode']))
 
 
 def _zero(c: Flat) -> str | None:
@@ -233,7 +237,7 @@ def _moves(c: Flat) -> str:
   optimizer = c['method.optimizer']
   text = _OPTIMIZERS.get(optimizer, spaced(optimizer))
   estimator = c['method.estimator']
-  if estimator in ('sgd', 'fedavg') or c['method.mode'] == 'adapter':
+  if estimator in ('sgd', 'fedavg') or c['method.mode'] != 'gradient':
     return text
   return estimator.upper() + ('' if optimizer == 'sgd' else f', {text}')
 

@@ -3,8 +3,9 @@
 A `Method` is made for a loss and a driver and runs any task. Two kinds:
 gradient mode, an estimator of the whole gradient (GD, SGD, PAGE, MVR) before an
 optax transformation such as the Bernoulli chain, and adapter mode, a policy of
-the LoRA family over pairs of thin factors. Both states have a field `lr_scale`
-that multiplies every update, for the loop to lower on plateaus.
+the LoRA family over pairs of thin factors. Sketched mode is adapter mode whose
+weights move at each step. All states have a field `lr_scale` that multiplies every
+update, for the loop to lower on plateaus.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -29,6 +30,7 @@ from bernoulli_lora_jax.training import parallel
 
 # Metrics that are sums over all steps so far.
 CUMULATIVE = ('data_passes', 'bits_up', 'bits_down')
+MODES = ('gradient', 'adapter', 'sketched')
 ESTIMATORS = ('gd', 'sgd', 'page', 'mvr')
 ADAPTERS = (
     'lora',
@@ -39,6 +41,11 @@ ADAPTERS = (
     'rac_right',
     'bernoulli',
 )
+SKETCHED = (
+    'rac_left',
+    'rac_right',
+    'bernoulli',
+)  # They train one factor a link.
 
 
 class Method(Protocol):
@@ -46,7 +53,7 @@ class Method(Protocol):
 
   Attributes:
     passes_per_step: data passes of a step in the mean: 1 a full gradient.
-    chain: of adapter mode.
+    chain: of adapter and sketched mode.
   """
 
   @property
@@ -146,7 +153,7 @@ class GradientMethod:
   chunk: int
   is_trained: Callable[[Any], Any] | None
   driver: parallel.Driver
-  chain: None = None  # Of adapter mode.
+  chain: None = None  # Of adapter and sketched mode.
 
   def tx(self, key: jax.Array) -> optax.GradientTransformationExtraArgs:
     """Returns the estimator before the transformation of the estimate."""
@@ -380,9 +387,13 @@ class AdapterMethod:
 
   def snapshot(self, state: AdapterMethodState) -> AdapterMethodState:
     kept = state.chain._replace(opt_state=(), other_states=())
+    if self.chain.sketched:  # Its params are all.
+      kept = kept._replace(factors={}, coins={}, remainders={})
     return state._replace(chain=kept)
 
   def at(self, f: Callable[..., Any]) -> Callable[..., Any]:
+    if self.chain.sketched:
+      return lambda state, *args: f(state.chain.params, *args)
     adapted = self.enter(f)
 
     def at_state(state, *args):
@@ -423,6 +434,7 @@ def adapter_method(
     additive: bool = False,
     num_micro_batches: int = 1,
     others: Mapping[str, optax.GradientTransformation] | None = None,
+    sketched: bool = False,
     driver: parallel.Driver | None = None,
 ) -> AdapterMethod:
   """Returns the method that trains adapters by minibatch gradients.
@@ -438,6 +450,7 @@ def adapter_method(
       model.
     num_micro_batches: parts in which a minibatch's gradient is accumulated.
     others: see `adapters.make_chain`.
+    sketched: see `adapters.make_chain`.
     driver: None for one device.
 
   Returns:
@@ -452,6 +465,7 @@ def adapter_method(
       num_micro_batches=num_micro_batches,
       average=driver.mapped,
       others=others,
+      sketched=sketched,
   )
   # The key within the batch: noise is keyed by example, not by micro-batch.
   keyed = lambda params, both: loss(params, *both)

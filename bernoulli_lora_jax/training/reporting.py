@@ -216,7 +216,7 @@ def _place(group: Group) -> tuple[Any, ...]:
   flat = labels.flat(group.runs[0].config)
   family = [*labels.METHODS, flat['method.name']]
   return (
-      flat['method.mode'] == 'adapter',
+      (flat['method.mode'] != 'gradient', flat['method.mode'] == 'sketched'),
       family.index(flat['method.name']),
       flat.get('method.prob', 0.0),
       [

@@ -135,6 +135,12 @@ def why_no_adapter(run: Tuned) -> str:
   return ''
 
 
+def has_links(run: Tuned) -> bool:
+  """Returns whether the change is known as a sum of products."""
+  chain = run.program.method.chain
+  return not why_no_adapter(run) and chain is not None and not chain.sketched
+
+
 def merged(run: Tuned) -> Any:
   """Returns the weights with all links merged, in the memory of the state.
 
@@ -211,8 +217,8 @@ def save_adapter(
     run: see `load`.
     folder: that is not there yet.
     style: 'peft' or 'vllm'.
-    rank: most of a layer; 0 for the exact sum of all links, for vLLM up to the
-      largest rank that it takes.
+    rank: most of a layer; 0 for the exact sum of all links (of a sketched run, for
+      the rank that it has), for vLLM up to the largest rank that it takes.
     dtype: 'float32' or 'bfloat16'.
 
   Returns:
@@ -237,9 +243,12 @@ def save_adapter(
 def change(run: Tuned, rank: int = 0) -> dict[str, export.Thin]:
   """Returns what a run has changed as thin factors, from its links.
 
+  Of a sketched run, which keeps none, by an SVD of its weights less those of the
+  base, see `export.of_change`.
+
   Args:
     run: see `load`.
-    rank: most of a layer; 0 for all.
+    rank: most of a layer; 0 for all that links can have.
 
   Raises:
     FileNotFoundError: a link that the directory lacks.
@@ -253,6 +262,17 @@ def change(run: Tuned, rank: int = 0) -> dict[str, export.Thin]:
   chain = run.program.method.chain
   assert chain is not None
   state, period = run.state.chain, chain.policy.period
+  if chain.sketched:
+    found = chain.adapted(state.params)
+    assert period is not None
+    num_links = max(1, -(-run.step // period))
+    most = num_links * max(one.inner for one in found)
+    return export.of_change(
+        _base_on_host(run),
+        state.params,
+        min(rank or most, most),
+        chain.matrices,
+    )
   if period is None:
     thin = export.of_state(chain, state)
     return export.truncate(thin, rank) if rank else thin
@@ -274,6 +294,16 @@ def change(run: Tuned, rank: int = 0) -> dict[str, export.Thin]:
   host = lambda pair: {s: np.asarray(pair[s]) for s in ('left', 'right')}
   links.append({path: host(pair) for path, pair in last.items()})
   return export.of_links(links, rank or None)
+
+
+def _base_on_host(run: Tuned) -> Any:
+  """Returns the weights before, kept off the device where a CPU is one, too."""
+  try:
+    place = jax.local_devices(backend='cpu')[0]
+  except RuntimeError:  # JAX_PLATFORMS leaves it out.
+    place = None
+  with jax.default_device(place):
+    return on_host(run.program.task.load())  # pyrefly: ignore
 
 
 def what_merges_lost(
