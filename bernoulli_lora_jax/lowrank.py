@@ -356,7 +356,7 @@ def sketched_product(
   def backward(kept, out_grad):
     base, factors, x = kept
     if isinstance(out_grad, jax.custom_derivatives.SymbolicZero):
-      out_grad = jnp.zeros(out_grad.shape, out_grad.dtype)
+      out_grad = jnp.zeros(out_grad.shape, out_grad.dtype)  # pyrefly: ignore
     first, second = (factors[side == 'right'] for side in e.sides)
     grads: dict[str, jax.Array | None] = dict.fromkeys(('left', 'right'))
     if e.sides[1] in value.trained:
