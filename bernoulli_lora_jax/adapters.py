@@ -619,6 +619,9 @@ def _moved_factors(
       average=chain.average,
   )
   value, grads = value_and_grad((trained, rest), batch, *args)
+  if chain.sketched:
+    # W moves in place: all that reads it comes first.
+    grads = jax.lax.optimization_barrier(grads)
   state = sharded.automatic(
       functools.partial(_moved_by, chain),
       state,

@@ -85,22 +85,35 @@ def dithered(x: jax.Array, key: jax.Array) -> jax.Array:
     Numbers of bfloat16 are returned as they are; a sum beyond its range becomes
       infinite; NaN stays.
   """
-  words = jax.random.bits(key, (2,), jnp.uint32)
+  first, second = jax.random.bits(key, (2,), jnp.uint32)
   place = jnp.zeros(x.shape, jnp.uint32)
   size = 1
   for axis in reversed(range(x.ndim)):
     along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     place += along * np.uint32(size % 2**32)
     size *= x.shape[axis]
-  noise = place ^ words[0].reshape((1,) * x.ndim)
+  return dither(x, place, first, second).astype(jnp.bfloat16)
+
+
+def dither(
+    x: jax.Array, place: jax.Array, first: jax.Array, second: jax.Array
+) -> jax.Array:
+  """Returns float32 with the digits of bfloat16, see `dithered`.
+
+  Args:
+    x: float32.
+    place: of each number, uint32.
+    first: shape=(), uint32, of the key.
+    second: shape=(), uint32, of the key.
+  """
+  noise = place ^ jnp.broadcast_to(first, x.shape)
   for shift, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97)):
-    noise = (noise ^ (noise >> shift)) * np.uint32(factor)
-  noise = (noise ^ (noise >> 15)) + words[1].reshape((1,) * x.ndim)
+    noise = (noise ^ (noise >> np.uint32(shift))) * np.uint32(factor)
+  noise = (noise ^ (noise >> np.uint32(15))) + jnp.broadcast_to(second, x.shape)
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-  rounded = (bits + (noise >> 16)) & np.uint32(0xFFFF0000)
-  bits = jnp.where(jnp.isfinite(x), rounded, bits)
-  # Exact: what is kept has the digits of bfloat16 (NaN is rounded to NaN).
-  return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+  moved = (bits + (noise >> np.uint32(16))) & np.uint32(0xFFFF0000)
+  rounded = jax.lax.bitcast_convert_type(moved, jnp.float32)
+  return jnp.where(jnp.abs(x) < np.inf, rounded, x)  # NaN and infinity stay.
 
 
 def add(

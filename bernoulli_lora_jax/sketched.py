@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bernoulli_lora_jax import fused
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import policies
 from bernoulli_lora_jax import rounding as rounding_lib
@@ -108,6 +109,8 @@ def _sum(
     mode: str,
 ) -> tuple[jax.Array, jax.Array | None]:
   """Returns W + L R of one matrix, rounded, and its remainder."""
+  if fused.takes(weight, mode):
+    return fused.add_product(weight, left, right, key, mode), None
   is_narrow = weight.dtype.itemsize < left.dtype.itemsize
   precision = 'default' if is_narrow else 'highest'
   change = jnp.matmul(left, right, precision=precision)
