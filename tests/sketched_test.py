@@ -12,8 +12,10 @@ import pytest
 import bernoulli_lora_jax as bl
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import export
+from bernoulli_lora_jax import fused
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import recipes
+from bernoulli_lora_jax import rounding
 from bernoulli_lora_jax.models import decoder
 
 _SGD, _ADAM = optax.sgd(0.3), optax.adam(0.02)
@@ -169,3 +171,57 @@ class SameStepsTest(parameterized.TestCase):
         updates, opt_state = tx.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
       chex.assert_trees_all_close(chain.params(state), params, atol=1e-12)
+
+
+class FusedTest(parameterized.TestCase):
+  """The kernel of the update, step by step on whatever machine."""
+
+  @parameterized.product(mode=('nearest', 'stochastic'), rank=(20, 48))
+  def test_equals_xla(self, mode, rank):
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    weight = draw(0, 128, 256).astype(jnp.bfloat16)
+    left, right, key = (
+        0.01 * draw(1, 128, rank),
+        draw(2, rank, 256),
+        jax.random.key(3),
+    )
+    found = fused.add_product(weight, left, right, key, mode, interpret=True)
+    total = weight.astype(jnp.float32) + jnp.matmul(left, right)
+    expected = total.astype(jnp.bfloat16)
+    if mode == 'stochastic':
+      expected = rounding.dithered(total, key)
+    # Sums in another order: a number may fall to the other side of a border.
+    self.assertLess(float(jnp.mean(found != expected)), 1e-3)
+    wide = lambda x: np.asarray(x, np.float32)
+    np.testing.assert_allclose(wide(found), wide(expected), rtol=2**-7)
+
+  @parameterized.parameters(
+      ((128, 256), jnp.bfloat16, 'stochastic', True),
+      ((128, 256), jnp.float32, 'nearest', False),
+      ((128, 192), jnp.bfloat16, 'nearest', False),
+      ((2, 128, 256), jnp.bfloat16, 'nearest', False),
+      ((128, 256), jnp.bfloat16, 'compensated', False),
+  )
+  def test_fits(self, shape, dtype, mode, expected):
+    weight = jnp.zeros(shape, dtype)
+    self.assertEqual(fused.fits(weight, mode), expected)
+    self.assertFalse(fused.takes(weight, mode))  # There is no GPU.
+
+  def test_dithered_is_right_in_the_mean(self):
+    ulp = 2.0**-7
+    x = jnp.full((400, 500), 1 + 0.3 * ulp)
+    found = np.asarray(rounding.dithered(x, jax.random.key(0)), np.float32)
+    self.assertEqual(set(np.unique(found)), {1.0, np.float32(1 + ulp)})
+    error = np.sqrt(0.3 * 0.7 / x.size)
+    self.assertAlmostEqual(np.mean(found > 1), 0.3, delta=5 * error)
+    # Neither rows nor columns repeat.
+    for axis in (0, 1):
+      part = np.mean(found > 1, axis=axis)
+      spread = np.sqrt(0.3 * 0.7 / x.shape[axis])
+      self.assertAlmostEqual(part.std() / spread, 1, delta=0.2)
+    other = np.asarray(rounding.dithered(x, jax.random.key(1)), np.float32)
+    # 0.3^2 + 0.7^2 agree by chance.
+    self.assertAlmostEqual(np.mean(found == other), 0.58, delta=0.01)
+    kept = jnp.array([1.5, -2.0, np.inf, -np.inf, np.nan, 0.0])
+    rounded = rounding.dithered(kept, jax.random.key(0)).astype(jnp.float32)
+    np.testing.assert_array_equal(rounded, kept)
