@@ -32,6 +32,7 @@ bare step's. FLOPs are those of the formula in `flops`, of --peak_tflops a secon
 """
 
 import functools
+import gzip
 import itertools
 import json
 import math
@@ -85,6 +86,14 @@ _ONE = flags.DEFINE_string('one', '', 'Runs one row in this process.')
 
 Row = dict[str, Any]
 
+# {part of a kernel's name: its kind}
+_KINDS = {
+    'cudnn': 'attention',
+    'nvjet': 'products, cuBLAS',
+    'gemm_fusion': 'products, Triton',
+    'memcpy': 'copies',
+}
+
 _COMMAND = (sys.executable, '-m', 'bernoulli_lora_jax', 'finetune')
 
 
@@ -94,12 +103,19 @@ def sizes():
   return raw, _BATCH.value or rows, _LENGTH.value or length
 
 
-def flops(config: decoder.DecoderConfig, found, length: int) -> float:
+def flops(config: decoder.DecoderConfig, chain, found, length: int) -> float:
   """Returns the FLOPs a token of a step of which the base is frozen.
 
   Base and head: forward and by the input, 4 m n. Adapters: the same, 4 r (m + n),
-  and 2 r m or 2 r n for each factor that trains. Attention: two products over half
-  of the positions forward, twice that backward.
+  and 2 r m or 2 r n for each factor that trains. Sketched: 2 r (m + n) for each.
+  Attention: two products over half of the positions forward, twice that backward.
+  W + L R is not counted.
+
+  Args:
+    config: of the decoder.
+    chain: what trains; None for nothing.
+    found: what is adapted.
+    length: tokens of a row.
   """
   total = 4 * config.hidden_size * config.vocab_size
   attention = 6 * length * config.num_heads * config.head_dim
@@ -107,9 +123,13 @@ def flops(config: decoder.DecoderConfig, found, length: int) -> float:
   for one in found:
     m, n, r = one.matrix.m, one.matrix.n, one.inner
     trained = {'left': m, 'right': n}
-    of_factors = sum(2 * r * trained[side] for side in one.trained)
-    entries = math.prod(one.matrix.batch)
-    total += entries * (4 * m * n + 4 * r * (m + n) + of_factors)
+    thin = 0
+    if chain is not None and chain.sketched:
+      thin = 2 * r * (m + n) * len(one.trained)
+    elif chain is not None:
+      thin = 4 * r * (m + n)
+      thin += sum(2 * r * trained[side] for side in one.trained)
+    total += math.prod(one.matrix.batch) * (4 * m * n + thin)
   return float(total)
 
 
@@ -232,7 +252,8 @@ def jax_step(start, kind: str) -> Row:
   )
   chain, state, step = start(method, config, params)
   batch = batch_of(config.vocab_size, is_packed=method == kind)
-  per_token = flops(config, chain.adapted(params), length)
+  training = None if start is floor else chain
+  per_token = flops(config, training, chain.adapted(params), length)
   trained = sum(x.size for x in jax.tree.leaves(state.factors))
   del params
   carry: list[Any] = [state, None]
@@ -243,7 +264,9 @@ def jax_step(start, kind: str) -> Row:
 
   found = timed(once, lambda: jax.block_until_ready(carry))
   if _PROFILE.value:
-    profile(once, lambda: jax.block_until_ready(carry))
+    kinds = profile(once, lambda: jax.block_until_ready(carry))
+    found['kernels_ms'] = kinds
+    print(tabulate.tabulate(kinds.items(), floatfmt='.2f'), file=sys.stderr)
   rate = found['tokens_per_second'] * per_token / 1e12
   return {
       **found,
@@ -258,8 +281,11 @@ def jax_step(start, kind: str) -> Row:
   }
 
 
-def profile(step, wait) -> None:
-  """Writes three steps as ROW.trace.json.gz, which chrome://tracing reads."""
+def profile(step, wait) -> dict[str, float]:
+  """Returns milliseconds of a step by kind of kernel; writes a trace of three steps.
+
+  ROW_RANK.trace.json.gz below --profile is for chrome://tracing.
+  """
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       for _ in range(3):
@@ -268,7 +294,30 @@ def profile(step, wait) -> None:
     (trace,) = pathlib.Path(folder).rglob('*.trace.json.gz')
     target = pathlib.Path(_PROFILE.value)
     target.mkdir(parents=True, exist_ok=True)
-    shutil.copy(trace, target / f'{_ONE.value}_{_RANK.value}.trace.json.gz')
+    target /= f'{_ONE.value}_{_RANK.value}.trace.json.gz'
+    shutil.copy(trace, target)
+  return kernels(target)
+
+
+def kernels(trace: pathlib.Path) -> dict[str, float]:
+  """Returns milliseconds a step by kind of kernel, of a trace of three steps."""
+  events = json.loads(gzip.decompress(trace.read_bytes()))['traceEvents']
+  names = {}
+  for e in events:
+    if e.get('ph') == 'M' and e['name'] in ('process_name', 'thread_name'):
+      names[e['name'], e['pid'], e.get('tid')] = e['args']['name']
+  on_gpu = {k[1] for k, x in names.items() if 'GPU' in x}
+  streams = {k[1:] for k, x in names.items() if x.startswith('Stream')}
+  found = dict.fromkeys((*_KINDS.values(), 'elementwise', 'all'), 0.0)
+  for e in events:
+    if e.get('ph') != 'X' or e['pid'] not in on_gpu:
+      continue
+    if (e['pid'], e['tid']) not in streams:
+      continue
+    kinds = (kind for part, kind in _KINDS.items() if part in e['name'].lower())
+    for kind in (next(kinds, 'elementwise'), 'all'):
+      found[kind] += e['dur'] / 3e3
+  return found
 
 
 def bare(method: str, config, params):

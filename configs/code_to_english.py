@@ -16,9 +16,9 @@ both in nats a token.
 
 Variants: small (full fine-tuning, LoRA and Bernoulli-LoRA, one seed, two CPU cores),
 medium (one GPU; the corpora with --tests: all methods, two ranks, three rates or
-four, three seeds; 99 runs took 15 minutes of an H100, compilation included, so these
-120 about 18; docs/evidence.md has what came out); smoke (a few steps). Other folders: --config.task.kwargs.model,
-.data, .eval_data and .watch_data.
+four, three seeds; docs/evidence.md has 99 of these 120 runs, which took 15 minutes of
+an H100, compilation included); smoke (a few steps). Other folders:
+--config.task.kwargs.model, .data, .eval_data and .watch_data.
 """
 
 from ml_collections import config_dict
