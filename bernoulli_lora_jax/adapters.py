@@ -69,9 +69,7 @@ _ROUND, _ROUND_OTHERS = 3, 4
 class AdapterState(NamedTuple):
   """State of a chain of adapters."""
 
-  params: (
-      Any  # Base weights with all finished links merged; sketched: all steps.
-  )
+  params: Any  # Base weights with all finished links (sketched: steps) merged.
   factors: Pairs  # {path: {'left': (*batch, m, r), 'right': (*batch, r, n)}},
   # float32 or wider; sketched: the frozen ones, both where coins are traced.
   coins: dict[str, jax.Array]  # {path: shape=batch, bool}; of traced coins.
@@ -268,9 +266,7 @@ def init(
   base = jax.tree.map(jnp.array if copy else jnp.asarray, params)
   leaves = _other_leaves(base, chosen)
   other_states = {p: owned(tx.init(leaves[p])) for p, tx in chain.other_txs}
-  first = functools.partial(
-      _first_state, chain=dataclasses.replace(chain, matrices=None), found=found
-  )
+  first = functools.partial(_first_state, chain=chain, found=found)
   state = sharded.automatic(
       first, key, base, out=lambda: _start_specs(base, found, policy)
   )
@@ -852,31 +848,13 @@ def _with_product(
     keys: jax.Array,
     mode: str,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """Returns W + L R and its remainder, see `rounding.add`, an entry at a time.
+  """Returns W + L R and its remainder, see `rounding.add`."""
 
-  The product of a whole stack of layers would be a second W.
-  """
-  shape = weight.shape
-  if len(shape) == 2:
-    return rounding_lib.add(
-        weight, merging.product(pair), remainder, keys, mode
-    )
-  flat = lambda x: x.reshape(-1, *x.shape[-2:])
-  left, right, keys = flat(pair['left']), flat(pair['right']), keys.reshape(-1)
+  def add(weight, pair, remainder, key):
+    change = merging.product(pair)
+    return rounding_lib.add(weight, change, remainder, key, mode)
 
-  def turn(i, moved):
-    weight, *rest = (x[i] for x in moved)
-    update = merging.product({'left': left[i], 'right': right[i]})
-    made = rounding_lib.add(
-        weight, update, rest[0] if rest else None, keys[i], mode
-    )
-    made = [x for x in made if x is not None]
-    return [x.at[i].set(y) for x, y in zip(moved, made, strict=True)]
-
-  moved = [flat(x) for x in (weight, remainder) if x is not None]
-  moved = jax.lax.fori_loop(0, len(left), turn, moved)
-  total, *rest = (x.reshape(shape) for x in moved)
-  return total, rest[0] if rest else None
+  return merging.entry_by_entry(add, weight, pair, remainder, keys)
 
 
 def _round_keys(

@@ -4,7 +4,7 @@
 scale s in the right one (`adapters.scaled`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -193,6 +193,43 @@ def product(pair: Mapping[str, jax.Array]) -> jax.Array:
   return jnp.matmul(
       pair['left'], pair['right'], precision=jax.lax.Precision.HIGHEST
   )
+
+
+def entry_by_entry(
+    add: Callable[..., tuple[jax.Array, jax.Array | None]],
+    weight: jax.Array,
+    pair: Mapping[str, jax.Array],
+    remainder: jax.Array | None,
+    keys: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:
+  """Returns what `add` makes of each matrix of a stack, in place.
+
+  The product of a whole stack of layers would be a second W.
+
+  Args:
+    add: (W, {'left', 'right'}, remainder, key) of one matrix -> (W, remainder).
+    weight: (*batch, m, n).
+    pair: left (*batch, m, r), right (*batch, r, n).
+    remainder: (*batch, m, n) or None.
+    keys: shape=batch.
+  """
+  shape, pair = weight.shape, dict(pair)
+  if len(shape) == 2:
+    return add(weight, pair, remainder, keys)
+  flat = lambda x: x.reshape(-1, *x.shape[-2:])
+  pairs, keys = jax.tree.map(flat, pair), keys.reshape(-1)
+
+  def turn(i, moved):
+    weight, *rest = (x[i] for x in moved)
+    one = jax.tree.map(lambda x: x[i], pairs)
+    made = add(weight, one, rest[0] if rest else None, keys[i])
+    made = [x for x in made if x is not None]
+    return [x.at[i].set(y) for x, y in zip(moved, made, strict=True)]
+
+  moved = [flat(x) for x in (weight, remainder) if x is not None]
+  moved = jax.lax.fori_loop(0, len(keys), turn, moved)
+  total, *rest = (x.reshape(shape) for x in moved)
+  return total, rest[0] if rest else None
 
 
 def _matrices_of(

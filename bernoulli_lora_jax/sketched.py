@@ -22,13 +22,14 @@ the highest.
 """
 
 from collections.abc import Mapping, Sequence
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bernoulli_lora_jax import fused
 from bernoulli_lora_jax import inject
+from bernoulli_lora_jax import merging
 from bernoulli_lora_jax import policies
 from bernoulli_lora_jax import rounding as rounding_lib
 
@@ -58,12 +59,12 @@ def moved(
   leaves, rests = list(leaves), dict(remainders)
   for one in found:
     m = one.matrix
-    total, rest = _with_product(
+    total, rest = merging.entry_by_entry(
+        functools.partial(_add, mode=rounding),
         m.view(leaves[m.index]),
         pairs[m.path],
         rests.get(m.path),
         keys[m.path],
-        rounding,
     )
     leaves[m.index] = m.unview(total)
     if rest is not None:
@@ -71,46 +72,16 @@ def moved(
   return leaves, rests
 
 
-def _with_product(
+def _add(
     weight: jax.Array,
-    pair: inject.Pair,
-    remainder: jax.Array | None,
-    keys: jax.Array,
-    mode: str,
-) -> tuple[jax.Array, jax.Array | None]:
-  """Returns W + L R and its remainder, an entry of a stack at a time."""
-  if weight.ndim == 2:
-    return _sum(weight, pair['left'], pair['right'], remainder, keys, mode)
-  shape = weight.shape
-  flat = lambda x: x.reshape(-1, *x.shape[-2:])
-  left, right, keys = flat(pair['left']), flat(pair['right']), keys.reshape(-1)
-
-  def turn(i, state):
-    weight, *rest = (x[i] for x in state)
-    rest = rest[0] if rest else None
-    made = _sum(weight, left[i], right[i], rest, keys[i], mode)
-    return [
-        x.at[i].set(y)
-        for x, y in zip(state, [x for x in made if x is not None], strict=True)
-    ]
-
-  state = [flat(x) for x in (weight, remainder) if x is not None]
-  state = jax.lax.fori_loop(0, len(left), turn, state)
-  total, *rest = (x.reshape(shape) for x in state)
-  return total, rest[0] if rest else None
-
-
-def _sum(
-    weight: jax.Array,
-    left: jax.Array,
-    right: jax.Array,
+    pair: Mapping[str, jax.Array],
     remainder: jax.Array | None,
     key: jax.Array,
+    *,
     mode: str,
 ) -> tuple[jax.Array, jax.Array | None]:
   """Returns W + L R of one matrix, rounded, and its remainder."""
-  if fused.takes(weight, mode):
-    return fused.add_product(weight, left, right, key, mode), None
+  left, right = pair['left'], pair['right']
   is_narrow = weight.dtype.itemsize < left.dtype.itemsize
   precision = 'default' if is_narrow else 'highest'
   change = jnp.matmul(left, right, precision=precision)

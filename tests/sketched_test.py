@@ -12,7 +12,6 @@ import pytest
 import bernoulli_lora_jax as bl
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import export
-from bernoulli_lora_jax import fused
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax import rounding
@@ -65,15 +64,27 @@ def _trained(chain, config, params, batches):
   return state, values
 
 
-def _inner_jaxprs(jaxpr):
-  """Yields a program and all programs within."""
-  yield jaxpr
+def _equations(jaxpr):
+  """Yields the equations of a program and of all programs within."""
   for eqn in jaxpr.eqns:
-    for value in eqn.params.values():
-      for one in value if isinstance(value, (tuple, list)) else (value,):
-        inner = getattr(one, 'jaxpr', one)
-        if hasattr(inner, 'eqns'):
-          yield from _inner_jaxprs(inner)
+    yield eqn
+    for value in jax.tree.leaves(
+        list(eqn.params.values()), is_leaf=lambda x: hasattr(x, 'jaxpr')
+    ):
+      inner = getattr(value, 'jaxpr', value)
+      if hasattr(inner, 'eqns'):
+        yield from _equations(inner)
+
+
+def _products(jaxpr):
+  """Returns (lengths summed over, numbers of the result) of all products."""
+  found = []
+  for eqn in _equations(jaxpr):
+    if eqn.primitive.name == 'dot_general':
+      (summed, _), _ = eqn.params['dimension_numbers']
+      shape = eqn.invars[0].aval.shape
+      found.append(({shape[axis] for axis in summed}, eqn.outvars[0].aval.size))
+  return found
 
 
 class LeaveTest(parameterized.TestCase):
@@ -145,6 +156,7 @@ class SameStepsTest(parameterized.TestCase):
     policy = _policy('bernoulli', period=4, **fields)
     self.assert_same(policy, _ADAM, 10, scan_layers=False)
 
+  @pytest.mark.slow
   def test_gradient_mode(self):
     """With a period of one and SGD a step is that of A1."""
     with jax.enable_x64(True):
@@ -173,39 +185,146 @@ class SameStepsTest(parameterized.TestCase):
       chex.assert_trees_all_close(chain.params(state), params, atol=1e-12)
 
 
-class FusedTest(parameterized.TestCase):
-  """The kernel of the update, step by step on whatever machine."""
+class ProgramTest(parameterized.TestCase):
+  """What a step computes and keeps: neither x^T dy nor, on the left, x."""
 
-  @parameterized.product(mode=('nearest', 'stochastic'), rank=(20, 48))
-  def test_equals_xla(self, mode, rank):
-    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
-    weight = draw(0, 128, 256).astype(jnp.bfloat16)
-    left, right, key = (
-        0.01 * draw(1, 128, rank),
-        draw(2, rank, 256),
-        jax.random.key(3),
+  TOKENS = 7, 11  # Rows and positions: lengths that nothing else has.
+
+  def _step(self, sketched, side='left', **fields):
+    config = _config(**fields)
+    chain = _chain(config, _policy(side), _SGD, sketched=sketched)
+    state = chain.init(jax.random.key(2), _params(config, jnp.float32))
+    loss = inject.by_product(decoder.make_loss(config, 4))
+    batch = {'tokens': jnp.zeros(self.TOKENS, jnp.int32)}
+    return lambda s: chain.step(s, loss, batch), state
+
+  @parameterized.product(side=('left', 'right'), scan_layers=(True, False))
+  def test_no_gradient_of_full_size(self, side, scan_layers):
+    step, state = self._step(True, side, scan_layers=scan_layers)
+    found = _products(jax.make_jaxpr(step)(state).jaxpr)
+    self.assertGreater(len(found), 10)
+    # 8 x 4 is the smallest kernel that is selected.
+    over_tokens = [size for summed, size in found if {7, 11} <= summed]
+    self.assertNotEmpty(over_tokens)
+    self.assertLessEqual(max(over_tokens), 3 * 12)  # r n, the thin gradients.
+    # What gradient mode has is seen by this: 8 x 12.
+    loss = decoder.make_loss(_config(scan_layers=scan_layers), 4)
+    batch = {'tokens': jnp.zeros(self.TOKENS, jnp.int32)}
+    grad = jax.grad(lambda params: loss(params, batch, None)[0])
+    full = _products(jax.make_jaxpr(grad)(state.params).jaxpr)
+    self.assertIn(8 * 12, [size for summed, size in full if {7, 11} <= summed])
+
+  @parameterized.parameters(('left', 1), ('right', 2), ('bernoulli', 2))
+  def test_what_is_kept(self, side, num_wide):
+    """Of y = sin(h) W: cos(h), and x = sin(h) where the left side is trained."""
+    policy, params = _policy(side, rank=2), {'w': jnp.ones((13, 5))}
+    chain = adapters.make_chain(policy, _SGD, bl.Matrices('w'), sketched=True)
+    state, kept = chain.init(jax.random.key(0), params), []
+
+    def loss(params, factors, h):
+      of = lambda params, h: jnp.sum(jnp.sin(h) @ params['w'])
+      entered = inject.by_product(of)
+      value, pull = jax.vjp(lambda f, h: entered(params, f, h), factors, h)
+      kept.extend(x.shape for x in jax.tree.leaves(pull))
+      return value, None
+
+    jax.eval_shape(
+        lambda s, h: chain.step(s, loss, h), state, jnp.ones((7, 13))
     )
-    found = fused.add_product(weight, left, right, key, mode, interpret=True)
-    total = weight.astype(jnp.float32) + jnp.matmul(left, right)
-    expected = total.astype(jnp.bfloat16)
-    if mode == 'stochastic':
-      expected = rounding.dithered(total, key)
-    # Sums in another order: a number may fall to the other side of a border.
-    self.assertLess(float(jnp.mean(found != expected)), 1e-3)
-    wide = lambda x: np.asarray(x, np.float32)
-    np.testing.assert_allclose(wide(found), wide(expected), rtol=2**-7)
+    self.assertLen([shape for shape in kept if shape == (7, 13)], num_wide)
 
-  @parameterized.parameters(
-      ((128, 256), jnp.bfloat16, 'stochastic', True),
-      ((128, 256), jnp.float32, 'nearest', False),
-      ((128, 192), jnp.bfloat16, 'nearest', False),
-      ((2, 128, 256), jnp.bfloat16, 'nearest', False),
-      ((128, 256), jnp.bfloat16, 'compensated', False),
-  )
-  def test_fits(self, shape, dtype, mode, expected):
-    weight = jnp.zeros(shape, dtype)
-    self.assertEqual(fused.fits(weight, mode), expected)
-    self.assertFalse(fused.takes(weight, mode))  # There is no GPU.
+  def test_remat_keeps_what_is_thin(self):
+    """x L is computed forward, once; the layers' own products again."""
+    step, state = self._step(True, scan_layers=True, remat='full')
+    jaxpr = jax.make_jaxpr(step)(state).jaxpr
+    again = [
+        size
+        for eqn in _equations(jaxpr)
+        if eqn.params.get('differentiated')
+        for _, size in _products(eqn.params['jaxpr'])
+    ]
+    thin, wide = 7 * 11 * 3, 7 * 11 * 12
+    self.assertIn(wide, again)
+    self.assertNotIn(thin, again)
+    found = [size for _, size in _products(jaxpr)]
+    self.assertEqual(found.count(thin), 7)  # The matrices of a layer.
+
+
+class RefusalTest(parameterized.TestCase):
+
+  @parameterized.parameters('lora', 'cola', 'asymmetric')
+  def test_policies(self, name):
+    make = getattr(bl.ChainPolicy, name)
+    args = {'cola': (4,), 'asymmetric': ('left',)}.get(name, ())
+    with self.assertRaisesRegex(ValueError, 'got side=.*period=.*sketched out'):
+      adapters.make_chain(make(2, *args), _SGD, sketched=True)
+
+  def test_decay_of_a_factor_that_is_not_there(self):
+    chain = adapters.make_chain(
+        _policy('left'), optax.adamw(0.1), sketched=True
+    )
+    state = chain.init(jax.random.key(0), {'kernel': jnp.ones((5, 4))})
+    loss = inject.by_product(lambda p, x: (jnp.sum(x @ p['kernel']), None))
+    with self.assertRaisesRegex(ValueError, 'params'):
+      chain.step(state, loss, jnp.ones((3, 5)))
+
+  def test_a_derivative_by_the_weights(self):
+    chain = adapters.make_chain(_policy('left'), _SGD, sketched=True)
+    state = chain.init(jax.random.key(0), {'kernel': jnp.ones((5, 4))})
+    entered = inject.by_product(lambda p, x: jnp.sum(x @ p['kernel']))
+
+    def loss(params, factors, x):
+      grads = jax.grad(lambda p: entered(p, factors, x))(params)
+      return entered(params, factors, x), grads
+
+    with self.assertRaisesRegex(ValueError, 'one by kernel, which a sketched'):
+      chain.step(state, loss, jnp.ones((3, 5)))
+
+
+class OtherUsesTest(parameterized.TestCase):
+
+  def test_a_use_that_is_no_product_has_its_derivative(self):
+    """A penalty on W: formed, told of, and right."""
+    chains = [
+        adapters.make_chain(_policy('left'), _SGD, sketched=sketched)
+        for sketched in (True, False)
+    ]
+    penalty = lambda p, x: (
+        jnp.sum(jnp.sin(x @ p['kernel'])) + jnp.sum(p['kernel'] ** 3),
+        None,
+    )
+    params, found = {'kernel': jnp.ones((5, 4))}, []
+    for chain in chains:
+      state = chain.init(jax.random.key(0), params)
+      with self.assertWarnsRegex(inject.FormedWarning, 'kernel is used by'):
+        state, _ = chain.step(
+            state, inject.by_product(penalty), jnp.ones((3, 5))
+        )
+      found.append(chain.params(state))
+    chex.assert_trees_all_close(*found, atol=1e-5)
+    self.assertGreater(float(jnp.abs(found[0]['kernel'] - 1).max()), 0.1)
+
+  def test_vmap(self):
+    chain = adapters.make_chain(_policy('bernoulli'), _SGD, sketched=True)
+    loss = inject.by_product(
+        lambda p, x: (jnp.sum(jnp.sin(x @ p['kernel'])), 0)
+    )
+
+    def run(key):
+      params = {'kernel': jax.random.normal(key, (5, 4))}
+      state = chain.init(key, params)
+      for _ in range(3):
+        state, _ = chain.step(state, loss, jnp.ones((3, 5)))
+      return state.params
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    one = [run(key) for key in keys]
+    many = jax.jit(jax.vmap(run))(keys)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *one)
+    chex.assert_trees_all_close(many, stacked, atol=1e-6)
+
+
+class RoundingTest(parameterized.TestCase):
 
   def test_dithered_is_right_in_the_mean(self):
     ulp = 2.0**-7
