@@ -589,8 +589,8 @@ class SketchedTest(parameterized.TestCase):
     # Two turns of the power method find the direction.
     np.testing.assert_allclose(thin.lost, lost, rtol=1e-4)
 
-  @pytest.mark.slow
   @parameterized.parameters(('rac_left', 'memory'), ('bernoulli', 'speed'))
+  @pytest.mark.slow
   def test_run(self, method, mode):
     flags = dict(method=method, sketched='yes', mode=mode)
     name = f'sketched_{method}'
@@ -647,13 +647,13 @@ class SketchedTest(parameterized.TestCase):
         rtol=1e-5,
     )
 
-  @pytest.mark.slow
   @parameterized.parameters(
       dict(),
       dict(dtype='bfloat16'),
       dict(early_stopping=4),
       dict(parallel='jit'),
   )
+  @pytest.mark.slow
   def test_resumes_within_a_link(self, **more):
     flags = dict(method='rac_right', checkpoint_every=4, batch_size=8, **more)
     name = '_'.join(['cut', *map(str, more)])

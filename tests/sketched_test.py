@@ -304,6 +304,7 @@ class OtherUsesTest(parameterized.TestCase):
     chex.assert_trees_all_close(*found, atol=1e-5)
     self.assertGreater(float(jnp.abs(found[0]['kernel'] - 1).max()), 0.1)
 
+  @pytest.mark.slow
   def test_vmap(self):
     chain = adapters.make_chain(_policy('bernoulli'), _SGD, sketched=True)
     loss = inject.by_product(
