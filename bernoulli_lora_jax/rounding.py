@@ -86,19 +86,33 @@ def dithered(x: jax.Array, key: jax.Array) -> jax.Array:
       infinite; NaN stays.
   """
   first, second = jax.random.bits(key, (2, *[1] * x.ndim), jnp.uint32)
-  noise, size = first, 1
+  place, size = jnp.zeros(x.shape, jnp.uint32), 1
   for axis in reversed(range(x.ndim)):
     along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    noise = noise + along * np.uint32(size % 2**32)
+    place = place + along * np.uint32(size % 2**32)
     size *= x.shape[axis]
+  return dither(x, place, first, second).astype(jnp.bfloat16)
+
+
+def dither(
+    x: jax.Array, place: jax.Array, first: jax.Array, second: jax.Array
+) -> jax.Array:
+  """Returns float32 with the digits of bfloat16, see `dithered`.
+
+  Args:
+    x: float32.
+    place: of each number, uint32.
+    first: of the key, uint32, broadcast to x.
+    second: of the key, uint32, broadcast to x.
+  """
+  noise = place + first
   for shift, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97)):
     noise = (noise ^ (noise >> np.uint32(shift))) * np.uint32(factor)
   noise = (noise ^ (noise >> np.uint32(15))) + second
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   moved = (bits + (noise >> np.uint32(16))) & np.uint32(0xFFFF0000)
   moved = jax.lax.bitcast_convert_type(moved, jnp.float32)
-  # Its digits are those of bfloat16; NaN and infinity stay.
-  return jnp.where(jnp.isfinite(x), moved, x).astype(jnp.bfloat16)
+  return jnp.where(jnp.abs(x) < np.inf, moved, x)  # NaN and infinity stay.
 
 
 def add(

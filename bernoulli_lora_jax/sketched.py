@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bernoulli_lora_jax import fused
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import merging
 from bernoulli_lora_jax import policies
@@ -58,14 +59,20 @@ def moved(
   """
   leaves, rests = list(leaves), dict(remainders)
   for one in found:
-    m = one.matrix
-    total, rest = merging.entry_by_entry(
-        functools.partial(_add, mode=rounding),
-        m.view(leaves[m.index]),
-        pairs[m.path],
-        rests.get(m.path),
-        keys[m.path],
-    )
+    m, rest = one.matrix, None
+    weight, pair, own = m.view(leaves[m.index]), pairs[m.path], keys[m.path]
+    if fused.takes(weight, one.inner, rounding):
+      total = fused.add_product(
+          weight, pair['left'], pair['right'], own, rounding
+      )
+    else:
+      total, rest = merging.entry_by_entry(
+          functools.partial(_add, mode=rounding),
+          weight,
+          pair,
+          rests.get(m.path),
+          own,
+      )
     leaves[m.index] = m.unview(total)
     if rest is not None:
       rests[m.path] = rest

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import tempfile
+from unittest import mock
 import warnings
 
 from absl.testing import absltest
@@ -18,12 +19,14 @@ import optax
 import pytest
 
 import bernoulli_lora_jax as bl
+from bernoulli_lora_jax import fused
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax.models import attention
 from bernoulli_lora_jax.models import cross_entropy
 from bernoulli_lora_jax.models import decoder
 from bernoulli_lora_jax.models import generate
 from bernoulli_lora_jax.models import hf
+from bernoulli_lora_jax.models import rms_norm
 from bernoulli_lora_jax.models import rotary
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'decoders.npz'
@@ -160,6 +163,53 @@ class LayoutTest(parameterized.TestCase):
     chex.assert_trees_all_equal(
         norm.apply(params, x), exact.astype(jnp.bfloat16)
     )
+
+  @parameterized.parameters(128, 96)
+  def test_the_kernel_of_a_norm_is_its_derivative(self, width):
+    """Step by step, of rows that fill a block of threads and of others."""
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    x, scale = draw(0, 3, 5, width), 1 + 0.1 * draw(1, width)
+    slopes = [draw(i, 3, 5, width) for i in range(2, 6)]
+
+    def value(x, scale):
+      outs = rms_norm.fan_out(x, scale, 1e-5, 3)
+      self.assertLen(outs, len(slopes))
+      return sum(map(jnp.vdot, slopes[: self.read], outs))
+
+    grad = lambda *args: jax.grad(value, args)(x, scale)
+    step_by_step = functools.partial(fused.norm_slope, interpret=True)
+    # The stream alone; two of three products.
+    for self.read in (1, 3):
+      exact = grad(0, 1)
+      with mock.patch.multiple(
+          fused, takes_rows=lambda x: True, norm_slope=step_by_step
+      ):
+        # Sums over a row in another order, in float32.
+        chex.assert_trees_all_close(grad(0, 1), exact, rtol=1e-5, atol=1e-5)
+        if self.read == 3:
+          one = grad(0) + grad(1)
+          chex.assert_trees_all_close(one, exact, rtol=1e-5, atol=1e-5)
+
+  def test_the_kernel_of_a_norm_keeps_a_step(self):
+    """The derivative of a decoder, by the kernel and by XLA."""
+    loss = decoder.make_loss(loaded('qwen3').config)
+    batch = {'tokens': jnp.arange(24).reshape(2, 12)}
+    # Anew each time: what is compiled would be the other's.
+    grad = lambda p: jax.jit(jax.grad(lambda p: loss(p, batch, None)[0]))(p)
+    exact, calls = grad(loaded('qwen3').params), []
+
+    def step_by_step(*args):
+      calls.append(len(args[3]))
+      return slope(*args, interpret=True)
+
+    slope = fused.norm_slope
+    with mock.patch.multiple(
+        fused, takes_rows=lambda x: True, norm_slope=step_by_step
+    ):
+      found = grad(loaded('qwen3').params)
+    # In a scan: once for each norm of a layer, and what their products give.
+    self.assertEqual(sorted(calls), [2, 3])
+    chex.assert_trees_all_close(found, exact, rtol=2e-4, atol=1e-6)
 
   def test_remat_keeps_less(self):
     config = dataclasses.replace(loaded('qwen3').config, scan_layers=True)

@@ -1,5 +1,8 @@
 """Tests of A4: chains that move W at each step and have no adapter in the loss."""
 
+import functools
+from unittest import mock
+
 from absl.testing import parameterized
 import chex
 from flax import linen as nn
@@ -12,6 +15,7 @@ import pytest
 import bernoulli_lora_jax as bl
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import export
+from bernoulli_lora_jax import fused
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax import rounding
@@ -323,6 +327,86 @@ class OtherUsesTest(parameterized.TestCase):
     many = jax.jit(jax.vmap(run))(keys)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *one)
     chex.assert_trees_all_close(many, stacked, atol=1e-6)
+
+
+class FusedTest(parameterized.TestCase):
+  """The kernel of the update, step by step on whatever machine."""
+
+  @parameterized.product(
+      mode=('nearest', 'stochastic'), rank_batch=((5, ()), (20, (2, 3)))
+  )
+  def test_equals_xla(self, mode, rank_batch):
+    rank, batch = rank_batch
+    draw = lambda i, *shape: jax.random.normal(
+        jax.random.key(i), (*batch, *shape)
+    )
+    weight = draw(0, 64, 256).astype(jnp.bfloat16)
+    left, right = 0.01 * draw(1, 64, rank), draw(2, rank, 256)
+    keys = jax.random.split(jax.random.key(3), batch)
+    found = fused.add_product(weight, left, right, keys, mode, interpret=True)
+    total = weight.astype(jnp.float32) + jnp.matmul(left, right)
+    expected = total.astype(jnp.bfloat16)
+    if mode == 'stochastic':
+      dithered = rounding.dithered
+      for _ in batch:
+        dithered = jax.vmap(dithered)
+      expected = dithered(total, keys)
+    # Sums in another order: a number may fall to the other side of a border.
+    self.assertLess(float(jnp.mean(found != expected)), 1e-3)
+    wide = lambda x: np.asarray(x, np.float32)
+    np.testing.assert_allclose(wide(found), wide(expected), rtol=2**-7)
+
+  @parameterized.parameters(
+      ((64, 256), jnp.bfloat16, 32, 'stochastic', True),
+      ((2, 64, 256), jnp.bfloat16, 4, 'nearest', True),
+      ((64, 256), jnp.bfloat16, 33, 'nearest', False),
+      ((64, 256), jnp.float32, 4, 'nearest', False),
+      ((64, 192), jnp.bfloat16, 4, 'nearest', False),
+      ((48, 256), jnp.bfloat16, 4, 'nearest', False),
+      ((64, 256), jnp.bfloat16, 4, 'compensated', False),
+  )
+  def test_fits(self, shape, dtype, rank, mode, expected):
+    weight = jnp.zeros(shape, dtype)
+    self.assertEqual(fused.fits(weight, rank, mode), expected)
+    self.assertFalse(fused.takes(weight, rank, mode))  # There is no GPU.
+
+  def test_a_step_takes_it(self):
+    """The same step by the kernel and by XLA, where a matrix fits its tiles."""
+    shapes = {'a': (32, 128), 'b': (128, 256), 'c': (256, 7)}
+    params = {
+        name: jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+
+    def loss(params, factors, x):
+      def of(params, x):
+        for name in shapes:
+          x = jnp.tanh(x @ params[name])
+        return jnp.sum(x.astype(jnp.float32))
+
+      return inject.by_product(of)(params, factors, x), None
+
+    chain = adapters.make_chain(
+        _policy('left', period=5), optax.sgd(1.0), sketched=True
+    )
+    state, given = chain.init(jax.random.key(2), params), []
+    x = jax.random.normal(jax.random.key(3), (16, 32), jnp.bfloat16)
+    expected, _ = chain.step(state, loss, x)
+    add = fused.add_product
+
+    def kernel(weight, *args):
+      given.append(weight.shape)
+      return add(weight, *args, interpret=True)
+
+    with mock.patch.multiple(fused, takes=fused.fits, add_product=kernel):
+      found, _ = chain.step(state, loss, x)
+    self.assertEqual(given, [shapes['a'], shapes['b']])
+    for name, old in params.items():
+      moved = expected.params[name] != old
+      self.assertGreater(jnp.mean(moved), 0.1)
+      # Sums in another order: a number may fall to the other side of a border.
+      differs = found.params[name] != expected.params[name]
+      self.assertLess(jnp.mean(differs), 1e-3)
 
 
 class RoundingTest(parameterized.TestCase):

@@ -18,7 +18,7 @@ Reference: Touvron et al., Llama 2, arXiv 2307.09288; Llama 3, arXiv 2407.21783;
 et al., Mistral 7B, arXiv 2310.06825; Qwen2, arXiv 2407.10671; Qwen3, arXiv 2505.09388.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import parts
 from bernoulli_lora_jax.models import attention
 from bernoulli_lora_jax.models import cross_entropy
+from bernoulli_lora_jax.models import rms_norm
 from bernoulli_lora_jax.models import rotary as rotary_lib
 
 REMATS = ('none', 'dots', 'full')
@@ -151,18 +152,28 @@ class _Given(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-  """x / sqrt(mean of squares + eps), scaled, in float32 or wider."""
+  """Returns x / sqrt(mean of squares + eps), scaled, see `rms_norm`."""
 
   eps: float
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    normed = (wide * jax.lax.rsqrt(square + self.eps)).astype(x.dtype)
-    scale = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
-    return normed * scale.astype(x.dtype)
+    return rms_norm.rms_norm(x, _scale_of(self, x), self.eps)
+
+
+class FanOut(nn.Module):
+  """Returns x, and its norm for `num` products, see `rms_norm.fan_out`."""
+
+  eps: float
+  num: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+    return rms_norm.fan_out(x, _scale_of(self, x), self.eps, self.num)
+
+
+def _scale_of(norm: nn.Module, x: jax.Array) -> jax.Array:
+  return norm.param('scale', nn.initializers.ones, (x.shape[-1],))
 
 
 class Attention(nn.Module):
@@ -173,23 +184,24 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(
       self,
-      x: jax.Array,
+      normed: Sequence[jax.Array],  # For queries, keys and values.
       given: _Given,
       is_windowed: bool | jax.Array,
       cache: Cache | None,
   ) -> tuple[jax.Array, Cache | None]:
     c = self.config
-    heads = lambda name, num: _dense(
+    heads = lambda name, x, num: _dense(
         name, num * c.head_dim, c.qkv_bias, c.dtype
     )(x).reshape(*x.shape[:2], num, c.head_dim)
-    q = heads('q_proj', c.num_heads)
-    k, v = heads('k_proj', c.num_kv_heads), heads('v_proj', c.num_kv_heads)
+    q = heads('q_proj', normed[0], c.num_heads)
+    k = heads('k_proj', normed[1], c.num_kv_heads)
+    v = heads('v_proj', normed[2], c.num_kv_heads)
     if c.qk_norm:
       q = RMSNorm(c.norm_eps, name='q_norm')(q)
       k = RMSNorm(c.norm_eps, name='k_norm')(k)
     q, k = (rotary_lib.rotate(y, given.cos, given.sin) for y in (q, k))
     if cache is not None:
-      rows = jnp.arange(x.shape[0])[:, None]
+      rows = jnp.arange(q.shape[0])[:, None]
       write = lambda old, new: old.at[rows, given.positions].set(
           new.astype(old.dtype)
       )
@@ -215,7 +227,7 @@ class Attention(nn.Module):
       )
     else:
       out = attend(c.window if is_windowed else None)
-    out = out.reshape(*x.shape[:2], -1)
+    out = out.reshape(*out.shape[:2], -1)
     return _dense('o_proj', c.hidden_size, c.output_bias, c.dtype)(out), cache
 
 
@@ -225,10 +237,12 @@ class MLP(nn.Module):
   config: DecoderConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    c = self.config
-    wide = lambda name: _dense(name, c.intermediate_size, c.mlp_bias, c.dtype)
-    inner = nn.silu(wide('gate_proj')(x)) * wide('up_proj')(x)
+  def __call__(self, normed: Sequence[jax.Array]) -> jax.Array:
+    c, (for_gate, for_up) = self.config, normed
+    wide = lambda name, x: rms_norm.formed(
+        _dense(name, c.intermediate_size, c.mlp_bias, c.dtype)(x)
+    )
+    inner = nn.silu(wide('gate_proj', for_gate)) * wide('up_proj', for_up)
     return _dense('down_proj', c.hidden_size, c.mlp_bias, c.dtype)(inner)
 
 
@@ -245,12 +259,13 @@ class Layer(nn.Module):
     c, (is_windowed, cache) = self.config, own
     if self.is_windowed is not None:
       is_windowed = self.is_windowed
-    norm = lambda name: RMSNorm(c.norm_eps, name=name)
+    x, *normed = FanOut(c.norm_eps, 3, name='input_layernorm')(x)
     attended, cache = Attention(c, name='self_attn')(
-        norm('input_layernorm')(x), given, is_windowed, cache
+        normed, given, is_windowed, cache
     )
     x = x + attended
-    return x + MLP(c, name='mlp')(norm('post_attention_layernorm')(x)), cache
+    x, *normed = FanOut(c.norm_eps, 2, name='post_attention_layernorm')(x)
+    return x + MLP(c, name='mlp')(normed), cache
 
 
 class Decoder(nn.Module):
