@@ -1,6 +1,5 @@
 """Tests of A4: chains that move W at each step and have no adapter in the loss."""
 
-import functools
 from unittest import mock
 
 from absl.testing import parameterized
