@@ -248,6 +248,11 @@ def _dot_general(eqn, operands, uses):
     if product is not None:
       uses.multiply(value, p)
     return None if product is None else [product]
+  if value.factors:
+    product = lowrank.adapted_product(value, other, p, plain)
+    if product is not None:
+      uses.multiply(value, p)
+      return [product]
   product = plain(value.base, other)
   p = p._replace(out_sharding=sharded.explicit(product))
   change = lowrank.product(value, other, p) if value.factors else None

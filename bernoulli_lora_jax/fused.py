@@ -71,8 +71,8 @@ def add_product(
     weight: jax.Array,
     left: jax.Array,
     right: jax.Array,
-    keys: jax.Array,
-    mode: str,
+    keys: jax.Array | None = None,
+    mode: str = 'nearest',
     interpret: bool = False,
 ) -> jax.Array:
   """Returns W + L R, summed in float32 and rounded once.
@@ -80,22 +80,24 @@ def add_product(
   Args:
     weight: (*batch, m, n), bfloat16, see `fits`; overwritten where nothing else
       reads it.
-    left: (*batch, m, r), float32.
-    right: (*batch, r, n), float32.
-    keys: shape=batch, typed PRNG keys, read by 'stochastic' alone.
+    left: (*batch, m, r), float32 or bfloat16.
+    right: (*batch, r, n), of the same dtype.
+    keys: shape=batch, typed PRNG keys, of 'stochastic' alone.
     mode: 'nearest' or 'stochastic', by `rounding.dithered`.
     interpret: whether to run the kernel step by step, on any machine.
 
   Returns:
-    (*batch, m, n), bfloat16. L R is a product of TF32.
+    (*batch, m, n), bfloat16. L R is a product of TF32 or bfloat16.
   """
   flat = lambda x: x.reshape(-1, *x.shape[-2:])
   left, right = flat(left), flat(right)
   missing = -left.shape[-1] % 16  # What matrix units multiply at once.
   left = jnp.pad(left, ((0, 0), (0, 0), (0, missing)))
   right = jnp.pad(right, ((0, 0), (0, missing), (0, 0)))
-  draw = lambda key: jax.random.bits(key, (2,), jnp.uint32)
-  words = jax.vmap(draw)(keys.reshape(-1))
+  words = jnp.zeros((len(left), 2), jnp.uint32)
+  if mode == 'stochastic':
+    draw = lambda key: jax.random.bits(key, (2,), jnp.uint32)
+    words = jax.vmap(draw)(keys.reshape(-1))
   total = _call(flat(weight), left, right, words, mode, interpret)
   return total.reshape(weight.shape)
 

@@ -18,6 +18,7 @@ reaches a product tells over which of them it sums.
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
+import math
 import string
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from bernoulli_lora_jax import fused
 from bernoulli_lora_jax import sharded
 
 Labels = tuple[Any, ...]
@@ -300,6 +302,102 @@ def product(value: LowRank, other: jax.Array, p: Product) -> jax.Array | None:
       preferred_element_type=p.dtype,
       out_sharding=p.out_sharding,
   )
+
+
+def adapted_product(
+    value: LowRank,
+    other: jax.Array,
+    p: Product,
+    plain: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array | None:
+  """Returns x W + (x L) R, where a kernel adds (x L) R to what x W has written.
+
+  XLA writes (x L) R, of the size of the result, and reads both again; so does it
+  backward, dy W^T + (dy R^T) L^T. The sum is rounded once, not twice. There is no
+  derivative forward through it.
+
+  Args:
+    value: with factors.
+    other: the other operand, x.
+    p: the product.
+    plain: (base, other) -> the product of arrays.
+
+  Returns:
+    An array in `p.dtype`; None where there is no kernel for it.
+  """
+  e = _einsums(value, other, p)
+  rank = value.factors[0].shape[-1]
+  if e is None or not _is_rows(e.out, e.thin, e.second):
+    return None
+  if not _takes(jax.eval_shape(plain, value.base, other), rank):
+    return None
+  of = functools.partial(_einsum, other.dtype, p.precision)
+  like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (value.base, other)]
+  is_right = e.sides[0] == 'right'
+
+  def product_of(base, factors, other):
+    first, second = factors[is_right], factors[not is_right]
+    thin = of(f'{e.other},{e.first}->{e.thin}', other, first)
+    return _plus(plain(base, other), thin, second), thin
+
+  @jax.custom_vjp
+  def multiply(base, factors, other):
+    return product_of(base, factors, other)[0]
+
+  def forward(base, factors, other):
+    # Told by the structure: numbers would be traced.
+    moved = {'base': base, 'left': factors[0], 'right': factors[1]}
+    moved = {name: () for name, x in moved.items() if x.perturbed}
+    base, other = base.value, other.value
+    factors = tuple(x.value for x in factors)
+    out, thin = product_of(base, factors, other)
+    return out, (base, factors, other, thin, moved)
+
+  def backward(kept, slope):
+    base, factors, x, thin, moved = kept
+    if isinstance(slope, jax.custom_derivatives.SymbolicZero):
+      slope = jnp.zeros(slope.shape, slope.dtype)  # pyrefly: ignore
+    first, second = factors[is_right], factors[not is_right]
+    of_thin = of(f'{e.out},{e.second}->{e.thin}', slope, second)
+    grads: dict[str, jax.Array | None] = dict.fromkeys(('left', 'right'))
+    if e.sides[0] in moved:
+      spec = f'{e.other},{e.thin}->{e.first}'
+      grads[e.sides[0]] = of(spec, x, of_thin, dtype=first.dtype)
+    if e.sides[1] in moved:
+      spec = f'{e.thin},{e.out}->{e.second}'
+      grads[e.sides[1]] = of(spec, thin, slope, dtype=second.dtype)
+    of_base = None
+    if 'base' in moved:
+      pull = jax.linear_transpose(lambda base: plain(base, x), like[0])
+      (of_base,) = pull(slope)
+    (of_x,) = jax.linear_transpose(lambda x: plain(base, x), like[1])(slope)
+    if _is_rows(e.other, e.thin, e.first) and _takes(of_x, rank):
+      of_x = _plus(of_x, of_thin, first)
+    else:
+      of_x += of(f'{e.thin},{e.first}->{e.other}', of_thin, first)
+    return of_base, tuple(grads.values()), of_x
+
+  multiply.defvjp(forward, backward, symbolic_zeros=True)
+  return multiply(value.base, value.factors, other)
+
+
+def _is_rows(out: str, thin: str, factor: str) -> bool:
+  """Returns whether a product is (rows, r) by a factor (columns, r), flattened."""
+  return thin == out[:-1] + _RANK and factor == out[-1] + _RANK
+
+
+def _takes(out: Any, rank: int) -> bool:
+  """Returns whether there is a kernel that adds a product of a rank to a result."""
+  rows = math.prod(out.shape[:-1]), out.shape[-1]
+  like = jax.ShapeDtypeStruct(rows, out.dtype)
+  return fused.takes(like, rank, 'nearest')
+
+
+def _plus(out: jax.Array, thin: jax.Array, factor: jax.Array) -> jax.Array:
+  """Returns out + thin factor^T, rounded once."""
+  flat = lambda x: x.reshape(-1, x.shape[-1])
+  factor = factor.astype(thin.dtype).T
+  return fused.add_product(flat(out), flat(thin), factor).reshape(out.shape)
 
 
 def sketched_product(

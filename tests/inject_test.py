@@ -3,6 +3,7 @@
 import functools
 import re
 from typing import NamedTuple
+from unittest import mock
 
 from absl.testing import parameterized
 import chex
@@ -16,6 +17,7 @@ import optax
 import pytest
 
 from bernoulli_lora_jax import adapters
+from bernoulli_lora_jax import fused
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import matrices
 
@@ -936,6 +938,69 @@ class GradientTest(parameterized.TestCase):
     added = inject.by_addition(loss, selection)
     lowered = gradient(added, 1).lower(params, factors, x)
     self.assertContainsSubset(sizes, count(self.before(lowered)))
+
+
+class KernelTest(parameterized.TestCase):
+  """Products whose adapter a kernel adds, step by step on whatever machine."""
+
+  def test_equals_the_plain_products(self):
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    params = {'a': 0.1 * draw(0, 128, 256), 'b': 0.1 * draw(1, 256, 128)}
+    chain = adapters.make_chain(adapters.ChainPolicy.lora(6), optax.sgd(1.0))
+    found = chain.adapted(params)
+    factors = chain.init(jax.random.key(2), params).factors
+    factors = jax.tree.map(lambda x: 0.1 * draw(3, *x.shape), factors)
+
+    def value(factors, params, x):
+      def loss(params, x):
+        h = jnp.tanh(x @ params['a']) @ params['b']
+        return jnp.mean(jnp.square(h.astype(jnp.float32)))
+
+      pairs = adapters.scaled(factors, found)
+      return inject.by_product(loss)(params, pairs, x)
+
+    given, add = [], fused.add_product
+
+    def kernel(weight, *args):
+      given.append(weight.shape)
+      return add(weight, *args, interpret=True)
+
+    # By each what is asked for alone, as a step asks for the factors'.
+    grads = (jax.value_and_grad(value, of) for of in ((0,), (0, 2), (0, 1, 2)))
+    narrow = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+    args = factors, params, draw(4, 4, 8, 128)
+    for grad in grads:
+      exact = grad(*args)
+      plain = grad(factors, *map(narrow, args[1:]))
+      given.clear()
+      with mock.patch.multiple(fused, takes=fused.fits, add_product=kernel):
+        ours = grad(factors, *map(narrow, args[1:]))
+      forward = [(32, 256), (32, 128)]
+      self.assertEqual(given[:2], forward)
+      self.assertIn((32, 256), given[2:])  # By what enters b.
+      for e, p, o in zip(
+          *map(jax.tree.leaves, (exact, plain, ours)), strict=True
+      ):
+        self.assertEqual(o.dtype, p.dtype)
+        e, p, o = (np.asarray(x, np.float64) for x in (e, p, o))
+        # Rounded once where the plain sum is rounded twice: eps of bfloat16.
+        self.assertLess(np.linalg.norm(o - e), 2**-6 * np.linalg.norm(e))
+        self.assertLess(np.linalg.norm(o - p), 2**-6 * np.linalg.norm(e))
+
+  def test_a_matrix_that_is_not_a_row_of_columns_is_left_to_xla(self):
+    params = {'w': jnp.ones((128, 128), jnp.bfloat16)}
+    chain = adapters.make_chain(adapters.ChainPolicy.lora(4), optax.sgd(1.0))
+    factors = jax.tree.map(
+        jnp.ones_like, chain.init(jax.random.key(0), params).factors
+    )
+    pairs = adapters.scaled(factors, chain.adapted(params))
+    left = inject.by_product(lambda params, x: params['w'] @ x)
+    x = jnp.ones((128, 128), jnp.bfloat16)
+    with mock.patch.multiple(fused, takes=fused.fits, add_product=None):
+      found = left(params, pairs, x)
+    # W + s L R has 1 + 4 s everywhere, s = 1 of alpha = r.
+    self.assertTrue(bool(jnp.all(found == found[0, 0])))
+    self.assertEqual(float(found[0, 0]), 128 * 5)
 
 
 class ByAdditionTest(parameterized.TestCase):

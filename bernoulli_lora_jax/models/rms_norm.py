@@ -71,23 +71,25 @@ def _fan_out(
 
 
 def _forward(x: Any, scale: Any, eps: float, num: int) -> Any:
-  is_moved = x.perturbed, scale.perturbed
+  # Told by the structure: numbers would be traced.
+  moved = {'x': x.perturbed, 'scale': scale.perturbed}
+  moved = {name: () for name, is_moved in moved.items() if is_moved}
   out = _fan_out(x.value, scale.value, eps, num)
-  return out, (x.value, scale.value, is_moved)
+  return out, (x.value, scale.value, moved)
 
 
 def _backward(eps: float, num: int, residuals: Any, given: Any) -> Any:
   del num
-  x, scale, (x_is_moved, scale_is_moved) = residuals
+  x, scale, moved = residuals
   # A product that is not there has no slope.
   is_zero = lambda y: isinstance(y, jax.custom_derivatives.SymbolicZero)
   beside, *slopes = given
   beside = jnp.zeros_like(x) if is_zero(beside) else beside
   slopes = [y for y in slopes if not is_zero(y)] or [jnp.zeros_like(x)]
   of_x = of_scale = None
-  if x_is_moved:
+  if 'x' in moved:
     of_x = fused.norm_slope(x, scale, beside, slopes, eps)
-  if scale_is_moved:
+  if 'scale' in moved:
     _, pull = jax.vjp(lambda scale: rms_norm(x, scale, eps), scale)
     of_scale = pull(sum(slopes))[0]
   return of_x, of_scale
