@@ -1,9 +1,11 @@
 """Adam with one second moment a column: its steps, its law, what links leave of it."""
 
 import functools
+import json
 import math
 import os
 import tempfile
+from unittest import mock
 
 from absl.testing import parameterized
 import chex
@@ -23,6 +25,11 @@ from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import restart
 from bernoulli_lora_jax import sketches
 from bernoulli_lora_jax.models import decoder
+from bernoulli_lora_jax.training import arguments
+from bernoulli_lora_jax.training import base_config
+from bernoulli_lora_jax.training import experiment
+from bernoulli_lora_jax.training import labels
+from bernoulli_lora_jax.training import loop
 
 B1, B2, EPS, RATE, PERIOD = 0.8, 0.9, 1e-3, 0.05, 3
 KEY = jax.random.key(3)
@@ -243,7 +250,10 @@ class StepsTest(parameterized.TestCase):
         found = []
         for sketched in (False, True):
           chain = adapters.make_chain(
-              policy, TX, decoder.matrices(config), sketched=sketched
+              policy,
+              bl.column_adam(0.005),
+              decoder.matrices(config),
+              sketched=sketched,
           )
           step = jax.jit(
               lambda s, x, c=chain, a=adapted: c.step(s, a, {'tokens': x})
@@ -254,10 +264,10 @@ class StepsTest(parameterized.TestCase):
             values.append(float(value))
           found.append((values, chain.params(state)))
         # Sums in another order, through fifty steps.
-        chex.assert_trees_all_close(*found, rtol=1e-8, atol=1e-9)
+        chex.assert_trees_all_close(*found, rtol=0, atol=1e-9)
         layers = 'layers' if scan_layers else 'layers_0'
         moved = optax.tree.sub(found[0][1][layers], params[layers])
-        self.assertGreater(optax.tree.max(jax.tree.map(jnp.abs, moved)), 0.1)
+        self.assertGreater(optax.tree.max(jax.tree.map(jnp.abs, moved)), 1e-2)
 
   def test_scanned_is_unrolled(self):
     """An entry of a stack has the moments that it has by itself."""
@@ -267,10 +277,11 @@ class StepsTest(parameterized.TestCase):
     grads = [{'left': draw(2, 5, 3), 'right': draw(2, 3, 4)} for _ in range(3)]
     run = functools.partial(_run, tx)
     stacked = run([{'a': g} for g in grads])
-    for entry in range(2):
-      alone = run([{'a': jax.tree.map(lambda x: x[entry], g)} for g in grads])
-      part = jax.tree.map(lambda x: x[entry], stacked)
-      chex.assert_trees_all_close(alone, part, rtol=1e-6)  # Fused otherwise.
+    entry_of = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
+    for i in range(2):
+      alone = run([{'a': entry_of(g, i)} for g in grads])
+      # Fused otherwise.
+      chex.assert_trees_all_close(alone, entry_of(stacked, i), rtol=1e-6)
 
   def test_jit_equals_eager_and_dtypes_stay(self):
     tx = bl.scale_by_column_moments()
@@ -311,7 +322,9 @@ class StateTest(parameterized.TestCase):
         for i, pair in enumerate(shapes)
     }
     mask = jax.tree.map(lambda _: True, pairs)
-    labels = {
+    is_ours = lambda x: isinstance(x, bl.ScaleByColumnMomentsState)
+    nodes = lambda tree: jax.tree.leaves(tree, is_leaf=is_ours)
+    by_side = {
         path: {side: side for side in pair} for path, pair in pairs.items()
     }
     ours = bl.scale_by_column_moments()
@@ -319,7 +332,7 @@ class StateTest(parameterized.TestCase):
         ours,
         bl.column_adam(lambda count: 0.1),
         optax.masked(ours, mask),
-        optax.partition({'left': ours, 'right': ours}, labels),
+        optax.partition({'left': ours, 'right': ours}, by_side),
         optax.apply_if_finite(bl.column_adam(0.1), 3),
         optax.inject_hyperparams(bl.scale_by_column_moments)(eps=1e-3),
     ):
@@ -327,8 +340,6 @@ class StateTest(parameterized.TestCase):
       restart.check(tx, fresh, pairs)
       old = jax.tree.map(lambda x: x + 7, fresh)
       new = restart.restart(fresh, old, pairs)
-      is_ours = lambda x: isinstance(x, bl.ScaleByColumnMomentsState)
-      nodes = lambda tree: jax.tree.leaves(tree, is_leaf=is_ours)
       for got, at_first, before in zip(
           *map(nodes, (new, fresh, old)), strict=True
       ):
@@ -516,6 +527,87 @@ class LawTest(parameterized.TestCase):
     decay = B2**period
     spread = (1 - decay) / (1 + decay) * (1 - B2 ** (2 * steps))
     self.assert_variance(x, spread * variances(g, r)[1])
+
+
+def make_config(**overrides):
+  """Sketched Bernoulli-LoRA on digits: 24 steps, links of 5."""
+  config = base_config.get_config()
+  config.task.hidden = (16,)
+  config.task.pretrain_epochs = 1
+  config.method.sketch = 'coordinate'  # A QR takes long to compile.
+  config.method.mode = 'sketched'
+  config.method.rank = 2
+  config.method.period = 5
+  config.method.optimizer = 'column'
+  config.method.learning_rate = 0.02
+  config.training.num_steps = 24
+  config.training.num_evals = 3
+  config.training.checkpoint_every = 8
+  config.training.progress = False
+  names = {k.replace('__', '.'): v for k, v in overrides.items()}
+  return experiment.apply_overrides(config, names)
+
+
+class RunTest(parameterized.TestCase):
+  """Chosen by a config."""
+
+  @pytest.fixture(autouse=True)
+  def _tmp(self, tmp_path):
+    self.tmp = tmp_path
+
+  @pytest.mark.slow
+  def test_resume_is_bit_identical(self):
+    config = make_config()
+    program, num_next = experiment.make_program(config), loop._num_next
+
+    def train(name, *args):
+      experiment.train(config, self.tmp / name, *args)
+      text = (self.tmp / name / 'metrics.jsonl').read_text()
+      return [json.loads(line) for line in text.splitlines()]
+
+    whole = train('whole', program)
+
+    def interrupted(program, progress):
+      if progress.step >= 16:  # Within a link.
+        raise KeyboardInterrupt
+      return num_next(program, progress)
+
+    with mock.patch.object(loop, '_num_next', interrupted):
+      with self.assertRaises(KeyboardInterrupt):
+        train('cut', program)
+    self.assertEqual(train('cut'), whole)
+    losses = [line['train_loss'] for line in whole]
+    self.assertLess(losses[-1], losses[0])
+
+  def test_others_have_moments_of_their_own_size(self):
+    config = make_config(method__others='bias')
+    others = arguments.make_others(config, 0.1)
+    state = others['bias'].init({'bias': jnp.zeros(3)})
+    adam = optax.tree.get(state, 'nu')
+    self.assertEqual(adam['bias'].shape, (3,))
+    state = arguments.make_optimizer(config, 0.1).init(
+        {'a': {'left': jnp.zeros((3, 2))}}
+    )
+    self.assertEqual(optax.tree.get(state, 'nu')['a']['left'].shape, (3,))
+
+  def test_its_name(self):
+    self.assertIn('column Adam', labels.name(make_config().to_dict()))
+
+  @parameterized.parameters(
+      (
+          dict(method__mode='gradient'),
+          "mode 'adapter' or 'sketched'.*'column'.*got mode='gradient'",
+      ),
+      (
+          dict(method__mode='adapter', federated__num_clients=2),
+          "federated runs, got 'column'",
+      ),
+      (dict(method__optimizer='columns'), "'adamw', 'column'.*'columns'"),
+  )
+  def test_where_it_cannot_be(self, overrides, message):
+    config = make_config(**overrides)
+    with self.assertRaisesRegex(ValueError, message):
+      experiment.make_method(config, arguments.make_task(config))
 
 
 class RefusalTest(parameterized.TestCase):
