@@ -15,7 +15,8 @@ trains) and lives as long as the run, beside a first moment that a link restarts
     v_j <- b2 v_j + (1 - b2) mean_i S_ij^2        n
     step: u / (1 - b1^t) / (sqrt(v_j / (1 - b2^T)) + eps)
 
-with t the steps of the link and T those of the run in which the side trained.
+with t the steps of the link and T those of the run in which the side of this matrix
+trained.
 
 How far the mean square of one frame is from what it estimates depends on the law of
 the frame. With k = sum_i g_ij^4 / ||g_j||^4, in [1/m, 1],
@@ -55,7 +56,9 @@ class ColumnMoments(NamedTuple):
 class ScaleByColumnMomentsState(NamedTuple):
   """State of `scale_by_column_moments`."""
 
-  count: Any  # {path: {side: shape=batch, int32}}; steps of the link so far.
+  count: (
+      jax.typing.ArrayLike
+  )  # shape=(), dtype=int32; steps of the link so far.
   mu: Any  # Of the factors' shapes, float32 or wider.
   lasting: restart.Lasting  # Of `ColumnMoments`.
 
@@ -98,8 +101,8 @@ def scale_by_column_moments(
 
   Guarantees:
     The first moment restarts with a link, the second one and its count go on.
-    Moments and counts of a factor that is frozen do not move, an entry of a stack
-      by itself.
+    In a chain, moments of a frozen factor and the count of its second one do not
+      move, in an entry of a stack by itself.
     With isotropic orthonormal frames the second moment of a constant gradient has
       the mean ||g_j||^2 / m, g_j the column of G (right: its row, and n).
   """
@@ -139,17 +142,14 @@ def column_adam(
 def _init(params: Any) -> ScaleByColumnMomentsState:
   over = jax.tree_util.tree_map_with_path
   zeros = lambda p, shape: jnp.zeros(shape, matrices_lib.wide(p.dtype))
-  # One each: a donated buffer cannot be in two places.
-  counts = lambda: jax.tree.map(
-      lambda p: jnp.zeros(p.shape[:-2], jnp.int32), params
-  )
+  seen = jax.tree.map(lambda p: jnp.zeros(p.shape[:-2], jnp.int32), params)
   nu = over(
       lambda path, p: zeros(p, _without(p.shape, _RANK_AXIS[_side(path, p)])),
       params,
   )
   mu = jax.tree.map(lambda p: zeros(p, p.shape), params)
-  lasting = restart.Lasting(ColumnMoments(counts(), nu))
-  return ScaleByColumnMomentsState(counts(), mu, lasting)
+  lasting = restart.Lasting(ColumnMoments(seen, nu))
+  return ScaleByColumnMomentsState(jnp.zeros([], jnp.int32), mu, lasting)
 
 
 def _update(
@@ -172,23 +172,22 @@ def _update(
       updates,
       old.nu,
   )
-  count = jax.tree.map(optax.safe_increment, state.count)
+  count = optax.safe_increment(state.count)
   seen = jax.tree.map(optax.safe_increment, old.count)
 
-  def scaled(path, s, m, v, steps, all_steps):
-    v = jnp.expand_dims(v, _RANK_AXIS[_side(path, s)])
-    root = jnp.sqrt(_corrected(v, b2, all_steps))
-    return (_corrected(m, b1, steps) / (root + eps)).astype(s.dtype)
+  def scaled(path, s, m, v, steps):
+    root = jnp.sqrt(v / _bias(b2, steps, v.dtype)[..., None])
+    root = jnp.expand_dims(root, _RANK_AXIS[_side(path, s)])
+    return (m / _bias(b1, count, m.dtype) / (root + eps)).astype(s.dtype)
 
-  updates = over(scaled, updates, mu, nu, count, seen)
+  updates = over(scaled, updates, mu, nu, seen)
   lasting = restart.Lasting(ColumnMoments(seen, nu))
   return updates, ScaleByColumnMomentsState(count, mu, lasting)
 
 
-def _corrected(moment: jax.Array, decay: Any, count: jax.Array) -> jax.Array:
-  """Returns a moment of two axes, and those of `count`, without its start's bias."""
-  steps = count.astype(moment.dtype)[..., None, None]
-  return moment / (1 - decay**steps)
+def _bias(decay: Any, count: Any, dtype: Any) -> jax.Array:
+  """Returns the weight of what a mean that began at zero has seen."""
+  return 1 - decay ** count.astype(dtype)
 
 
 def _side(path: Any, leaf: Any) -> str:
