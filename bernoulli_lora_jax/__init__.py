@@ -30,6 +30,9 @@ from bernoulli_lora_jax.chain import rac_lora
 from bernoulli_lora_jax.chain import scale_by_bernoulli_chain
 from bernoulli_lora_jax.chain import ScaleByBernoulliChainState
 from bernoulli_lora_jax.chain import trained_parameters
+from bernoulli_lora_jax.column_moments import column_adam
+from bernoulli_lora_jax.column_moments import scale_by_column_moments
+from bernoulli_lora_jax.column_moments import ScaleByColumnMomentsState
 from bernoulli_lora_jax.estimators import mvr
 from bernoulli_lora_jax.estimators import MvrState
 from bernoulli_lora_jax.estimators import page

@@ -614,3 +614,8 @@ def _check_optimizer(opt_state: Any) -> None:
         'Expected an optimiser that does not look at the loss, got'
         ' reduce_on_plateau: clients would disagree about the learning rate.'
     )
+  if restart_lib.has_lasting(opt_state):
+    raise ValueError(
+        'Expected an optimiser whose moments restart, got some that outlive links'
+        ' (scale_by_column_moments): those of clients are not sent.'
+    )

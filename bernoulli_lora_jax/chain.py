@@ -120,7 +120,8 @@ def scale_by_bernoulli_chain(
     sketch: law of the subspaces, default `sketches.gaussian()`.
     period: updates for which coin and subspace are kept (a link), >= 1.
     inner: transformation of the r-dimensional gradients, for example
-      `optax.scale_by_adam()` or `optax.trace(0.9)`. It sees, for each matrix, a
+      `optax.scale_by_adam()` or `optax.trace(0.9)`, not one with moments that
+      outlive links (`scale_by_column_moments`). It sees, for each matrix, a
       leaf {'left': (r, n), 'right': (m, r)} with the unchosen one zero, must
       not need params, and restarts at each link (what belongs to factors does:
       schedules in it go on, see `restart.restart`); its state is O(r(m + n)) a
@@ -201,6 +202,12 @@ def _init(
   state = jax.tree.map(
       jnp.copy, sharded.automatic(first, key, params, out=sharded.Spec)
   )
+  if restart_lib.has_lasting(state.inner_state):
+    # Unchosen sides have gradients of zero, which would wear them out.
+    raise ValueError(
+        'Expected an inner whose moments restart, got some that outlive links'
+        ' (scale_by_column_moments): use a chain of adapters, sketched or not.'
+    )
   if spec.inner is not None and spec.restart is None:
     zeros = links_lib.zero_factors(found, spec.rank, spec.prob)
     restart_lib.check(spec.inner, state.inner_state, zeros)

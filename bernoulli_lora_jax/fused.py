@@ -49,12 +49,12 @@ def is_there() -> bool:
   )
 
 
-def takes(weight: jax.Array, rank: int, mode: str) -> bool:
-  """Returns whether `add_product` takes matrices on this machine."""
+def takes(weight: Any, rank: int, mode: str) -> bool:
+  """Returns whether `add_product` takes matrices, or their shapes, here."""
   return is_there() and fits(weight, rank, mode)
 
 
-def fits(weight: jax.Array, rank: int, mode: str) -> bool:
+def fits(weight: Any, rank: int, mode: str) -> bool:
   """Returns whether `add_product` takes matrices, on whatever machine."""
   *_, m, n = weight.shape
   return (
@@ -96,6 +96,7 @@ def add_product(
   right = jnp.pad(right, ((0, 0), (0, missing), (0, 0)))
   words = jnp.zeros((len(left), 2), jnp.uint32)
   if mode == 'stochastic':
+    assert keys is not None
     draw = lambda key: jax.random.bits(key, (2,), jnp.uint32)
     words = jax.vmap(draw)(keys.reshape(-1))
   total = _call(flat(weight), left, right, words, mode, interpret)

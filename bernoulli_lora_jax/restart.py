@@ -10,6 +10,9 @@ plateaus, keys of noise. The rule tells them apart by structure and not by class
   with `state` or `states`, is a node of its own. A node that holds a leaf of a
   factor restarts whole, its own count included; all other nodes go on.
 
+What is about factors and is yet true of the next link says so: all that lies below a
+`Lasting` goes on, whatever its paths and shapes are.
+
 A leaf is a factor's if its path ends with the factor's (moments, copies, rows
 and columns of Adafactor), if its last axes are the factor's (memories, leaves in
 a list), or if it is one axis as long as factors laid end to end
@@ -23,7 +26,7 @@ wrong, so `check` refuses them and names the way out.
 from collections.abc import Callable, Iterator
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +52,12 @@ _SHARED_COUNTS = {
 }
 
 _Keys = tuple[Any, ...]  # Of a path, as of jax.tree_util.
+
+
+class Lasting(NamedTuple):
+  """What of an optimiser's state goes on when a link ends, though it has factors."""
+
+  state: Any
 
 
 def restart(fresh: Any, old: Any, trained: Any) -> Any:
@@ -137,6 +146,15 @@ def check(
   _check_apart(opt_state, trained)
 
 
+def has_lasting(state: Any) -> bool:
+  """Returns whether some of an optimiser's state goes on by its own word."""
+  return any(map(_is_lasting, jax.tree.leaves(state, is_leaf=_is_lasting)))
+
+
+def _is_lasting(node: Any) -> bool:
+  return isinstance(node, Lasting)
+
+
 def _check_constant(tx: Any, module: str, factory: str, name: str) -> None:
   """Raises unless the functions of a module see a constant by this name."""
   values = list(_bound(tx, module, name))
@@ -179,8 +197,13 @@ def _places(state: Any, trained: Any) -> list[tuple[_Keys, bool]]:
   names = {keys for keys, _ in flat}
   shapes = {jnp.shape(leaf) for _, leaf in flat}
   leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+  tops = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_lasting)[0]
+  lasting = [keys for keys, node in tops if _is_lasting(node)]
   heads = []
   for keys, leaf in leaves:
+    if any(keys[: len(top)] == top for top in lasting):
+      heads.append((keys, False))
+      continue
     head = _above(keys, names)
     is_factor = head is not None or _has_shape(leaf, shapes, flat)
     heads.append((keys if head is None else head, is_factor))

@@ -258,7 +258,12 @@ class InputTest(parameterized.TestCase):
       (
           'sketched_adamw',
           dict(method='rac_left', sketched='yes', optimizer='adamw'),
-          "^ValueError: Expected optimizer adam or sgd .*, got optimizer='adamw'.$",
+          "^ValueError: Expected optimizer adam, .*, got optimizer='adamw'.$",
+      ),
+      (
+          'column',
+          dict(method='full', optimizer='column'),
+          'optimizer of .* with method=full, .*got optimizer=column',
       ),
       ('adapter_rank', dict(adapter_rank=-1), 'Expected adapter_rank >= 0'),
   )
@@ -533,6 +538,7 @@ class SketchedTest(parameterized.TestCase):
       (dict(method='rac_right'), 'sketched'),
       (dict(method='rac_left', sketched='no'), 'adapter'),
       (dict(method='rac_left', optimizer='adamw'), 'adapter'),
+      (dict(method='rac_left', optimizer='column'), 'sketched'),
       (dict(method='rac_left', dtype='bfloat16'), 'sketched'),
       (
           dict(method='rac_left', dtype='bfloat16', rounding='nearest'),

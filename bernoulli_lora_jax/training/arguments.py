@@ -20,6 +20,7 @@ import optax
 
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import averaging
+from bernoulli_lora_jax import column_moments
 from bernoulli_lora_jax import compressors
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import matrices as matrices_lib
@@ -360,6 +361,12 @@ def make_transformation(
 ) -> Callable[[jax.Array], optax.GradientTransformation]:
   """Returns key -> transformation of the gradient, in gradient mode."""
   c = config.method
+  if c.optimizer == 'column':
+    raise ValueError(
+        "Expected method.mode 'adapter' or 'sketched' with"
+        " method.optimizer='column', whose moments are of trained factors, got"
+        f' mode={c.mode!r}.'
+    )
   chain_args = {}
   if c.name != 'full':
     chain_args = {
@@ -384,11 +391,22 @@ def make_optimizer(
     config: config_dict.ConfigDict, learning_rate: Any
 ) -> optax.GradientTransformation:
   """Returns the optimiser of factors, or of the weights of local steps."""
+  if config.method.optimizer == 'column':
+    scaled = column_moments.scale_by_column_moments()
+    return _descending(config, scaled, learning_rate)
+  return _descending(config, _inner(config), learning_rate)
+
+
+def _descending(
+    config: config_dict.ConfigDict,
+    inner: optax.GradientTransformation | None,
+    learning_rate: Any,
+) -> optax.GradientTransformation:
   c = config.method
   parts = []
   if c.clip_norm is not None:
     parts.append(optax.clip_by_global_norm(c.clip_norm))
-  parts.append(_inner(config) or optax.identity())
+  parts.append(inner or optax.identity())
   if c.optimizer == 'adamw':
     parts.append(optax.add_decayed_weights(c.weight_decay))
   return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
@@ -410,7 +428,7 @@ def make_others(
           f' other_rows={tuple(c.other_rows)}.'
       )
     return {}
-  tx = make_optimizer(config, learning_rate)
+  tx = _descending(config, _inner(config), learning_rate)
   if c.other_rows:
     keep = functools.partial(_rows_alone, np.asarray(c.other_rows))
     tx = optax.chain(optax.stateless(keep), tx, optax.stateless(keep))
@@ -442,16 +460,17 @@ def _rows_alone(rows: np.ndarray, updates: Any, params: Any = None) -> Any:
 
 
 def _inner(config: config_dict.ConfigDict) -> Any:
+  """Returns what scales gradients of whole leaves, None where nothing does."""
   c = config.method
   if c.optimizer == 'sgd':
     return None
   if c.optimizer == 'momentum':
     return optax.trace(c.optimizer_momentum)
-  if c.optimizer in ('adam', 'adamw'):
+  if c.optimizer in ('adam', 'adamw', 'column'):
     return optax.scale_by_adam()
   raise ValueError(
-      "Expected method.optimizer to be 'sgd', 'momentum', 'adam' or 'adamw', got"
-      f' {c.optimizer!r}.'
+      "Expected method.optimizer to be 'sgd', 'momentum', 'adam', 'adamw' or"
+      f" 'column', got {c.optimizer!r}."
   )
 
 
@@ -462,6 +481,11 @@ def check_federated(config: config_dict.ConfigDict) -> None:
     raise ValueError(
         "Expected method.mode 'gradient' or 'adapter' in federated runs, got"
         " mode='sketched': clients average factors, or weights."
+    )
+  if c.optimizer == 'column':
+    raise ValueError(
+        "Expected method.optimizer 'sgd', 'momentum', 'adam' or 'adamw' in"
+        " federated runs, got 'column', whose moments outlive rounds."
     )
   needed: dict[str, Any] = {
       'training.plateau_patience': 0,

@@ -72,8 +72,9 @@ def get_config() -> config_dict.ConfigDict:
   config.method.others = ''
   # Of those, the rows of tokens that move, in embeddings and heads; (): all.
   config.method.other_rows = ()
-  # 'sgd', 'momentum', 'adam' or 'adamw' (adapter mode and 'full'); in chains it
-  # lives in the subspace and restarts at each link.
+  # 'sgd', 'momentum', 'adam', 'adamw' (adapter mode and 'full') or 'column' (Adam with
+  # a second moment a column, which links leave: adapter and sketched mode); in chains
+  # it lives in the subspace and restarts at each link.
   config.method.optimizer = 'sgd'
   config.method.weight_decay = 0.01  # For 'adamw'.
   config.method.optimizer_momentum = 0.9  # For 'momentum'.

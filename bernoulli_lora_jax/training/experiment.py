@@ -332,8 +332,8 @@ def _check_sketched(c: config_dict.ConfigDict) -> None:
     )
   if c.optimizer == 'adamw':
     raise ValueError(
-        "Expected method.optimizer 'sgd', 'momentum' or 'adam' in sketched mode,"
-        " which has no factor to decay, got 'adamw'."
+        "Expected method.optimizer 'sgd', 'momentum', 'adam' or 'column' in"
+        " sketched mode, which has no factor to decay, got 'adamw'."
     )
 
 

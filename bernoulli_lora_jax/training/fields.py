@@ -95,7 +95,7 @@ _RULES: dict[str, _Rule] = {
         lambda x: all(_is_whole(row) and 0 <= row < _END for row in x),
         'of whole numbers >= 0',
     ),
-    'method.optimizer': _one_of('sgd', 'momentum', 'adam', 'adamw'),
+    'method.optimizer': _one_of('sgd', 'momentum', 'adam', 'adamw', 'column'),
     'method.weight_decay': _NOT_NEGATIVE,
     'method.optimizer_momentum': _NOT_ONE,
     'method.page_prob': _NOT_ZERO,

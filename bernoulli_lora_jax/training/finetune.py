@@ -112,7 +112,7 @@ def finetune(
     learning_rate: float | None = None,
     schedule: Literal['constant', 'cosine', 'linear'] = 'cosine',
     warmup: int = 0,
-    optimizer: Literal['adam', 'adamw', 'sgd'] = 'adam',
+    optimizer: Literal['adam', 'adamw', 'column', 'sgd'] = 'adam',
     weight_decay: float = 0.01,
     clip_norm: float | None = None,
     seed: int = 0,
@@ -169,7 +169,7 @@ def finetune(
       with full, train_others, train_tokens 0.5: found at widths to 512, a guess beyond.
     schedule: of the learning rate after its warm-up; cosine and linear end at 0.
     warmup: steps of linear warm-up.
-    optimizer: of what trains.
+    optimizer: of what trains; column is adam with half of its state, of the factors.
     weight_decay: of adamw.
     clip_norm: most of the gradient's global norm; None for no clipping.
     seed: of frames, coins and the order of the data.
@@ -282,6 +282,11 @@ def make_config(
           f"Expected {flag}='' with method=full, which trains all weights, got"
           f' {flag}={given[flag]!r}.'
       )
+  checks.that(
+      not is_full or given['optimizer'] != 'column',
+      'optimizer of adam, adamw, sgd with method=full, which trains no factors',
+      optimizer='column',
+  )
   config = base_config.get_config()
   rate, alpha = given['learning_rate'], given['alpha']
   if rate is None:

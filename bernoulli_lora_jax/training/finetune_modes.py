@@ -52,8 +52,8 @@ def is_sketched(given: dict[str, Any], loses_steps: bool) -> bool:
     )
   if asked == 'yes' and given['optimizer'] == 'adamw':
     raise ValueError(
-        'Expected optimizer adam or sgd with sketched=yes, which has no factors'
-        " to decay, got optimizer='adamw'."
+        'Expected optimizer adam, column or sgd with sketched=yes, which has no'
+        " factors to decay, got optimizer='adamw'."
     )
   begun = _begun(pathlib.Path(given['output']))
   if can and begun is not None and begun.method.mode != 'gradient':

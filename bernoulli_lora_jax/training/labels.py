@@ -27,7 +27,12 @@ _MODES = {
     'adapter': 'adapters',
     'sketched': 'sketched gradients',
 }
-_OPTIMIZERS = {'sgd': 'SGD', 'adam': 'Adam', 'adamw': 'AdamW'}
+_OPTIMIZERS = {
+    'sgd': 'SGD',
+    'adam': 'Adam',
+    'adamw': 'AdamW',
+    'column': 'column Adam',
+}
 _COMPRESSORS = {
     'identity': 'uncompressed',
     'randk': 'RandK',
