@@ -47,7 +47,6 @@ import itertools
 import json
 import math
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
@@ -100,42 +99,23 @@ _ONE = flags.DEFINE_string('one', '', 'Runs one row in this process.')
 Row = measuring.Row
 
 _COMMAND = (sys.executable, '-m', 'bernoulli_lora_jax', 'finetune')
-_ENDS = re.compile(r'_(r|len)(\d+)(?=_|$)')
-
-
-def expanded(names: list[str]) -> list[str]:
-  """Returns the rows at each rank and length, where these matter."""
-  found = []
-  for name, *ends in itertools.product(
-      names, _LENGTHS.value or [''], _RANKS.value or ['']
-  ):
-    given = [x for x, _ in _ENDS.findall(name)]
-    if name != 'matmul' and ends[0] and 'len' not in given:
-      name += f'_len{ends[0]}'
-    if ends[1] and 'r' not in given and not name.startswith(_RANKLESS):
-      name += f'_r{ends[1]}'
-    found.append(name)
-  return list(dict.fromkeys(found))
-
-
-_RANKLESS = ('matmul', 'floor', 'hf')
 
 
 def setting_of(name: str) -> tuple[str, measuring.Setting]:
   """Returns a row's name without rank and length, and what it is measured at."""
   raw, rows, length = decoders.CONFIGS[_SHAPES.value]
   rows, length = _BATCH.value or rows, _LENGTH.value or length
-  given = dict(_ENDS.findall(name))
-  own = int(given.get('len', length))
+  kind, given = measuring.parsed(name)
+  own = given.get('len', length)
   if rows * length % own:
     raise ValueError(
         f'Expected len to divide the {rows * length} tokens of a micro-batch,'
         f' got len={own}.'
     )
   trace = pathlib.Path(_PROFILE.value) / f'{name}.trace.json.gz'
-  return _ENDS.sub('', name), measuring.Setting(
+  return kind, measuring.Setting(
       raw=raw,
-      rank=int(given.get('r', _RANK.value)),
+      rank=given.get('r', _RANK.value),
       period=_PERIOD.value,
       rows=rows * length // own,
       length=own,
@@ -304,7 +284,7 @@ def shown(new: Row, rows: list[Row]) -> dict[str, str]:
   is_step = new['kind'] != 'matmul'
   return {
       'row': new['row'],
-      'r': '-' if new['kind'].startswith(_RANKLESS) else str(new['rank']),
+      'r': str(new['rank']) if measuring.has_rank(new['kind']) else '-',
       'batch': batch if is_step else '-',
       'tokens/s': text('tokens_per_second', ',.0f'),
       'synchronised': text('synchronised', ',.0f'),
@@ -333,7 +313,8 @@ def main(argv):
     print(json.dumps(measure(_ONE.value)))
     return
   jax.config.update('jax_platforms', 'cpu')  # Rows have the GPU to themselves.
-  names, rows = expanded(_ONLY.value), []
+  rows: list[Row] = []
+  names = measuring.expanded(_ONLY.value, _LENGTHS.value, _RANKS.value)
   libraries = ('torch', 'transformers', 'peft')
   if not all(map(importlib.util.find_spec, libraries)):
     print(f'No rows of peers: they need {", ".join(libraries)}.')

@@ -1,7 +1,9 @@
-"""What a row of `llm_step` is measured at, how it is timed, and its FLOPs."""
+"""What a row of `llm_step` is called and measured at, its timing, its FLOPs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
+import itertools
+import re
 import time
 from typing import Any
 
@@ -46,6 +48,37 @@ class Setting:
   def batch(self) -> int:
     """Rows of a step."""
     return self.micro_batches * self.rows
+
+
+_ENDS = re.compile(r'_(r|len)(\d+)(?=_|$)')
+
+
+def parsed(name: str) -> tuple[str, dict[str, int]]:
+  """Returns a row's name without its rank 'r' and length 'len', and these."""
+  given = {key: int(value) for key, value in _ENDS.findall(name)}
+  return _ENDS.sub('', name), given
+
+
+def has_rank(kind: str) -> bool:
+  """Returns whether a row depends on the rank."""
+  return not kind.startswith(('matmul', 'floor', 'hf'))
+
+
+def expanded(
+    names: Sequence[str], lengths: Sequence[str], ranks: Sequence[str]
+) -> list[str]:
+  """Returns the rows at each length and rank, where they have none of their own."""
+  found = []
+  for name, length, rank in itertools.product(
+      names, lengths or [''], ranks or ['']
+  ):
+    kind, given = parsed(name)
+    if length and 'len' not in given and kind != 'matmul':
+      name += f'_len{length}'
+    if rank and 'r' not in given and has_rank(kind):
+      name += f'_r{rank}'
+    found.append(name)
+  return list(dict.fromkeys(found))
 
 
 def timed(

@@ -9,9 +9,9 @@ from flax import linen as nn
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
-import kernels
 import measuring
 import optax
+import profiling
 
 import bernoulli_lora_jax as bl
 from bernoulli_lora_jax.models import decoder
@@ -55,7 +55,7 @@ def measure(name: str, setting: measuring.Setting) -> measuring.Row:
   found = measuring.timed(setting, once, wait)
   found['compile_seconds'] = compiling
   if setting.trace:
-    found['kernels_ms'] = kernels.profile(
+    found['kernels_ms'] = profiling.profile(
         once, wait, setting, program.as_text()
     )
   return {

@@ -106,7 +106,7 @@ def kinds_of(
   fusions = re.findall(r'%(\S+) = .* fusion\(.*calls=%([\w.-]+)', program)
   return {
       re.sub(r'\W', '_', name): _kind(
-          heads[called], paths[called], shapes, rank, 'gemm' in name
+          heads.get(called, ''), paths[called], shapes, rank, 'gemm' in name
       )
       for name, called in fusions
   }
@@ -119,7 +119,7 @@ def _kind(head, paths, shapes, rank, is_product) -> str | None:
   ]
   is_backprop = any('jvp' in x for x in paths)  # Or forward.
   if not is_backprop and any(
-      x[-2:] in shapes for x in sides(head.split('->')[1])
+      x[-2:] in shapes for x in sides(head.rpartition('->')[2])
   ):
     return _UPDATE
   if is_product:
