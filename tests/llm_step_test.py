@@ -116,8 +116,8 @@ class NamesTest(parameterized.TestCase):
         ],
     )
     self.assertEqual(
-        measuring.expanded(['bare_lora'], [], ['2', '4']),
-        ['bare_lora_r2', 'bare_lora_r4'],
+        measuring.expanded(['bare_lora', 'floor_dx_len8'], ['4'], ['2', '4']),
+        ['bare_lora_len4_r2', 'bare_lora_len4_r4', 'floor_dx_len8'],
     )
 
 
