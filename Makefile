@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 WORKDIR ?= runs/digits
 FIGURES ?= figures
 
-.PHONY: run test test-all parity mutants lint format notebooks docs clean
+.PHONY: run test test-all parity mutants bench lint format notebooks docs clean
 
 # Pre-trains on the digits 0-4, fine-tunes on 5-9 with every method.
 run: $(VENV)/.installed
@@ -28,6 +28,11 @@ parity: $(VENV)/.installed-parity
 # Breaks the package line by line: of each fault a quick test must turn red.
 mutants: $(VENV)/.installed
 	$(BIN)/python tests/mutants.py
+
+# A step of fine-tuning at a tiny size; benchmarks/llm_step.py has the rows for a GPU.
+bench: $(VENV)/.installed
+	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/llm_step.py --shapes=tiny --steps=15 --against=bare_lora \
+	  --only=matmul,floor_dx,bare_lora,sketched_rac_left,sketched_rac_right,peft_eager
 
 lint: $(VENV)/.installed-dev $(VENV)/.installed-federated
 	$(BIN)/pyink --check --quiet .

@@ -1,7 +1,9 @@
 """Decoders of random weights, and a step of a chain on them, for benchmarks."""
 
 from collections.abc import Callable
+import functools
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -92,13 +94,27 @@ def write(folder: pathlib.Path, raw: dict[str, Any]) -> None:
 def drawn(
     raw: dict[str, Any], **run: Any
 ) -> tuple[decoder.DecoderConfig, dict[str, Any]]:
-  """Returns a config and random weights, drawn on the device."""
+  """Returns a config and random weights, drawn on the device; norms are 1."""
   config = hf_config.from_dict(raw, **run)
   leaves = {
-      path: 0.02 * jax.random.normal(jax.random.key(i), x.shape, jnp.bfloat16)
+      path: jnp.ones(x.shape, jnp.bfloat16)
+      if 'norm' in path
+      else _normal(jax.random.key(i), x.shape)
       for i, (path, x) in enumerate(hf.param_shapes(config).items())
   }
   return config, traverse_util.unflatten_dict(leaves, sep='/')
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Returns a leaf, drawn in parts: beside it there is a part, no second leaf."""
+  rows = math.prod(shape[:-1])
+  part = math.gcd(rows, 256)
+  draw = lambda key: 0.02 * jax.random.normal(
+      key, (part, shape[-1]), jnp.bfloat16
+  )
+  drawn = jax.lax.map(draw, jax.random.split(key, rows // part))
+  return drawn.reshape(shape)
 
 
 def start(
