@@ -1,6 +1,7 @@
 """Rows of `llm_step` in JAX: a step alone, its batch on the device."""
 
 import functools
+import itertools
 import time
 from typing import Any
 
@@ -39,16 +40,21 @@ def measure(name: str, setting: measuring.Setting) -> measuring.Row:
   start = {'floor': floor, 'plain': plain}.get(
       room, functools.partial(chain, is_sketched=room == 'sketched', ends=ends)
   )
-  state, step, thin = start(setting, method, config, params)
+  state, step, thin, *end = start(setting, method, config, params)
   del params
   batch = batch_of(setting, config.vocab_size, 'unpacked' not in ends)
   begin = time.perf_counter()
   program = step.lower(state, batch).compile()
   compiling = time.perf_counter() - begin
+  link = [x.lower(state).compile() for x in end]
   carry: list[Any] = [state, None]
+  count = itertools.count()
   del state
 
   def once():
+    step = next(count)
+    if link and step and step % setting.period == 0:
+      carry[0] = link[0](carry[0])
     carry[:] = program(carry[0], batch)
 
   wait = lambda: jax.block_until_ready(carry)
@@ -84,7 +90,7 @@ def batch_of(
 
 
 def chain(setting, method: str, config, params, *, is_sketched: bool, ends):
-  """Starts a chain's own step; sketched, it moves W."""
+  """Starts a chain's own step, and what ends a link; sketched, it moves W."""
   fields: dict[str, Any] = {}
   for name in ends.intersection(_SKETCHES):
     fields['sketch'] = bl.sketches.by_name(name)
@@ -94,7 +100,7 @@ def chain(setting, method: str, config, params, *, is_sketched: bool, ends):
     fields['shared_coin'] = True
   policy = decoders.policy(method, setting.rank, setting.period, **fields)
   tx = (optax.adam if is_sketched else optax.adamw)(setting.learning_rate)
-  _, state, step = decoders.start(
+  made, state, _ = decoders.start(
       config,
       params,
       policy,
@@ -104,7 +110,13 @@ def chain(setting, method: str, config, params, *, is_sketched: bool, ends):
       num_micro_batches=setting.micro_batches,
   )
   thin = measuring.thin_flops(setting.rank, policy.side, is_sketched)
-  return state, step, thin
+  loss = bl.inject.by_product(decoder.make_loss(config, setting.chunk))
+  move = lambda s, b: bl.adapters.move_factors(made, s, loss, b)
+  # Links end between steps, as those of the command: a device that looked at its
+  # count in each step would wait for the host's.
+  end = lambda s: bl.adapters.begin_link(made, s)
+  moving, ending = (jax.jit(f, donate_argnums=0) for f in (move, end))
+  return state, moving, thin, *([ending] if policy.period else [])
 
 
 def floor(setting, method: str, config, params):
