@@ -34,7 +34,7 @@ command's is; chains: [_rademacher], [_coordinate], [_srht]; [_stochastic],
 
 *tokens/s* is over --steps steps that nothing waits for, *synchronised* of the median
 of --synchronised ones that are waited for, both after four to warm up. Of a command
-it is over the lines of its metrics but for the first, which compiles. *peak* is the
+it is over the steps after so many as stand before --steps in other rows. *peak* is the
 most that the process's allocator had in use since it started, so weights, init and
 compilation are included; not the context of CUDA nor what its graphs hold. *compile*
 is tracing and compiling, of PyTorch the first step less the median. *TFLOP/s* are
@@ -185,7 +185,7 @@ def command(name: str, work: pathlib.Path, log) -> Row:
   shutil.rmtree(output)
   losses = [x['loss'] for x in lines if 'loss' in x]
   return {
-      'tokens_per_second': rate_of(lines, setting.batch * setting.length)
+      'tokens_per_second': rate_of(lines, 4 + setting.synchronised)
       or summary['tokens_per_second'],
       'summary_tokens_per_second': summary['tokens_per_second'],
       'compile_seconds': summary['compile_seconds'],
@@ -195,15 +195,14 @@ def command(name: str, work: pathlib.Path, log) -> Row:
   }
 
 
-def rate_of(lines, tokens: int) -> float | None:
-  """Returns tokens a second over the steps of all lines but the first."""
-  lines = [x for x in lines if x.get('tokens_per_second')]
-  counts = [new['step'] - old['step'] for old, new in itertools.pairwise(lines)]
-  seconds = [
-      count * tokens / line['tokens_per_second']
-      for count, line in zip(counts, lines[1:], strict=True)
-  ]
-  return sum(counts) * tokens / sum(seconds) if counts else None
+def rate_of(lines, warm: int) -> float | None:
+  """Returns tokens a second over the lines of metrics after some steps."""
+  count = seconds = 0.0
+  for old, new in itertools.pairwise(lines):
+    if old['step'] >= warm and new.get('tokens_per_second'):
+      count += new['step'] - old['step']
+      seconds += (new['step'] - old['step']) / new['tokens_per_second']
+  return count / seconds if count else None
 
 
 def write_text(path: pathlib.Path, count: int, length: int) -> None:
