@@ -482,11 +482,11 @@ class PartsTest(parameterized.TestCase):
         }
     )
     program = experiment.make_program(config)
-    compiled = loop.compile_ahead(program)
+    (compiled,) = loop.compile_ahead(program)
     self.assertGreater(compiled.memory_analysis().argument_size_in_bytes, 0)
     folder = pathlib.Path(tempfile.mkdtemp(dir=FOLDER))
     self.assertEqual(experiment.train(config, folder, program)['step'], 4)
-    self.assertEqual(program.compiled, {4: compiled})
+    self.assertEqual(program.compiled, {(4, None): compiled})
 
   @parameterized.parameters(checkpoint._FROZEN, checkpoint._DIGEST)
   def test_last_checkpoint_goes_when_the_next_is_whole(self, last):
