@@ -313,14 +313,17 @@ class OneCoinTest(parameterized.TestCase):
         state, _ = adapters.step(one, state, loss, batches[i])
     chex.assert_trees_all_close(raw(state), raw(traced[i]), atol=1e-11)
 
-  @parameterized.parameters(True, False)
-  def test_steps_are_those_of_the_traced_program(self, sketched):
+  @parameterized.parameters(
+      (True, dict(reset_optimizer=False)), (False, dict())
+  )
+  def test_steps_are_those_of_the_traced_program(self, sketched, fields):
     """With moments, clipping, and leaves that train at full size."""
-    self.check_steps(sketched)
+    self.check_steps(sketched, **fields)
 
   @parameterized.product(
       sketched=(True, False),
       fields=(
+          dict(),
           dict(reset_optimizer=False, warmup=2, prob=0.3),
           dict(resample=False),
           dict(rank=5),  # Above some sides.
@@ -478,7 +481,7 @@ class RunTest(parameterized.TestCase):
     config.training.update(
         num_steps=24,
         num_evals=2,
-        steps_per_dispatch=2,
+        steps_per_dispatch=4,
         checkpoint_every=6,
         progress=False,
     )
@@ -506,7 +509,7 @@ class RunTest(parameterized.TestCase):
   def check_resume(self, config):
     program, num_next = experiment.make_program(config), loop._num_next
     whole = self._train('whole', program, config)
-    self.assertEqual(set(program.compiled), {(2, 'left'), (2, 'right')})
+    self._check_compiled(program)
 
     def interrupted(program, progress):
       if progress.step == 6:
@@ -517,12 +520,22 @@ class RunTest(parameterized.TestCase):
       with self.assertRaises(KeyboardInterrupt):
         self._train('cut', program, config)
     chex.assert_trees_all_equal(self._train('cut', program, config), whole)
-    # The traced program, to rounding.
+
+  @pytest.mark.slow
+  def test_run_of_the_traced_program(self):
+    config = self._config()
+    program = experiment.make_program(config)
+    whole = self._train('whole', program, config)
     with mock.patch.object(programs.Program, 'sides', (None,)):
       program = experiment.make_program(config)
       traced = self._train('traced', program, config)
-    self.assertEqual(set(program.compiled), {(2, None)})
+    self.assertEqual({side for _, side in program.compiled}, {None})
     chex.assert_trees_all_close(traced, whole, rtol=1e-3, atol=1e-5)
+
+  def _check_compiled(self, program):
+    """Both sides, of the two lengths into which checkpoints cut links."""
+    lengths, sides = map(set, zip(*program.compiled, strict=True))
+    self.assertEqual((lengths, sides), ({2, 4}, {'left', 'right'}))
 
   def test_coins_of_another_key(self):
     config = self._config()
@@ -558,7 +571,7 @@ class RunTest(parameterized.TestCase):
     one = self._train('one', experiment.make_program(alone), alone)
     program = experiment.make_program(shared)
     many = self._train(kind, program, shared)
-    self.assertEqual(set(program.compiled), {(2, 'left'), (2, 'right')})
+    self._check_compiled(program)
     chex.assert_trees_all_close(many, one, rtol=1e-3, atol=1e-5)
 
 
