@@ -456,6 +456,33 @@ class OneCoinTest(parameterized.TestCase):
     lengths = of[side] if side else of['left'] + of['right']
     self.assertEqual(thin, sorted(3 * length for length in lengths))
 
+  @parameterized.parameters('left', 'right')
+  @pytest.mark.slow
+  def test_costs_those_of_the_chain_of_a_side(self, side):
+    """Moments and frames of the other side are neither computed nor copied."""
+    config = _config(scan_layers=False)
+    params = _params(config, jnp.float32)
+    loss = inject.by_product(decoder.make_loss(config, 4))
+    batch = {'tokens': jnp.zeros(ProgramTest.TOKENS, jnp.int32)}
+
+    def costs(policy, side):
+      chain = _chain(config, policy, _ADAM, sketched=True).of_side(side)
+      state = chain.init(jax.random.key(2), params)
+      move = lambda s: adapters.move_factors(chain, s, loss, batch)
+      compiled = jax.jit(move, donate_argnums=0).lower(state).compile()
+      memory = compiled.memory_analysis()
+      anew = memory.output_size_in_bytes - memory.alias_size_in_bytes
+      flops = compiled.cost_analysis()['flops']
+      return flops, memory.temp_size_in_bytes, anew
+
+    one_coin, one_side = self._policy(), _policy(side, period=4)
+    flops, temporary, anew = costs(one_coin, side)
+    expected, most, _ = costs(one_side, None)
+    np.testing.assert_allclose(flops, expected, rtol=1e-3)
+    np.testing.assert_allclose(temporary, most, rtol=1e-2)
+    self.assertLess(anew, 4096)  # Scalars: pointers of a tree of outputs.
+    self.assertGreater(costs(one_coin, None)[0], 1.02 * flops)
+
 
 class RunTest(parameterized.TestCase):
   """Runs of links of one coin, whose dispatches end with them."""
