@@ -97,6 +97,7 @@ class Chain:
   other_txs: tuple[tuple[str, optax.GradientTransformationExtraArgs], ...] = ()
   restart: restart_lib.Restart | None = None
   sketched: bool = False
+  side: str | None = None  # See `of_side`.
 
   @property
   def others(self) -> dict[str, optax.GradientTransformation]:
@@ -106,6 +107,28 @@ class Chain:
   def adapted(self, params: Any) -> list[Adapted]:
     """Returns what is adapted of params."""
     return policies.resolve(params, self.policy, self.matrices)
+
+  def of_side(self, side: str | None) -> 'Chain':
+    """Returns the chain whose steps are those of links of one side.
+
+    With `shared_coin` all matrices have one side at a link, which the host may know,
+    see `sides_of_links`. A step that is compiled for it has the derivative, the
+    update and the moments of one factor alone; states are those of the chain itself.
+
+    Args:
+      side: 'left' or 'right'; None for the chain whose coins are traced.
+
+    Raises:
+      ValueError: a policy without `shared_coin`, or without one prob in (0, 1).
+
+    Guarantees:
+      A step of the link's side is that of the chain itself. On any other side its
+        value is NaN.
+    """
+    if side is not None:
+      checks.one_of(('left', 'right'), side=side)
+      _one_coin(self)
+    return dataclasses.replace(self, side=side)
 
   def init(self, key: jax.Array, params: Any, copy: bool = True):
     """Returns the state at step 0, see `init`."""
@@ -335,6 +358,47 @@ def step(
       chain, _begun(chain, state), loss, batch, *args, scale=scale
   )
   return owned((state, value))
+
+
+def sides_of_links(
+    chain: Chain, key: jax.Array, num: int, first: int = 0
+) -> list[str]:
+  """Returns the sides of links, 'left' or 'right', before they are drawn.
+
+  Step t, counted from 0, is of link t // period.
+
+  Args:
+    chain: one with `shared_coin`.
+    key: of the chain, that of its states.
+    num: of links.
+    first: number of the first of them.
+
+  Raises:
+    ValueError: a chain that has no one coin, see `Chain.of_side`.
+  """
+  prob, resample = _one_coin(chain), chain.policy.resample
+  links = jnp.arange(first, first + num) if resample else jnp.zeros(num, int)
+  coins = np.asarray(_coins_of_links(key, links, prob))
+  return ['left' if is_left else 'right' for is_left in coins]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _coins_of_links(key: jax.Array, links: jax.Array, prob: float) -> jax.Array:
+  """Returns the coin of each link; one by one, as some keys draw in batches anew."""
+  fold = functools.partial(jax.random.fold_in, key)
+  toss = lambda link: links_lib.draw_shared_coin(fold(link), prob)
+  return jax.lax.map(toss, links)
+
+
+def _one_coin(chain: Chain) -> float:
+  """Returns P(left) of the coin of all matrices; raises where there is none."""
+  prob = policies.one_coin(chain.policy)
+  if prob is None:
+    raise ValueError(
+        'Expected shared_coin=True and one prob in (0, 1), a Python number, for'
+        f' links of one side, got {chain.policy}.'
+    )
+  return prob
 
 
 def begin_link(chain: Chain, state: AdapterState) -> AdapterState:
@@ -592,9 +656,10 @@ def _moved_factors(
   """Returns the state a step along the gradients, and (value, aux) before it."""
   found = chain.adapted(state.params)
   start = factors_lib.completed(state.factors, found)
-  trained = factors_lib.trained_pairs(start, found)
   chosen = _places_of_others(chain, state.params, found)
   rest = _other_leaves(state.params, chosen)
+  found = policies.of_side(found, chain.side)
+  trained = factors_lib.trained_pairs(start, found)
 
   def value_of(moved, batch, *args):
     factors = factors_lib.joined(start, moved[0])
@@ -614,7 +679,8 @@ def _moved_factors(
       dict(chain.reductions),
       average=chain.average,
   )
-  value, grads = value_and_grad((trained, rest), batch, *args)
+  (value, aux), grads = value_and_grad((trained, rest), batch, *args)
+  value = _of_its_side(chain, state, value)
   if chain.sketched:
     # W moves in place: all that reads it comes first.
     grads = jax.lax.optimization_barrier(grads)
@@ -622,11 +688,19 @@ def _moved_factors(
       functools.partial(_moved_by, chain),
       state,
       *grads,
-      value[0],
+      value,
       jnp.asarray(scale),
       out=lambda: sharded.specs(state),
   )
-  return state, value
+  return state, (value, aux)
+
+
+def _of_its_side(chain: Chain, state: AdapterState, value: Any) -> Any:
+  """Returns a loss, NaN where the link is not of the side that is compiled."""
+  if chain.side is None or not state.coins:
+    return value
+  coin = next(iter(state.coins.values()))  # Of all.
+  return jnp.where(jnp.all(coin == (chain.side == 'left')), value, jnp.nan)
 
 
 def _moved_by(
@@ -643,7 +717,10 @@ def _moved_by(
   trained = factors_lib.trained_pairs(start, found)
   chosen = _places_of_others(chain, state.params, found)
   rest = _other_leaves(state.params, chosen)
-  moves = factors_lib.moving(trained, state.coins)
+  moves = factors_lib.moving(trained, state.coins, chain.side)
+  # A step of one side has the gradients of that side.
+  zeros = jax.tree.map(jnp.zeros_like, trained)
+  grads = factors_lib.joined(zeros, grads)
   grads = factors_lib.where(moves, grads, jax.tree.map(jnp.zeros_like, grads))
   updates, opt_state = chain.tx.update(
       grads, state.opt_state, None if chain.sketched else trained, value=value
@@ -789,7 +866,9 @@ def _keep_frozen(moves: Pairs, new: Any, old: Any) -> Any:
     batch = move.shape[:-2]
     if n.shape[: len(batch)] != batch:
       return n
-    return jnp.where(move.reshape(batch + (1,) * (n.ndim - len(batch))), n, o)
+    return factors_lib.where(
+        move.reshape(batch + (1,) * (n.ndim - len(batch))), n, o
+    )
 
   return jax.tree_util.tree_map_with_path(keep, new, old)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import links as links_lib
@@ -133,21 +134,40 @@ def joined(factors: Pairs, trained: Pairs) -> Pairs:
   return {path: {**factors[path], **trained[path]} for path in factors}
 
 
-def moving(trained: Pairs, coins: dict[str, jax.Array]) -> Pairs:
-  """Returns {path: {side: does it train?}}, broadcastable to the factors."""
+def moving(
+    trained: Pairs, coins: dict[str, jax.Array], side: str | None = None
+) -> Pairs:
+  """Returns {path: {side: does it train?}}, broadcastable to the factors.
+
+  Args:
+    trained: what an optimiser sees.
+    coins: of a state.
+    side: on which they fell, where it is known: the answer is then NumPy's.
+  """
   always = jnp.ones((), bool)
   moves = {}
   for path, pair in trained.items():
-    moves[path] = {side: always for side in pair}
+    moves[path] = {name: always for name in pair}
     if path in coins:
-      is_left = coins[path][..., None, None]
+      is_left: Any = coins[path][..., None, None]
+      if side is not None:
+        is_left = np.full(is_left.shape, side == 'left')
       moves[path] = {'left': ~is_left, 'right': is_left}
   return moves
 
 
 def where(condition: Any, new: Any, old: Any) -> Any:
-  """Returns `new` where the condition, a tree like them, holds, else `old`."""
-  return jax.tree.map(jnp.where, condition, new, old)
+  """Returns `new` where the condition, a tree like them, holds, else `old`.
+
+  A condition of NumPy, one answer for all entries, computes nothing.
+  """
+  return jax.tree.map(_where, condition, new, old)
+
+
+def _where(condition: Any, new: jax.Array, old: jax.Array) -> jax.Array:
+  if isinstance(condition, np.ndarray):
+    return new if condition.all() else old
+  return jnp.where(condition, new, old)
 
 
 def without_product(

@@ -1,5 +1,6 @@
 """Tests of A4: chains that move W at each step and have no adapter in the loss."""
 
+import dataclasses
 from unittest import mock
 
 from absl.testing import parameterized
@@ -14,11 +15,16 @@ import pytest
 import bernoulli_lora_jax as bl
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import export
+from bernoulli_lora_jax import factors
 from bernoulli_lora_jax import fused
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax import rounding
 from bernoulli_lora_jax.models import decoder
+from bernoulli_lora_jax.training import base_config
+from bernoulli_lora_jax.training import experiment
+from bernoulli_lora_jax.training import loop
+from bernoulli_lora_jax.training import programs
 
 _SGD, _ADAM = optax.sgd(0.3), optax.adam(0.02)
 _SHAPES = dict(
@@ -217,11 +223,20 @@ class ProgramTest(parameterized.TestCase):
     full = _products(jax.make_jaxpr(grad)(state.params).jaxpr)
     self.assertIn(8 * 12, [size for summed, size in full if {7, 11} <= summed])
 
-  @parameterized.parameters(('left', 1), ('right', 2), ('bernoulli', 2))
-  def test_what_is_kept(self, side, num_wide):
+  @parameterized.parameters(
+      ('left', 1),
+      ('right', 2),
+      ('bernoulli', 2),
+      ('bernoulli', 1, 'left'),
+      ('bernoulli', 2, 'right'),
+  )
+  def test_what_is_kept(self, side, num_wide, of_side=None):
     """Of y = sin(h) W: cos(h), and x = sin(h) where the left side is trained."""
     policy, params = _policy(side, rank=2), {'w': jnp.ones((13, 5))}
+    if of_side:
+      policy = dataclasses.replace(policy, shared_coin=True)
     chain = adapters.make_chain(policy, _SGD, bl.Matrices('w'), sketched=True)
+    chain = chain.of_side(of_side)
     state, kept = chain.init(jax.random.key(0), params), []
 
     def loss(params, factors, h):
@@ -251,6 +266,341 @@ class ProgramTest(parameterized.TestCase):
     self.assertNotIn(thin, again)
     found = [size for _, size in _products(jaxpr)]
     self.assertEqual(found.count(thin), 7)  # The matrices of a layer.
+
+
+class OneCoinTest(parameterized.TestCase):
+  """Links of one coin: a program for each side, picked by who calls."""
+
+  def _policy(self, **fields):
+    return bl.ChainPolicy.bernoulli(
+        **{'rank': 3, 'period': 4, 'shared_coin': True, **fields}
+    )
+
+  def _run(self, chain, loss, params, batches, sides):
+    """Returns states, losses and the number of compilations; sides may be None."""
+    step = jax.jit(
+        lambda c, s, x: adapters.step(c, s, loss, x), static_argnums=0
+    )
+    state, states, values = chain.init(jax.random.key(2), params), [], []
+    for i, batch in enumerate(batches):
+      side = sides and sides[i // chain.policy.period]
+      state, (value, _) = step(chain.of_side(side), state, batch)
+      states.append(state)
+      values.append(float(value))
+    return states, values, step._cache_size()
+
+  def assert_same(self, chain, loss, params, batches):
+    with jax.enable_x64(True):
+      num = -(-len(batches) // chain.policy.period)
+      sides = adapters.sides_of_links(chain, jax.random.key(2), num)
+      traced, values, _ = self._run(chain, loss, params, batches, None)
+      lean, ours, num = self._run(chain, loss, params, batches, sides)
+    if chain.policy.resample:
+      self.assertEqual(set(sides), {'left', 'right'})
+      self.assertEqual(num, 2)
+    np.testing.assert_allclose(ours, values, rtol=1e-11)
+    raw = lambda state: state._replace(key=jax.random.key_data(state.key))
+    for a, b in zip(lean, traced, strict=True):
+      chex.assert_trees_all_equal_shapes_and_dtypes(raw(a), raw(b))
+    # All of a state: weights, frames, coins, moments of both sides.
+    for a, b in ((lean[4], traced[4]), (lean[-1], traced[-1])):
+      chex.assert_trees_all_close(raw(a), raw(b), rtol=1e-9, atol=1e-11)
+    # A state of one goes on in the other, from within a link.
+    place = 2 * chain.policy.period + 1
+    state = traced[place - 1]
+    for i in range(place, min(len(batches), place + 3)):
+      one = chain.of_side(sides[i // chain.policy.period])
+      with jax.enable_x64(True):
+        state, _ = adapters.step(one, state, loss, batches[i])
+    chex.assert_trees_all_close(raw(state), raw(traced[i]), atol=1e-11)
+
+  @parameterized.parameters(
+      (True, dict(reset_optimizer=False)), (False, dict())
+  )
+  def test_steps_are_those_of_the_traced_program(self, sketched, fields):
+    """With moments, clipping, and leaves that train at full size."""
+    self.check_steps(sketched, **fields)
+
+  @parameterized.product(
+      sketched=(True, False),
+      fields=(
+          dict(),
+          dict(reset_optimizer=False, warmup=2, prob=0.3),
+          dict(resample=False),
+          dict(rank=5),  # Above some sides.
+          dict(targets=(bl.Target('w1'), bl.Target('w2', prob=0.0))),
+      ),
+  )
+  @pytest.mark.slow
+  def test_steps_of_other_policies(self, sketched, fields):
+    self.check_steps(sketched, **fields)
+
+  def check_steps(self, sketched, **fields):
+    with jax.enable_x64(True):
+      keys = jax.random.split(jax.random.key(0), 4)
+      draw = lambda key, *shape: jax.random.normal(key, shape, jnp.float64)
+      params = {
+          'w1': draw(keys[0], 4, 5),
+          'w2': draw(keys[1], 5, 4),
+          'b': draw(keys[2], 1, 4),
+      }
+      batches = list(draw(keys[3], 30, 7, 4))
+      policy = self._policy(sketch=bl.sketches.coordinate(), **fields)
+      chain = adapters.make_chain(
+          policy,
+          optax.chain(optax.clip_by_global_norm(0.3), optax.adam(0.02)),
+          None if policy.targets else bl.Matrices('w'),
+          others={'^b$': optax.sgd(0.1)},
+          sketched=sketched,
+      )
+      loss = inject.by_product(
+          lambda p, x: (
+              jnp.mean(jnp.sin(jnp.sin(x @ p['w1']) @ p['w2'] + p['b'])),
+              None,
+          )
+      )
+    self.assert_same(chain, loss, params, batches)
+
+  @parameterized.product(scan_layers=(True, False), sketched=(True, False))
+  @pytest.mark.slow
+  def test_steps_of_a_decoder(self, scan_layers, sketched):
+    with jax.enable_x64(True):
+      config = _config(scan_layers=scan_layers)
+      params, batches = _params(config), _batches(30)
+      chain = _chain(config, self._policy(), _ADAM, sketched=sketched)
+      loss = inject.by_product(decoder.make_loss(config, 4))
+    self.assert_same(chain, loss, params, batches)
+
+  @parameterized.parameters(0.5, 0.3)
+  def test_sides_are_those_of_the_coins(self, prob):
+    params = {
+        'layers': {'kernel': jnp.ones((3, 6, 5))},
+        'head': {'kernel': jnp.ones((6, 5))},
+    }
+    rule = bl.Rule('layers', left=(1,), right=(2,), batch=(0,))
+    for resample in (True, False):
+      policy = self._policy(
+          rank=1, prob=prob, resample=resample, sketch=bl.sketches.coordinate()
+      )
+      matrices = bl.Matrices('kernel', rules=(rule,))
+      chain = adapters.make_chain(policy, _SGD, matrices)
+      found, key = chain.adapted(params), jax.random.key(3)
+      links = jnp.arange(1000) if resample else jnp.zeros(1000, jnp.int32)
+      draw = lambda link, f=found, p=policy: factors.draw_link(
+          jax.random.key(3), link, f, p
+      ).coins
+      coins = jax.jit(jax.vmap(draw))(links)
+      sides = adapters.sides_of_links(chain, key, 1000)
+      expected = np.array(sides) == 'left'
+      self.assertLen(coins, 2)
+      for coin in coins.values():
+        np.testing.assert_array_equal(
+            coin.reshape(1000, -1).T,
+            np.broadcast_to(expected, (coin[0].size, 1000)),
+        )
+      self.assertEqual(
+          adapters.sides_of_links(chain, key, 7, first=90), sides[90:97]
+      )
+
+  @parameterized.parameters('left', 'right')
+  def test_another_side_is_no_number(self, side):
+    """Nor are the weights moved, whose frozen factor is zero."""
+    chain = adapters.make_chain(self._policy(), _SGD, sketched=True)
+    other = {'left': 'right', 'right': 'left'}[side]
+    key = next(
+        key
+        for key in map(jax.random.key, range(99))
+        if adapters.sides_of_links(chain, key, 1) == [side]
+    )
+    state = chain.init(key, {'kernel': jnp.ones((5, 4))})
+    loss = inject.by_product(lambda p, x: (jnp.sum(x @ p['kernel']), None))
+    for name in (side, other):
+      after, (value, _) = chain.of_side(name).step(
+          state, loss, jnp.ones((3, 5))
+      )
+      moved = jnp.abs(after.params['kernel'] - 1).max()
+      self.assertEqual(bool(jnp.isnan(value)), name == other)
+      self.assertEqual(float(moved) == 0, name == other)
+
+  @parameterized.parameters(
+      dict(shared_coin=False),
+      dict(prob=1.0),
+      dict(prob=jnp.float32(0.5)),
+      dict(targets=(bl.Target('a'), bl.Target('b', prob=0.3))),
+  )
+  def test_policies_without_one_coin(self, **fields):
+    chain = adapters.make_chain(self._policy(**fields), _SGD)
+    with self.assertRaisesRegex(
+        ValueError, 'Expected shared_coin=True and one'
+    ):
+      chain.of_side('left')
+    with self.assertRaisesRegex(
+        ValueError, 'Expected shared_coin=True and one'
+    ):
+      adapters.sides_of_links(chain, jax.random.key(0), 1)
+    with self.assertRaisesRegex(ValueError, 'side'):
+      adapters.make_chain(self._policy(), _SGD).of_side('both')
+
+  @parameterized.parameters('left', 'right', None)
+  def test_program(self, side):
+    """One thin gradient a matrix; of a left step x is not kept."""
+    config = _config(scan_layers=False)
+    chain = _chain(config, self._policy(), _ADAM, sketched=True).of_side(side)
+    state = chain.init(jax.random.key(2), _params(config, jnp.float32))
+    loss = inject.by_product(decoder.make_loss(config, 4))
+    batch = {'tokens': jnp.zeros(ProgramTest.TOKENS, jnp.int32)}
+    step = lambda s: chain.step(s, loss, batch)
+    found = _products(jax.make_jaxpr(step)(state).jaxpr)
+    thin = sorted(size for summed, size in found if {7, 11} <= summed)
+    ours = [one.matrix for one in chain.adapted(state.params)]
+    of = {'left': [m.n for m in ours], 'right': [m.m for m in ours]}
+    lengths = of[side] if side else of['left'] + of['right']
+    self.assertEqual(thin, sorted(3 * length for length in lengths))
+
+  @parameterized.parameters('left', 'right')
+  @pytest.mark.slow
+  def test_costs_those_of_the_chain_of_a_side(self, side):
+    """Moments and frames of the other side are neither computed nor copied."""
+    config = _config(scan_layers=False)
+    params = _params(config, jnp.float32)
+    loss = inject.by_product(decoder.make_loss(config, 4))
+    batch = {'tokens': jnp.zeros(ProgramTest.TOKENS, jnp.int32)}
+
+    def costs(policy, side):
+      chain = _chain(config, policy, _ADAM, sketched=True).of_side(side)
+      state = chain.init(jax.random.key(2), params)
+      move = lambda s: adapters.move_factors(chain, s, loss, batch)
+      compiled = jax.jit(move, donate_argnums=0).lower(state).compile()
+      memory = compiled.memory_analysis()
+      anew = memory.output_size_in_bytes - memory.alias_size_in_bytes
+      flops = compiled.cost_analysis()['flops']
+      return flops, memory.temp_size_in_bytes, anew
+
+    one_coin, one_side = self._policy(), _policy(side, period=4)
+    flops, temporary, anew = costs(one_coin, side)
+    expected, most, _ = costs(one_side, None)
+    np.testing.assert_allclose(flops, expected, rtol=1e-3)
+    np.testing.assert_allclose(temporary, most, rtol=1e-2)
+    self.assertLess(anew, 4096)  # Scalars: pointers of a tree of outputs.
+    self.assertGreater(costs(one_coin, None)[0], 1.02 * flops)
+
+
+class RunTest(parameterized.TestCase):
+  """Runs of links of one coin, whose dispatches end with them."""
+
+  @pytest.fixture(autouse=True)
+  def _tmp(self, tmp_path):
+    self.tmp = tmp_path
+
+  def _config(self, **fields):
+    config = base_config.get_config()
+    config.task.name = 'quadratic'
+    config.task.hidden = (16,)
+    config.task.pretrain_epochs = 1
+    config.method.update(
+        mode='adapter',
+        rank=1,
+        shared_coin=True,
+        period=4,
+        optimizer='adam',
+        sketch='coordinate',
+        learning_rate=0.02,
+    )
+    config.training.update(
+        num_steps=24,
+        num_evals=2,
+        steps_per_dispatch=4,
+        checkpoint_every=6,
+        progress=False,
+    )
+    config.update_from_flattened_dict(fields)
+    return config
+
+  def _train(self, name, program, config):
+    folder = self.tmp / name
+    experiment.train(config, folder, program)
+    state = program.start(jax.random.key(config.seed))
+    with loop.open_checkpoints(program, folder, state) as saver:
+      state = loop.restore(saver, program, state)[0]
+    return jax.tree.map(
+        np.asarray, state._replace(chain=state.chain._replace(key=0))
+    )
+
+  def test_resume_within_a_link_is_bit_identical(self):
+    self.check_resume(self._config())
+
+  @pytest.mark.slow
+  def test_resume_of_a_sketched_run_is_bit_identical(self):
+    fields = {'task.name': 'digits', 'method.mode': 'sketched'}
+    self.check_resume(self._config(**fields))
+
+  def check_resume(self, config):
+    program, num_next = experiment.make_program(config), loop._num_next
+    whole = self._train('whole', program, config)
+    self._check_compiled(program)
+
+    def interrupted(program, progress):
+      if progress.step == 6:
+        raise KeyboardInterrupt
+      return num_next(program, progress)
+
+    with mock.patch.object(loop, '_num_next', interrupted):
+      with self.assertRaises(KeyboardInterrupt):
+        self._train('cut', program, config)
+    chex.assert_trees_all_equal(self._train('cut', program, config), whole)
+
+  @pytest.mark.slow
+  def test_run_of_the_traced_program(self):
+    config = self._config()
+    program = experiment.make_program(config)
+    whole = self._train('whole', program, config)
+    with mock.patch.object(programs.Program, 'sides', (None,)):
+      program = experiment.make_program(config)
+      traced = self._train('traced', program, config)
+    self.assertEqual({side for _, side in program.compiled}, {None})
+    chex.assert_trees_all_close(traced, whole, rtol=1e-3, atol=1e-5)
+
+  def _check_compiled(self, program):
+    """Both sides, of the two lengths into which checkpoints cut links."""
+    lengths, sides = map(set, zip(*program.compiled, strict=True))
+    self.assertEqual((lengths, sides), ({2, 4}, {'left', 'right'}))
+
+  def test_coins_of_another_key(self):
+    config = self._config()
+    program = experiment.make_program(config)
+    state = program.start(jax.random.key(0))
+    sides = program.sides_of_links(state, 0)
+    self.assertLen(sides, 6)
+    chain = state.chain
+    flipped = chain._replace(coins={k: ~c for k, c in chain.coins.items()})
+    with self.assertRaisesRegex(ValueError, f'of step 0 to fall {sides[0]}'):
+      program.sides_of_links(state._replace(chain=flipped), 0)
+
+  @parameterized.parameters(
+      {'training.steps_per_dispatch': 5},  # Longer than a link.
+      {'method.shared_coin': False},
+      {'method.prob': 1.0},
+  )
+  def test_other_runs_share_programs(self, **fields):
+    program = experiment.make_program(self._config(**fields))
+    self.assertEqual(program.sides, (None,))
+    self.assertIsNone(program.sides_of_links(None, 0))
+
+  @parameterized.parameters('jit', 'pmap')
+  @pytest.mark.slow
+  def test_several_devices(self, kind):
+    fields = {
+        'task.name': 'digits',
+        'task.batch_size': 16,
+        'method.mode': 'sketched',
+    }
+    alone = self._config(**fields)
+    shared = self._config(**fields, **{'training.parallel': kind})
+    one = self._train('one', experiment.make_program(alone), alone)
+    program = experiment.make_program(shared)
+    many = self._train(kind, program, shared)
+    self._check_compiled(program)
+    chex.assert_trees_all_close(many, one, rtol=1e-3, atol=1e-5)
 
 
 class RefusalTest(parameterized.TestCase):
