@@ -111,13 +111,15 @@ class LeaveTest(parameterized.TestCase):
 
 class SameStepsTest(parameterized.TestCase):
 
-  def assert_same(self, policy, tx, num_steps, **fields):
+  def assert_same(self, policy, tx, num_steps, micro=1, **fields):
     with jax.enable_x64(True):
       config = _config(**fields)
       params, batches = _params(config), _batches(num_steps)
       chain = _chain(config, policy, tx)
       adapter, ours = _trained(chain, config, params, batches)
-      sketched = _chain(config, policy, tx, sketched=True)
+      sketched = _chain(
+          config, policy, tx, sketched=True, num_micro_batches=micro
+      )
       state, values = _trained(sketched, config, params, batches)
       np.testing.assert_allclose(values, ours, rtol=1e-9)
       merged = chain.params(adapter)
@@ -137,6 +139,13 @@ class SameStepsTest(parameterized.TestCase):
   def test_a_coin_a_matrix(self):
     policy = _policy('bernoulli', period=2)
     self.assert_same(policy, _ADAM, 8, scan_layers=False)
+
+  @pytest.mark.slow
+  def test_clipped_and_in_micro_batches(self):
+    """Clipped by the thin gradients; gradients of parts are added, W moves once."""
+    tx = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.3))
+    policy = _policy('left', period=3)
+    self.assert_same(policy, tx, 6, micro=2, scan_layers=True)
 
   @parameterized.product(
       side=('left', 'right', 'bernoulli'),
