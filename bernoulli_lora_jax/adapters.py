@@ -71,13 +71,15 @@ class AdapterState(NamedTuple):
 
   params: Any  # Base weights with all finished links (sketched: steps) merged.
   factors: Pairs  # {path: {'left': (*batch, m, r), 'right': (*batch, r, n)}},
-  # float32 or wider; sketched: the frozen ones, both where coins are traced.
+  # float32 or wider; sketched: the frozen ones, both where coins are traced, of
+  # coordinates {'left_rows', 'right_rows': (*batch, r) int32}, see `draw_link`.
   coins: dict[str, jax.Array]  # {path: shape=batch, bool}; of traced coins.
   opt_state: Any  # Of the trained factors.
   remainders: dict[str, jax.Array]  # {path: (*batch, m, n)}; 'compensated'.
   count: Any  # shape=(), dtype=int32; steps done.
   key: jax.Array  # shape=(), typed PRNG key; folded with the link.
   other_states: Any = ()  # {pattern: optimiser's state} of `others`.
+  masters: Pairs = {}  # Sketched coordinates: see `sketched.masters`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +310,7 @@ def init(
 
 def _first_state(
     key: jax.Array,
-    unused_base: Any,
+    base: Any,
     *,
     chain: Chain,
     found: Sequence[Adapted],
@@ -316,7 +318,9 @@ def _first_state(
   """Returns the state at step 0 but for the base weights."""
   policy = chain.policy
   # Compiled: op by op, frames would round otherwise than in later links.
-  drawn = jax.jit(lambda key: factors_lib.draw_link(key, 0, found, policy))(key)
+  draw = functools.partial(factors_lib.draw_link, sketched=chain.sketched)
+  drawn = jax.jit(lambda key: draw(key, 0, found, policy))(key)
+  factors = _stored(chain, drawn.factors, found)
   remainders = {}
   if policy.rounding == 'compensated':
     for one in found:
@@ -324,12 +328,13 @@ def _first_state(
       remainders[m.path] = jnp.zeros((*m.batch, m.m, m.n), m.dtype)
   return AdapterState(
       params=(),
-      factors=_stored(chain, drawn.factors, found),
+      factors=factors,
       coins=drawn.coins,
-      opt_state=chain.tx.init(factors_lib.trained_pairs(drawn.factors, found)),
+      opt_state=chain.tx.init(_trained(factors, found)),
       remainders=remainders,
       count=jnp.zeros([], jnp.int32),
       key=jnp.copy(key),
+      masters=_masters(base, factors, remainders, found),
   )
 
 
@@ -450,8 +455,7 @@ def next_link(chain: Chain, state: AdapterState) -> AdapterState:
     keys = _round_keys_of(chain, state)
     params, remainders = _merge_each(_merged_in_place, chain, state, keys)
     state = state._replace(params=params, remainders=remainders)
-  factors, coins, opt_state = _begun_anew(chain, state)
-  return state._replace(factors=factors, coins=coins, opt_state=opt_state)
+  return state._replace(**_begun_anew(chain, state))
 
 
 def merged_each(
@@ -524,10 +528,11 @@ def _round_keys_of(chain: Chain, state: AdapterState) -> dict[str, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _begun_anew(chain: Chain, state: AdapterState) -> tuple[Any, Any, Any]:
-  """Returns factors, coins and optimiser's state of the link that begins."""
+def _begun_anew(chain: Chain, state: AdapterState) -> dict[str, Any]:
+  """Returns what is new in the state of the link that begins."""
   state = _drawn_anew(chain, state)
-  return owned((state.factors, state.coins, state.opt_state))
+  new = ('factors', 'coins', 'opt_state', 'masters')
+  return owned({name: getattr(state, name) for name in new})
 
 
 def with_factors(
@@ -611,9 +616,18 @@ def _drawn_anew(chain: Chain, state: AdapterState) -> AdapterState:
   """Returns the state with the factors and coins of the link that begins."""
   policy, found = chain.policy, chain.adapted(state.params)
   link = state.count // policy.period if policy.resample else 0
-  drawn = factors_lib.draw_link(state.key, link, found, policy)
+  drawn = factors_lib.draw_link(state.key, link, found, policy, chain.sketched)
   factors = _stored(chain, drawn.factors, found)
-  return _restarted(chain, state._replace(factors=factors, coins=drawn.coins))
+  masters = _masters(state.params, factors, state.remainders, found)
+  state = state._replace(factors=factors, coins=drawn.coins, masters=masters)
+  return _restarted(chain, state)
+
+
+def _masters(
+    params: Any, factors: Pairs, remainders: Any, found: Sequence[Adapted]
+) -> Pairs:
+  leaves = jax.tree.leaves(params, is_leaf=inject.is_quantized)
+  return sketched_lib.masters(leaves, factors, remainders, found)
 
 
 def _restarted(chain: Chain, state: AdapterState) -> AdapterState:
@@ -743,17 +757,21 @@ def _moved_by(
   moved = factors_lib.where(moves, _moved(trained, updates, scale), trained)
   factors = factors_lib.joined(start, moved)
   if chain.sketched:
-    leaves, treedef = jax.tree.flatten(state.params)
-    leaves, remainders = sketched_lib.moved(
+    leaves, treedef = jax.tree.flatten(
+        state.params, is_leaf=inject.is_quantized
+    )
+    leaves, masters, remainders = sketched_lib.moved(
         leaves,
         factors_lib.scaled(factors, found),
+        state.masters,
         state.remainders,
         _round_keys(state, found),
         found,
         policy.rounding,
     )
-    params = treedef.unflatten(leaves)
-    state = state._replace(params=params, remainders=remainders)
+    state = state._replace(
+        params=treedef.unflatten(leaves), masters=masters, remainders=remainders
+    )
   else:
     state = state._replace(factors=factors)
   return state._replace(
@@ -785,7 +803,7 @@ def _start_specs(
       ends = (*m.axes.batch, m.axes.left[0], m.axes.right[0])
       remainders[m.path] = sharded.Spec(*(spec[axis] for axis in ends))
   same: Any = sharded.Spec()
-  return AdapterState((), same, same, same, remainders, same, same)
+  return AdapterState((), same, same, same, remainders, same, same, (), same)
 
 
 def _check_not_quantized(

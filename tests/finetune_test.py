@@ -721,6 +721,7 @@ class SketchedTest(parameterized.TestCase):
   @parameterized.parameters(
       dict(),
       dict(dtype='bfloat16'),
+      dict(dtype='bfloat16', sketch='coordinate'),
       dict(early_stopping=4),
       dict(parallel='jit'),
   )
