@@ -957,7 +957,7 @@ class OtherUsesTest(parameterized.TestCase):
 
 
 class FusedTest(parameterized.TestCase):
-  """The kernel of the update, step by step on whatever machine."""
+  """The kernel of the update, step by step where there is no GPU."""
 
   @parameterized.product(
       mode=('nearest', 'stochastic'), rank_batch=((5, ()), (20, (2, 3)))
@@ -970,7 +970,9 @@ class FusedTest(parameterized.TestCase):
     weight = draw(0, 64, 256).astype(jnp.bfloat16)
     left, right = 0.01 * draw(1, 64, rank), draw(2, rank, 256)
     keys = jax.random.split(jax.random.key(3), batch)
-    found = fused.add_product(weight, left, right, keys, mode, interpret=True)
+    found = fused.add_product(
+        weight, left, right, keys, mode, interpret=not fused.is_there()
+    )
     total = weight.astype(jnp.float32) + jnp.matmul(left, right)
     expected = total.astype(jnp.bfloat16)
     if mode == 'stochastic':
@@ -995,7 +997,8 @@ class FusedTest(parameterized.TestCase):
   def test_fits(self, shape, dtype, rank, mode, expected):
     weight = jnp.zeros(shape, dtype)
     self.assertEqual(fused.fits(weight, rank, mode), expected)
-    self.assertFalse(fused.takes(weight, rank, mode))  # There is no GPU.
+    is_taken = fused.takes(weight, rank, mode)
+    self.assertEqual(is_taken, expected and fused.is_there())
 
   def test_a_step_takes_it(self):
     """The same step by the kernel and by XLA, where a matrix fits its tiles."""
@@ -1023,7 +1026,7 @@ class FusedTest(parameterized.TestCase):
 
     def kernel(weight, *args):
       given.append(weight.shape)
-      return add(weight, *args, interpret=True)
+      return add(weight, *args, interpret=not fused.is_there())
 
     with mock.patch.multiple(fused, takes=fused.fits, add_product=kernel):
       found, _ = chain.step(state, loss, x)
