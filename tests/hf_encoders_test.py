@@ -150,6 +150,29 @@ class RoundTripTest(FolderTest):
     named = hf.load(hf.save(self.folder / 'named', params, own)).raw
     self.assertEqual(named['id2label'], own.raw['id2label'])
 
+  def test_a_pooler_that_is_not_read(self):
+    """Files of RoBERTa's classifiers may hold one; it comes along."""
+    model = hf.load(self.write('roberta'))
+    config, params = encoder.add_head(
+        model.config, model.params, 3, jax.random.key(0)
+    )
+    changed = dataclasses.replace(model, config=config)
+    out = self.save(params, changed)
+    self.assertIn('roberta.pooler.dense.weight', self.tensors(out))
+    again = hf.load(out)
+    self.assertEqual(again.config, config)
+    chex.assert_trees_all_equal(again.params, params)
+
+  def test_labels_of_another_number(self):
+    model = hf.load(self.write('bert_classifier'))
+    config, params = encoder.add_head(
+        model.config, model.params, 3, jax.random.key(0)
+    )
+    changed = dataclasses.replace(model, config=config)
+    again = hf.load(self.save(params, changed))
+    self.assertEqual(again.config, config)
+    chex.assert_trees_all_equal(again.params, params)
+
   @parameterized.parameters(*WHOLE)
   def test_a_model_of_ones_own(self, name):
     model = hf.load(self.write(name))
@@ -258,7 +281,9 @@ class RefusalsTest(FolderTest):
             model.config, model.params, [[1]], max_new_tokens=1
         ),
     ):
-      with self.assertRaisesRegex(ValueError, 'a decoder.*got an EncoderConfig'):
+      with self.assertRaisesRegex(
+          ValueError, 'a decoder.*got an EncoderConfig'
+      ):
         call()
 
 

@@ -466,6 +466,7 @@ def make_classification_loss(
     out = apply(config, params, tokens, mask, batch.get('types'))
     assert out.logits is not None
     logits = out.logits.astype(jnp.promote_types(out.logits.dtype, jnp.float32))
+    is_right = jnp.argmax(logits, axis=1) == labels
     weights = batch.get('weights')
     weights = jnp.ones(labels.shape) if weights is None else weights
     weights = jax.lax.stop_gradient(weights).astype(logits.dtype)
@@ -474,7 +475,6 @@ def make_classification_loss(
     labels = jnp.where(weights == 0, 0, labels)
     log_probs = jax.nn.log_softmax(logits)
     chosen = jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0]
-    is_right = jnp.argmax(logits, axis=1) == labels
     weight = jnp.sum(weights)
     scale = jnp.where(weight > 0, weight, 1)
     aux = {

@@ -162,9 +162,9 @@ def from_dict(
   pad_token = raw['pad_token_id'] if is_roberta else None
   if is_roberta and pad_token is None:
     raise ValueError(f'Expected pad_token_id, a whole number, in {where}.')
-  if is_classifier:
-    run['pooler'] = not is_roberta
-  pooler = run.setdefault('pooler', True)
+  if is_classifier and not is_roberta:  # Which reads it.
+    run['pooler'] = True
+  pooler = run.setdefault('pooler', not is_classifier)
   default = 'pooler' if pooler and not is_roberta else 'cls'
   run['pooling'] = run.get('pooling') or default
   return encoder.EncoderConfig(
