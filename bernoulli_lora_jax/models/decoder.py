@@ -33,6 +33,7 @@ from bernoulli_lora_jax.models import attention
 from bernoulli_lora_jax.models import cross_entropy
 from bernoulli_lora_jax.models import rms_norm
 from bernoulli_lora_jax.models import rotary as rotary_lib
+from bernoulli_lora_jax.models import stacks
 
 REMATS = ('none', 'dots', 'full')
 Batch = dict[str, jax.Array]
@@ -296,11 +297,7 @@ class Decoder(nn.Module):
     """
     c = self.config
     given = {'tokens': tokens, 'positions': positions, 'segments': segments}
-    for name, x in given.items():
-      is_right = x is None or x.ndim == 2 and 0 not in x.shape
-      is_right &= x is None or x.shape == tokens.shape
-      expected = f'{name} of shape (b, s), as of the tokens'
-      checks.that(is_right, expected, shape=getattr(x, 'shape', None))
+    stacks.check_rows(given, tokens.shape)
     if cache is not None and segments is not None:
       raise ValueError('Expected a cache or segments, got both.')
     if positions is None:
@@ -344,15 +341,7 @@ def _run_layers(
   """Returns what all layers make of x, and their cache."""
   windowed = [window is not None for window in c.windows]
   kind = windowed[0] if len(set(windowed)) == 1 else None
-  layer: Any = Layer
-  if c.remat != 'none':
-    # Outside of a scan XLA would undo it.
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    layer = nn.remat(
-        Layer,
-        prevent_cse=not c.scan_layers,
-        policy=policy if c.remat == 'dots' else None,
-    )
+  layer = stacks.rematted(Layer, c.remat, c.scan_layers)
   if c.scan_layers:
     scanned = nn.scan(
         layer,
@@ -414,11 +403,7 @@ def matrices(
       all linear maps of all layers. The head is selected by its name, lm_head.
   """
   _check_kind(config)
-  stacked = matrices_lib.stacked(r'^layers/.*kernel$')
-  rules = (stacked,) if config.scan_layers else ()
-  return matrices_lib.Matrices(
-      select=rf'^(?=.*kernel$)(?=.*?(?:{select}))', rules=rules
-  )
+  return stacks.matrices(config.scan_layers, select)
 
 
 def make_loss(

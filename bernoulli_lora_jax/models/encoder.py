@@ -34,6 +34,7 @@ from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import parts
 from bernoulli_lora_jax.models import decoder
+from bernoulli_lora_jax.models import stacks
 
 POOLINGS = ('cls', 'mean', 'pooler')
 HEADS = ('linear', 'dense')
@@ -264,11 +265,7 @@ class Encoder(nn.Module):
     """
     c = self.config
     given = {'tokens': tokens, 'mask': mask, 'types': types}
-    for name, x in given.items():
-      is_right = x is None or x.ndim == 2 and 0 not in x.shape
-      is_right &= x is None or x.shape == tokens.shape
-      expected = f'{name} of shape (b, s), as of the tokens'
-      checks.that(is_right, expected, shape=getattr(x, 'shape', None))
+    stacks.check_rows(given, tokens.shape)
     checks.that(
         tokens.shape[1] <= c.max_length,
         f'rows of at most {c.max_length} tokens, as there are positions',
@@ -308,15 +305,7 @@ def _run_layers(
     c: EncoderConfig, x: jax.Array, mask: jax.Array | None
 ) -> jax.Array:
   """Returns what all layers make of x."""
-  layer: Any = Layer
-  if c.remat != 'none':
-    # Outside of a scan XLA would undo it.
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    layer = nn.remat(
-        Layer,
-        prevent_cse=not c.scan_layers,
-        policy=policy if c.remat == 'dots' else None,
-    )
+  layer = stacks.rematted(Layer, c.remat, c.scan_layers)
   if c.scan_layers:
     scanned = nn.scan(
         layer,
@@ -397,11 +386,7 @@ def matrices(
     select: regular expression searched in paths, as 'query|value'; by default all
       linear maps of all layers. Pooler and head are selected by their names.
   """
-  stacked = matrices_lib.stacked(r'^layers/.*kernel$')
-  rules = (stacked,) if config.scan_layers else ()
-  return matrices_lib.Matrices(
-      select=rf'^(?=.*kernel$)(?=.*?(?:{select}))', rules=rules
-  )
+  return stacks.matrices(config.scan_layers, select)
 
 
 def add_head(
