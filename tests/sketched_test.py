@@ -16,7 +16,6 @@ from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import export
 from bernoulli_lora_jax import fused
 from bernoulli_lora_jax import inject
-from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax import rounding
 from bernoulli_lora_jax.models import decoder
 
@@ -94,13 +93,11 @@ class LeaveTest(parameterized.TestCase):
 
   @parameterized.parameters('left', 'bernoulli')
   def test_no_factors_leave(self, side):
-    """They are zero: an adapter, or a recipe, of them would be of nothing."""
+    """They are zero: an adapter of them would be of nothing."""
     chain = adapters.make_chain(_policy(side), _SGD, sketched=True)
     state = chain.init(jax.random.key(0), {'kernel': jnp.ones((5, 4))})
     with self.assertRaisesRegex(ValueError, 'sketched=True.*of_change'):
       export.of_state(chain, state)
-    with self.assertRaisesRegex(ValueError, 'sketched=True: keep a check'):
-      recipes.trained_factors(state, chain)
 
 
 class SameStepsTest(parameterized.TestCase):
