@@ -703,7 +703,7 @@ def _moved_by(
 
 
 def add_increments(
-    chain: Chain, state: AdapterState, increments: Pairs
+    chain: Chain, state: AdapterState, increments: merging.Factors
 ) -> AdapterState:
   """Returns the state of a sketched chain with its weights moved by a step.
 

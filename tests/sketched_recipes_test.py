@@ -132,6 +132,10 @@ class IncrementsTest(parameterized.TestCase):
     )
     self.check(policy, dtype, scanned)
 
+  def test_apart_from_what_is_around_a_step(self):
+    """Here a compiler would fuse Adam with the product, in a run alone."""
+    self.check(make_policy('left', alpha=3.0), 'float32', True)
+
   @parameterized.product(
       side=('left', 'right', 'bernoulli'),
       dtype=('float32', 'bfloat16'),

@@ -311,7 +311,7 @@ def _num_next(program: Program, progress: Progress) -> int:
   cadences = [settings.eval_every]
   cadences += [settings.checkpoint_every] if settings.checkpoint_every else []
   if settings.recipe and chain is not None:
-    period = chain.policy.period
+    period = recipes.steps_of_link(chain)
   cadences += [period] if period else []
   step, longest = progress.step, settings.steps_per_dispatch
   last = max(step // every * every for every in cadences)
@@ -395,7 +395,7 @@ def _save_link(
   """Writes what a link has trained, if it ends at this step or with the run."""
   chain, num_steps = program.method.chain, program.settings.num_steps
   assert chain is not None
-  period = chain.policy.period or num_steps
+  period = recipes.steps_of_link(chain) or num_steps
   if step % period and step != num_steps:
     return
   inner = program.get(state).chain
@@ -415,7 +415,7 @@ def _save_recipe(
     raise ValueError('Expected training.recipe=False in gradient mode.')
   final = program.get(state).chain
   step = int(final.count)
-  num_links = -(-step // (chain.policy.period or max(1, step)))
+  num_links = -(-step // (recipes.steps_of_link(chain) or max(1, step)))
   folder = workdir / 'recipe'
   # Stopped early, or kept from before the end: within a link.
   if step != program.settings.num_steps and num_links:
@@ -432,6 +432,7 @@ def _save_recipe(
       final.key,
       step,
       tuple(links),
+      chain.keeps,
   )
   recipes.save_recipe(folder, made, links=False)  # They are there.
 
