@@ -40,29 +40,32 @@ def measure(name: str, setting: measuring.Setting) -> measuring.Row:
   start = {'floor': floor, 'plain': plain}.get(
       room, functools.partial(chain, is_sketched=room == 'sketched', ends=ends)
   )
-  state, step, thin, *end = start(setting, method, config, params)
+  state, steps, thin, *link = start(setting, method, config, params)
   del params
   batch = batch_of(setting, config.vocab_size, 'unpacked' not in ends)
   begin = time.perf_counter()
-  program = step.lower(state, batch).compile()
+  programs = {
+      side: step.lower(state, batch).compile() for side, step in steps.items()
+  }
   compiling = time.perf_counter() - begin
-  link = [x.lower(state).compile() for x in end]
+  end, sides = (link[0].lower(state).compile(), link[1]) if link else (None, [])
   carry: list[Any] = [state, None]
   count = itertools.count()
   del state
 
   def once():
-    step = next(count)
-    if link and step and step % setting.period == 0:
-      carry[0] = link[0](carry[0])
-    carry[:] = program(carry[0], batch)
+    link, within = divmod(next(count), setting.period)
+    if end and link and not within:
+      carry[0] = end(carry[0])
+    side = sides[link % len(sides)] if sides else None
+    carry[:] = programs[side](carry[0], batch)
 
   wait = lambda: jax.block_until_ready(carry)
   found = measuring.timed(setting, once, wait)
   found['compile_seconds'] = compiling
   if setting.trace:
     found['kernels_ms'] = profiling.profile(
-        once, wait, setting, program.as_text()
+        once, wait, setting, next(iter(programs.values())).as_text()
     )
   return {
       **measuring.speed(found, measuring.flops(setting, thin)),
@@ -111,12 +114,20 @@ def chain(setting, method: str, config, params, *, is_sketched: bool, ends):
   )
   thin = measuring.thin_flops(setting.rank, policy.side, is_sketched)
   loss = bl.inject.by_product(decoder.make_loss(config, setting.chunk))
-  move = lambda s, b: bl.adapters.move_factors(made, s, loss, b)
   # Links end between steps, as those of the command: a device that looked at its
-  # count in each step would wait for the host's.
-  end = lambda s: bl.adapters.begin_link(made, s)
-  moving, ending = (jax.jit(f, donate_argnums=0) for f in (move, end))
-  return state, moving, thin, *([ending] if policy.period else [])
+  # count in each step would wait for the host's. One coin has two programs.
+  jit = functools.partial(jax.jit, donate_argnums=0)
+  step_of = lambda made: jit(
+      lambda s, b: bl.adapters.move_factors(made, s, loss, b)
+  )
+  sides: list[Any] = []
+  if 'shared' in ends:
+    sides = bl.adapters.sides_of_links(made, state.key, 1000)
+  steps = {side: step_of(made.of_side(side)) for side in set(sides) or {None}}
+  if not policy.period:
+    return state, steps, thin
+  end = jit(lambda s: bl.adapters.begin_link(made, s))
+  return state, steps, thin, end, sides
 
 
 def floor(setting, method: str, config, params):
@@ -140,7 +151,7 @@ def floor(setting, method: str, config, params):
     return (params, grads), (value, None)
 
   state = params, jax.tree.map(jnp.zeros_like, params[first]['input_layernorm'])
-  return state, jax.jit(step, donate_argnums=0), lambda m, n: 0
+  return state, {None: jax.jit(step, donate_argnums=0)}, lambda m, n: 0
 
 
 def plain(setting, method: str, config, params):
@@ -182,7 +193,7 @@ def plain(setting, method: str, config, params):
   state = params, factors, tx.init(factors)
   return (
       state,
-      jax.jit(step, donate_argnums=0),
+      {None: jax.jit(step, donate_argnums=0)},
       measuring.thin_flops(setting.rank),
   )
 

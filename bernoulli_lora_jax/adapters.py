@@ -72,16 +72,17 @@ class AdapterState(NamedTuple):
 
   params: Any  # Base weights with all finished links (sketched: steps) merged.
   factors: Pairs  # {path: {'left': (*batch, m, r), 'right': (*batch, r, n)}},
-  # float32 or wider; sketched: the frozen ones, both where coins are traced.
+  # float32 or wider; sketched: the frozen ones, both where coins are traced, of
+  # coordinates {'left_rows', 'right_rows': (*batch, r) int32}, see `draw_link`.
   coins: dict[str, jax.Array]  # {path: shape=batch, bool}; of traced coins.
   opt_state: Any  # Of the trained factors.
   remainders: dict[str, jax.Array]  # {path: (*batch, m, n)}; 'compensated'.
   count: Any  # shape=(), dtype=int32; steps done.
   key: jax.Array  # shape=(), typed PRNG key; folded with the link.
   other_states: Any = ()  # {pattern: optimiser's state} of `others`.
-  trained: (
-      Any
-  ) = ()  # {path: {side: as the factor}}, see `keeps`; without the scale.
+  masters: Pairs = {}  # Sketched coordinates: see `sketched.masters`.
+  # {path: {side: as the factor}}, see `keeps`; without the scale.
+  trained: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Chain:
   other_txs: tuple[tuple[str, optax.GradientTransformationExtraArgs], ...] = ()
   restart: restart_lib.Restart | None = None
   sketched: bool = False
+  side: str | None = None  # See `of_side`.
   keeps: str = ''
 
   @property
@@ -111,6 +113,28 @@ class Chain:
   def adapted(self, params: Any) -> list[Adapted]:
     """Returns what is adapted of params."""
     return policies.resolve(params, self.policy, self.matrices)
+
+  def of_side(self, side: str | None) -> 'Chain':
+    """Returns the chain whose steps are those of links of one side.
+
+    With `shared_coin` all matrices have one side at a link, which the host may know,
+    see `sides_of_links`. A step that is compiled for it has the derivative, the
+    update and the moments of one factor alone; states are those of the chain itself.
+
+    Args:
+      side: 'left' or 'right'; None for the chain whose coins are traced.
+
+    Raises:
+      ValueError: a policy without `shared_coin`, or without one prob in (0, 1).
+
+    Guarantees:
+      A step of the link's side is that of the chain itself. On any other side its
+        value is NaN.
+    """
+    if side is not None:
+      checks.one_of(('left', 'right'), side=side)
+      _one_coin(self)
+    return dataclasses.replace(self, side=side)
 
   def init(self, key: jax.Array, params: Any, copy: bool = True):
     """Returns the state at step 0, see `init`."""
@@ -243,7 +267,7 @@ def make_chain(
       other_txs,
       restart,
       sketched,
-      keeps,
+      keeps=keeps,
   )
 
 
@@ -296,7 +320,7 @@ def init(
 
 def _first_state(
     key: jax.Array,
-    unused_base: Any,
+    base: Any,
     *,
     chain: Chain,
     found: Sequence[Adapted],
@@ -304,7 +328,9 @@ def _first_state(
   """Returns the state at step 0 but for the base weights."""
   policy = chain.policy
   # Compiled: op by op, frames would round otherwise than in later links.
-  drawn = jax.jit(lambda key: factors_lib.draw_link(key, 0, found, policy))(key)
+  draw = functools.partial(factors_lib.draw_link, sketched=chain.sketched)
+  drawn = jax.jit(lambda key: draw(key, 0, found, policy))(key)
+  factors = _stored(chain, drawn.factors, found)
   remainders = {}
   if policy.rounding == 'compensated':
     for one in found:
@@ -312,12 +338,13 @@ def _first_state(
       remainders[m.path] = jnp.zeros((*m.batch, m.m, m.n), m.dtype)
   return AdapterState(
       params=(),
-      factors=_stored(chain, drawn.factors, found),
+      factors=factors,
       coins=drawn.coins,
-      opt_state=chain.tx.init(factors_lib.trained_pairs(drawn.factors, found)),
+      opt_state=chain.tx.init(_trained(factors, found)),
       remainders=remainders,
       count=jnp.zeros([], jnp.int32),
       key=jnp.copy(key),
+      masters=_masters(base, factors, remainders, found),
       trained=_nothing(chain, drawn.factors, found),
   )
 
@@ -347,6 +374,47 @@ def step(
       chain, _begun(chain, state), loss, batch, *args, scale=scale
   )
   return owned((state, value))
+
+
+def sides_of_links(
+    chain: Chain, key: jax.Array, num: int, first: int = 0
+) -> list[str]:
+  """Returns the sides of links, 'left' or 'right', before they are drawn.
+
+  Step t, counted from 0, is of link t // period.
+
+  Args:
+    chain: one with `shared_coin`.
+    key: of the chain, that of its states.
+    num: of links.
+    first: number of the first of them.
+
+  Raises:
+    ValueError: a chain that has no one coin, see `Chain.of_side`.
+  """
+  prob, resample = _one_coin(chain), chain.policy.resample
+  links = jnp.arange(first, first + num) if resample else jnp.zeros(num, int)
+  coins = np.asarray(_coins_of_links(key, links, prob))
+  return ['left' if is_left else 'right' for is_left in coins]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _coins_of_links(key: jax.Array, links: jax.Array, prob: float) -> jax.Array:
+  """Returns the coin of each link; one by one, as some keys draw in batches anew."""
+  fold = functools.partial(jax.random.fold_in, key)
+  toss = lambda link: links_lib.draw_shared_coin(fold(link), prob)
+  return jax.lax.map(toss, links)
+
+
+def _one_coin(chain: Chain) -> float:
+  """Returns P(left) of the coin of all matrices; raises where there is none."""
+  prob = policies.one_coin(chain.policy)
+  if prob is None:
+    raise ValueError(
+        'Expected shared_coin=True and one prob in (0, 1), a Python number, for'
+        f' links of one side, got {chain.policy}.'
+    )
+  return prob
 
 
 def begin_link(chain: Chain, state: AdapterState) -> AdapterState:
@@ -398,10 +466,7 @@ def next_link(chain: Chain, state: AdapterState) -> AdapterState:
     keys = _round_keys_of(chain, state)
     params, remainders = _merge_each(_merged_in_place, chain, state, keys)
     state = state._replace(params=params, remainders=remainders)
-  factors, coins, opt_state, trained = _begun_anew(chain, state)
-  return state._replace(
-      factors=factors, coins=coins, opt_state=opt_state, trained=trained
-  )
+  return state._replace(**_begun_anew(chain, state))
 
 
 def merged_each(
@@ -474,10 +539,11 @@ def _round_keys_of(chain: Chain, state: AdapterState) -> dict[str, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _begun_anew(chain: Chain, state: AdapterState) -> tuple[Any, Any, Any, Any]:
-  """Returns factors, coins, optimiser's state, `trained` of the link that begins."""
+def _begun_anew(chain: Chain, state: AdapterState) -> dict[str, Any]:
+  """Returns what is new in the state of the link that begins."""
   state = _drawn_anew(chain, state)
-  return owned((state.factors, state.coins, state.opt_state, state.trained))
+  new = ('factors', 'coins', 'opt_state', 'masters', 'trained')
+  return owned({name: getattr(state, name) for name in new})
 
 
 def with_factors(
@@ -561,13 +627,23 @@ def _drawn_anew(chain: Chain, state: AdapterState) -> AdapterState:
   """Returns the state with the factors and coins of the link that begins."""
   policy, found = chain.policy, chain.adapted(state.params)
   link = state.count // policy.period if policy.resample else 0
-  drawn = factors_lib.draw_link(state.key, link, found, policy)
+  drawn = factors_lib.draw_link(state.key, link, found, policy, chain.sketched)
+  factors = _stored(chain, drawn.factors, found)
+  masters = _masters(state.params, factors, state.remainders, found)
   state = state._replace(
-      factors=_stored(chain, drawn.factors, found),
+      factors=factors,
       coins=drawn.coins,
+      masters=masters,
       trained=_nothing(chain, drawn.factors, found),
   )
   return _restarted(chain, state)
+
+
+def _masters(
+    params: Any, factors: Pairs, remainders: Any, found: Sequence[Adapted]
+) -> Pairs:
+  leaves = jax.tree.leaves(params, is_leaf=inject.is_quantized)
+  return sketched_lib.masters(leaves, factors, remainders, found)
 
 
 def _restarted(chain: Chain, state: AdapterState) -> AdapterState:
@@ -598,8 +674,7 @@ def _nothing(chain: Chain, factors: Pairs, found: Sequence[Adapted]) -> Any:
   """Returns what a link that begins has trained, where the state keeps it."""
   if not chain.keeps:
     return ()
-  trained = factors_lib.trained_pairs(factors, found)
-  return jax.tree.map(jnp.zeros_like, trained)
+  return jax.tree.map(jnp.zeros_like, _trained(factors, found))
 
 
 def _trained(factors: Pairs, found: Sequence[Adapted]) -> Pairs:
@@ -618,9 +693,10 @@ def _moved_factors(
   """Returns the state a step along the gradients, and (value, aux) before it."""
   found = chain.adapted(state.params)
   start = factors_lib.completed(state.factors, found)
-  trained = factors_lib.trained_pairs(start, found)
   chosen = _places_of_others(chain, state.params, found)
   rest = _other_leaves(state.params, chosen)
+  found = policies.of_side(found, chain.side)
+  trained = factors_lib.trained_pairs(start, found)
 
   def value_of(moved, batch, *args):
     factors = factors_lib.joined(start, moved[0])
@@ -640,7 +716,8 @@ def _moved_factors(
       dict(chain.reductions),
       average=chain.average,
   )
-  value, grads = value_and_grad((trained, rest), batch, *args)
+  (value, aux), grads = value_and_grad((trained, rest), batch, *args)
+  value = _of_its_side(chain, state, value)
   if chain.sketched:
     # W moves in place: all that reads it comes first.
     grads = jax.lax.optimization_barrier(grads)
@@ -648,11 +725,19 @@ def _moved_factors(
       functools.partial(_moved_by, chain),
       state,
       *grads,
-      value[0],
+      value,
       jnp.asarray(scale),
       out=lambda: sharded.specs(state),
   )
-  return state, value
+  return state, (value, aux)
+
+
+def _of_its_side(chain: Chain, state: AdapterState, value: Any) -> Any:
+  """Returns a loss, NaN where the link is not of the side that is compiled."""
+  if chain.side is None or not state.coins:
+    return value
+  coin = next(iter(state.coins.values()))  # Of all.
+  return jnp.where(jnp.all(coin == (chain.side == 'left')), value, jnp.nan)
 
 
 def _moved_by(
@@ -669,7 +754,10 @@ def _moved_by(
   trained = factors_lib.trained_pairs(start, found)
   chosen = _places_of_others(chain, state.params, found)
   rest = _other_leaves(state.params, chosen)
-  moves = factors_lib.moving(trained, state.coins)
+  moves = factors_lib.moving(trained, state.coins, chain.side)
+  # A step of one side has the gradients of that side.
+  zeros = jax.tree.map(jnp.zeros_like, trained)
+  grads = factors_lib.joined(zeros, grads)
   grads = factors_lib.where(moves, grads, jax.tree.map(jnp.zeros_like, grads))
   updates, opt_state = chain.tx.update(
       grads, state.opt_state, None if chain.sketched else trained, value=value
@@ -720,18 +808,19 @@ def add_increments(
   apart = _apart if chain.keeps == 'step' else lambda tree: tree
   start = factors_lib.completed(state.factors, found)
   trained = factors_lib.trained_pairs(start, found)
-  moves = factors_lib.moving(trained, state.coins)
+  moves = factors_lib.moving(trained, state.coins, chain.side)
   zeros = jax.tree.map(jnp.zeros_like, trained)
   own = apart(factors_lib.where(moves, increments, zeros))
   moved = factors_lib.where(moves, own, trained)
-  leaves, treedef = jax.tree.flatten(state.params)
+  leaves, treedef = jax.tree.flatten(state.params, is_leaf=inject.is_quantized)
   leaves, pairs = apart(
       (leaves, factors_lib.scaled(factors_lib.joined(start, moved), found))
   )
-  leaves, remainders = apart(
+  leaves, masters, remainders = apart(
       sketched_lib.moved(
           leaves,
           pairs,
+          state.masters,
           state.remainders,
           _round_keys(state, found),
           found,
@@ -742,6 +831,7 @@ def add_increments(
     own = jax.tree.map(jnp.add, state.trained, own)
   return state._replace(
       params=treedef.unflatten(leaves),
+      masters=masters,
       remainders=remainders,
       trained=own if chain.keeps else (),
   )
@@ -769,7 +859,7 @@ def _start_specs(
       remainders[m.path] = sharded.Spec(*(spec[axis] for axis in ends))
   same: Any = sharded.Spec()
   return AdapterState(
-      (), same, same, same, remainders, same, same, trained=same
+      (), same, same, same, remainders, same, same, (), same, same
   )
 
 
@@ -851,7 +941,9 @@ def _keep_frozen(moves: Pairs, new: Any, old: Any) -> Any:
     batch = move.shape[:-2]
     if n.shape[: len(batch)] != batch:
       return n
-    return jnp.where(move.reshape(batch + (1,) * (n.ndim - len(batch))), n, o)
+    return factors_lib.where(
+        move.reshape(batch + (1,) * (n.ndim - len(batch))), n, o
+    )
 
   return jax.tree_util.tree_map_with_path(keep, new, old)
 

@@ -1,6 +1,6 @@
 """Checks of arguments, all with errors 'Expected ..., got name=value.'"""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 import math
 import operator
 from typing import Any
@@ -57,6 +57,29 @@ def one_of(known: Collection[Any], **values: Any) -> None:
     if value not in known:
       listed = tuple(known)
       raise ValueError(f'Expected {name} in {listed}, got {name}={value!r}.')
+
+
+def types(
+    known: Mapping[str, tuple[Any, Collection[str]]],
+    raw: Mapping[str, Any],
+    where: str,
+) -> None:
+  """Raises ValueError for a field of another type than it must have, by its name.
+
+  Args:
+    known: {what is expected, in words: (its type, names of fields)}.
+    raw: fields, of which any may be absent.
+    where: they come from.
+  """
+  for expected, (kind, keys) in known.items():
+    for key in keys:
+      if key not in raw:
+        continue
+      value = raw[key]
+      is_right = isinstance(value, kind)
+      if isinstance(value, bool):  # Which is an int of Python.
+        is_right = kind == bool | None
+      that(is_right, f'{key} in {where} to be {expected}', **{key: repr(value)})
 
 
 def static_int(name: str, value: Any) -> int:

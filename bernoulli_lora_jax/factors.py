@@ -4,13 +4,14 @@ A link begins with L R = 0: one factor of a pair is drawn and frozen (both may
 train), the other is zero. Shapes: left (*batch, m, r), right (*batch, r, n).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import links as links_lib
@@ -38,6 +39,7 @@ def draw_link(
     link: int | jax.Array,
     found: Sequence[Adapted],
     policy: ChainPolicy,
+    sketched: bool = False,
 ) -> Start:
   """Returns the factors and coins with which a link begins.
 
@@ -46,9 +48,13 @@ def draw_link(
     link: number of the link, from 0.
     found: what is adapted.
     policy: how it is drawn.
+    sketched: whether frames of unit vectors are given by their rows.
 
   Returns:
-    A `Start`. The product of each pair is zero.
+    A `Start`. The product of each pair is zero. By rows, {side + '_rows': (*batch,
+    r) int32}: the sorted places of the ones in the columns of a frozen factor, and
+    places beyond its side for columns of zeros, as all are where a coin fell to
+    the other side.
   """
   link_key = jax.random.fold_in(key, link)
   # Of the factors' dtype: float8 promotes to nothing by itself.
@@ -56,6 +62,7 @@ def draw_link(
       one.matrix._replace(dtype=matrices_lib.wide(one.matrix.dtype))
       for one in found
   ]
+  by_rows = sketched and policy.sketch.rows is not None
   if policy.side is None:
     return Start(_both(link_key, found, policy), {})
   drawn = links_lib.draw_links(
@@ -65,8 +72,9 @@ def draw_link(
       probs=[one.prob for one in found if one.prob is not None],
       sketch=policy.sketch,
       shared_coin=policy.shared_coin,
-      frame=policy.frame,
+      frame='orthonormal' if by_rows else policy.frame,
   )
+  start = _rows if by_rows else _one_sided
   coins = {
       m.path: link.coin
       for m, link in zip(matrices, drawn, strict=True)
@@ -74,7 +82,7 @@ def draw_link(
   }
   return Start(
       {
-          one.matrix.path: _one_sided(one, link)
+          one.matrix.path: start(one, link)
           for one, link in zip(found, drawn, strict=True)
       },
       coins,
@@ -87,19 +95,28 @@ def scaled(
   """Returns the factors as losses see them: the scale s in the right one.
 
   Args:
-    factors: of each, left and right.
+    factors: of each, left and right; beside rows both are trained, and have s.
     found: what is adapted.
     sketched: whether their products are zero and stay so.
   """
-  return {
-      one.matrix.path: inject.Pair(
-          factors[one.matrix.path]['left'],
-          one.scale * factors[one.matrix.path]['right'],
-          one.matrix.axes,
-          one.trained if sketched else (),
-      )
-      for one in found
-  }
+  pairs = {}
+  for one in found:
+    own = factors[one.matrix.path]
+    rows = rows_of(own)
+    pairs[one.matrix.path] = inject.Pair(
+        one.scale * own['left'] if rows else own['left'],
+        one.scale * own['right'],
+        one.matrix.axes,
+        one.trained if sketched else (),
+        rows,
+    )
+  return pairs
+
+
+def rows_of(pair: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Returns {side: rows} of what a state keeps of a matrix."""
+  names = {side: f'{side}_rows' for side in ('left', 'right')}
+  return {side: pair[name] for side, name in names.items() if name in pair}
 
 
 def completed(factors: Pairs, found: Sequence[Adapted]) -> Pairs:
@@ -109,12 +126,12 @@ def completed(factors: Pairs, found: Sequence[Adapted]) -> Pairs:
     m, pair = one.matrix, factors[one.matrix.path]
     shapes = {'left': (m.m, one.inner), 'right': (one.inner, m.n)}
     dtype = matrices_lib.wide(m.dtype)
-    pairs[m.path] = {
-        side: pair[side]
-        if side in pair
-        else jnp.zeros((*m.batch, *shape), dtype)
+    zeros = {
+        side: jnp.zeros((*m.batch, *shape), dtype)
         for side, shape in shapes.items()
+        if side not in pair
     }
+    pairs[m.path] = {**zeros, **pair}
   return pairs
 
 
@@ -133,21 +150,40 @@ def joined(factors: Pairs, trained: Pairs) -> Pairs:
   return {path: {**factors[path], **trained[path]} for path in factors}
 
 
-def moving(trained: Pairs, coins: dict[str, jax.Array]) -> Pairs:
-  """Returns {path: {side: does it train?}}, broadcastable to the factors."""
+def moving(
+    trained: Pairs, coins: dict[str, jax.Array], side: str | None = None
+) -> Pairs:
+  """Returns {path: {side: does it train?}}, broadcastable to the factors.
+
+  Args:
+    trained: what an optimiser sees.
+    coins: of a state.
+    side: on which they fell, where it is known: the answer is then NumPy's.
+  """
   always = jnp.ones((), bool)
   moves = {}
   for path, pair in trained.items():
-    moves[path] = {side: always for side in pair}
+    moves[path] = {name: always for name in pair}
     if path in coins:
-      is_left = coins[path][..., None, None]
+      is_left: Any = coins[path][..., None, None]
+      if side is not None:
+        is_left = np.full(is_left.shape, side == 'left')
       moves[path] = {'left': ~is_left, 'right': is_left}
   return moves
 
 
 def where(condition: Any, new: Any, old: Any) -> Any:
-  """Returns `new` where the condition, a tree like them, holds, else `old`."""
-  return jax.tree.map(jnp.where, condition, new, old)
+  """Returns `new` where the condition, a tree like them, holds, else `old`.
+
+  A condition of NumPy, one answer for all entries, computes nothing.
+  """
+  return jax.tree.map(_where, condition, new, old)
+
+
+def _where(condition: Any, new: jax.Array, old: jax.Array) -> jax.Array:
+  if isinstance(condition, np.ndarray):
+    return new if condition.all() else old
+  return jnp.where(condition, new, old)
 
 
 def without_product(
@@ -225,6 +261,23 @@ def _one_sided(one: Adapted, link: links_lib.Link) -> dict[str, jax.Array]:
     left = jnp.where(coin, left, jnp.zeros((), dtype))
     right = jnp.where(coin, jnp.zeros((), dtype), right)
   return {'left': left, 'right': right}
+
+
+def _rows(one: Adapted, link: links_lib.Link) -> dict[str, jax.Array]:
+  """Returns the rows of the frozen factors, see `draw_link`."""
+  m, rows = one.matrix, {}
+  for side, dim, is_left in (('left', m.m, True), ('right', m.n, False)):
+    if link.is_left is (not is_left):
+      continue
+    basis = getattr(link, side)
+    drawn = jnp.arange(dim) if basis is None else jnp.sort(basis)
+    beyond = dim + jnp.arange(one.inner, dtype=jnp.int32)
+    beyond = jnp.broadcast_to(beyond, (*m.batch, one.inner))
+    own = beyond.at[..., : drawn.shape[-1]].set(drawn)
+    if link.coin is not None:
+      own = jnp.where(link.coin[..., None] == is_left, own, beyond)
+    rows[f'{side}_rows'] = own
+  return rows
 
 
 def _frozen(

@@ -208,6 +208,8 @@ def _dynamic_slice(eqn, operands, uses):
   if not isinstance(value, LowRank) or len(starts) != len(value.labels):
     return None
   sizes = eqn.params['slice_sizes']
+  whole = value.base.shape
+  value = value.framed([i for i, size in enumerate(sizes) if size < whole[i]])
 
   def change(array, own):
     rank = array.shape[len(own) :]

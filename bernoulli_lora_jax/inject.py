@@ -24,7 +24,8 @@ as `all_linear` does.
 *Sketched products* (A4). Where a chain keeps its products merged, L R is zero at
 every evaluation. A `Pair` with `trained` sides says so: by_product then computes x W
 alone, with the derivative that x W + (x L) R has by the trained side. Neither the
-adapter nor, where the left side is frozen, x is there any more.
+adapter nor, where the left side is frozen, x is there any more. Frozen factors of a
+coordinate sketch may be given by `rows`, the places of their ones: x L is a gather.
 
 Weights quantised by Qwix are met in the projections of Linen models (`projections`);
 any other use of them is an error.
@@ -32,6 +33,7 @@ any other use of them is an error.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -67,11 +69,18 @@ class Pair(Mapping):
   trained: tuple[str, ...] = dataclasses.field(
       default=(), metadata={'static': True}
   )
+  # {side: (*batch, r) int32}: L is `lowrank.frame`(rows) + left, R likewise.
+  rows: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
 
   def __getitem__(self, side: str) -> jax.Array:
     if side not in ('left', 'right'):
       raise KeyError(side)
-    return getattr(self, side)
+    if side not in self.rows:
+      return getattr(self, side)
+    rows, factor = self.rows[side], getattr(self, side)
+    if side == 'left':
+      return factor + lowrank.frame(rows, factor.shape[-2])
+    return factor + lowrank.frame(rows, factor.shape[-1]).mT
 
   def __iter__(self) -> Iterator[str]:
     return iter(('left', 'right'))
@@ -411,18 +420,21 @@ def _low_rank(leaf: Any, pair: Any, axes: Axes, path: str) -> LowRank:
   leaf = jnp.asarray(leaf)
   size = lambda side: math.prod(leaf.shape[axis] for axis in side)
   batch = tuple(leaf.shape[axis] for axis in axes.batch)
-  rank = pair['left'].shape[-1]
+  trained = pair.trained if isinstance(pair, Pair) else ()
+  rows = pair.rows if trained else {}
+  of = functools.partial(getattr, pair) if rows else pair.__getitem__
+  factors = {side: of(side) for side in ('left', 'right')}
+  rank = factors['left'].shape[-1]
   for side, expected in (
       ('left', (*batch, size(axes.left), rank)),
       ('right', (*batch, rank, size(axes.right))),
   ):
-    if pair[side].shape != expected:
+    if factors[side].shape != expected:
       raise ValueError(
           f'Expected the {side} factor of {path} to have shape {expected}, got'
-          f' {pair[side].shape}: its rule should say left={axes.left},'
+          f' {factors[side].shape}: its rule should say left={axes.left},'
           f' right={axes.right}, batch={axes.batch}.'
       )
-  trained = pair.trained if isinstance(pair, Pair) else ()
   return lowrank.low_rank(
-      leaf, pair['left'], pair['right'], axes, path, trained
+      leaf, **factors, axes=axes, path=path, trained=trained, rows=rows
   )

@@ -102,10 +102,7 @@ def draw_coins(
           for size, prob in zip(sizes, probs, strict=True)
       ]
   )
-  toss = lambda key, prob: jax.random.bernoulli(
-      jax.random.fold_in(key, _COIN), prob
-  )
-  coins = jax.vmap(toss, (None if shared_coin else 0, 0))(
+  coins = jax.vmap(_toss, (None if shared_coin else 0, 0))(
       key if shared_coin else matrix_keys(key, found), spread
   )
   parts = jnp.split(coins, np.cumsum(sizes)[:-1])
@@ -113,6 +110,15 @@ def draw_coins(
       part.reshape(matrix.batch) if side is None else None
       for part, matrix, side in zip(parts, found, sides, strict=True)
   ]
+
+
+def draw_shared_coin(key: jax.Array, prob: float) -> jax.Array:
+  """Returns the coin of all matrices of a link, as `draw_coins` does; shape ()."""
+  return _toss(key, jnp.asarray(prob, jnp.result_type(float)))
+
+
+def _toss(key: jax.Array, prob: jax.Array) -> jax.Array:
+  return jax.random.bernoulli(jax.random.fold_in(key, _COIN), prob)
 
 
 def matrix_keys(key: jax.Array, found: Sequence[Matrix]) -> jax.Array:

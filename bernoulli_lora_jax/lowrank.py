@@ -9,13 +9,15 @@ whatever else happens to a value happens to the array (`dense`).
 
 Of a `LowRank` with `trained` sides L R is zero, and those sides alone have a
 derivative: its products are those of the base, with the derivative of x W + (x L) R
-(`sketched_product`, A4).
+(`sketched_product`, A4). A frozen factor of a coordinate sketch is one-hot: the
+places of its ones are kept in place of it, along the flattened axes of its side, and
+a product with it is a gather.
 
 A `LowRank` without factors is a probe: labels name the axes of the leaf, and what
 reaches a product tells over which of them it sums.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -37,6 +39,8 @@ SKETCH = 'sketch_of_an_operand'
 _LETTERS = string.ascii_letters
 _RANK = 'Z'
 _BATCH = 'b'  # Label of an axis of length one that a reshape adds.
+# Labels of the axes that the parts have beside the rank, see `LowRank.factors`.
+_KINDS = {'left': 'bl', 'right': 'br', 'left_rows': 'b', 'right_rows': 'b'}
 
 
 class Axes(NamedTuple):
@@ -73,7 +77,9 @@ class LowRank:
   """base + L R, not formed."""
 
   base: jax.Array
-  factors: tuple[jax.Array, ...]  # (L, R); () of a probe.
+  # {'left': L, 'right': R}; {} of a probe. L + frame(left_rows) stands for L where
+  # there are such, frame(left_rows) where there is no L; on the right likewise.
+  factors: dict[str, jax.Array]
   labels: Labels = dataclasses.field(metadata={'static': True})
   path: str = dataclasses.field(metadata={'static': True})
   # Of a probe: axes of which one entry was taken.
@@ -86,11 +92,11 @@ class LowRank:
   )
 
   def parts(self) -> Iterator[tuple[jax.Array, list[int]]]:
-    """Yields base, L and R, each with the value's axes that it has."""
+    """Yields base and factors, each with the value's axes that it has."""
     every = list(range(len(self.labels)))
     yield self.base, every
-    for factor, own in zip(self.factors, ('bl', 'br'), strict=False):
-      yield factor, [i for i in every if self.labels[i] in own]
+    for name, factor in self.factors.items():
+      yield factor, [i for i in every if self.labels[i] in _KINDS[name]]
 
   def map(
       self,
@@ -104,23 +110,44 @@ class LowRank:
     return dataclasses.replace(
         self,
         base=base,
-        factors=tuple(factors),
+        factors=dict(zip(self.factors, factors, strict=True)),
         labels=labels,
         entries=entries,
     )
+
+  def spec(self, side: str) -> str:
+    """Returns the indices of a factor in an einsum, letter i for axis i."""
+    own = _KINDS[side]
+    letters = zip(_LETTERS, self.labels, strict=False)
+    return ''.join(c for c, label in letters if label in own) + _RANK
+
+  def framed(self, axes: Sequence[int]) -> 'LowRank':
+    """Returns the value with L and R alone, if some axes are of a side."""
+    factors = dict(self.factors)
+    for side in ('left', 'right'):
+      rows = factors.get(f'{side}_rows')
+      if rows is None or {self.labels[i] for i in axes} <= {'b'}:
+        continue
+      own = [i for i, v in enumerate(self.labels) if v in _KINDS[side]]
+      own.sort(key=lambda i: self.labels[i])  # Of the batch, then of the side.
+      sizes = [self.base.shape[i] for i in own]
+      ones = frame(rows, math.prod(sizes[rows.ndim - 1 :]))
+      order = sorted(range(len(own)), key=lambda i: own[i])
+      ones = ones.reshape(*sizes, -1).transpose(*order, len(own))
+      factors[side] = factors.get(side, 0) + ones
+      del factors[f'{side}_rows']
+    return dataclasses.replace(self, factors=factors)
 
   def dense(self) -> jax.Array:
     """Returns base + L R, summed in the wider dtype and rounded once."""
     if not self.factors:
       return self.base
     names = _LETTERS[: len(self.labels)]
-    left, right = (
-        ''.join(names[i] for i in own) + _RANK
-        for _, own in list(self.parts())[1:]
-    )
+    factors = self.framed(range(len(names))).factors
     change = jnp.einsum(
-        f'{left},{right}->{names}',
-        *self.factors,
+        f'{self.spec("left")},{self.spec("right")}->{names}',
+        factors['left'],
+        factors['right'],
         out_sharding=sharded.explicit(self.base),
     )
     wide = max(self.base.dtype, change.dtype, key=lambda dtype: dtype.itemsize)
@@ -135,8 +162,20 @@ def low_rank(
     axes: Axes,
     path: str,
     trained: tuple[str, ...] = (),
+    rows: Mapping[str, jax.Array] | None = None,
 ) -> LowRank:
-  """Returns the value of a leaf with factors (*batch, m, r) and (*batch, r, n)."""
+  """Returns the value of a leaf with factors (*batch, m, r) and (*batch, r, n).
+
+  Args:
+    leaf: W.
+    left: L, without the ones of rows.
+    right: R, likewise.
+    axes: of the leaf.
+    path: of the leaf.
+    trained: sides that have a derivative, L R being zero.
+    rows: {side: (*batch, r) int32}, see `frame`; the sides that are not trained
+      are nothing else.
+  """
   sizes = lambda axes: tuple(leaf.shape[axis] for axis in axes)
   rank = left.shape[-1]
 
@@ -146,17 +185,37 @@ def low_rank(
     order = sorted(range(len(own)), key=lambda i: own[i])
     return factor.transpose(*order, len(own))
 
-  factors = in_order(left, axes.left), in_order(right.mT, axes.right)
+  factors = {}
+  for side, factor in (('left', left), ('right', right.mT)):
+    places, own = (rows or {}).get(side), getattr(axes, side)
+    if places is not None and own == tuple(sorted(own)):
+      factors[f'{side}_rows'] = in_order(places, ())
+      if side not in trained:
+        continue
+    elif places is not None:
+      factor = factor + frame(places, factor.shape[-2])
+    factors[side] = in_order(factor, own)
   return LowRank(leaf, factors, axes.labels, path, trained=trained)
+
+
+def frame(rows: jax.Array, dim: int) -> jax.Array:
+  """Returns the one-hot columns of places (*batch, r), (*batch, dim, r).
+
+  A place beyond dim is a column of zeros.
+  """
+  return jax.nn.one_hot(rows, dim, dtype=jnp.float32).mT
 
 
 def probe(leaf: jax.Array, path: str) -> LowRank:
   """Returns the probe of a leaf."""
-  return LowRank(leaf, (), tuple((i,) for i in range(leaf.ndim)), path)
+  return LowRank(leaf, {}, tuple((i,) for i in range(leaf.ndim)), path)
 
 
 def transpose(value: LowRank, permutation: Sequence[int]) -> LowRank:
   """Returns the value with its axes in another order."""
+  by_label = lambda axes: sorted(axes, key=lambda i: value.labels[i])
+  if by_label(permutation) != by_label(range(len(permutation))):
+    value = value.framed(permutation)
 
   def change(array, own):
     order = [own.index(i) for i in permutation if i in own]
@@ -167,6 +226,9 @@ def transpose(value: LowRank, permutation: Sequence[int]) -> LowRank:
 
 def cut(value: LowRank, parts: Sequence[slice]) -> LowRank:
   """Returns a part of each axis."""
+  sizes = zip(parts, value.base.shape, strict=True)
+  cuts = [len(range(*part.indices(size))) < size for part, size in sizes]
+  value = value.framed([i for i, is_cut in enumerate(cuts) if is_cut])
   return value.map(
       lambda array, own: array[tuple(parts[i] for i in own)], value.labels
   )
@@ -189,7 +251,7 @@ def reshape(value: LowRank, sizes: Sequence[int]) -> LowRank | None:
   labels = _reshaped(value, tuple(sizes))
   if labels is None:
     return None
-  kinds = iter((None, 'bl', 'br'))
+  kinds = iter((None, *(_KINDS[name] for name in value.factors)))
 
   def change(array, own):
     kind = next(kinds)
@@ -211,6 +273,7 @@ def slices(value: LowRank) -> tuple[list[jax.Array], Callable[..., LowRank]]:
     The arrays that have the axis; a function from their slices to the value of
     one step, the other arrays being the same in each.
   """
+  value = value.framed((0,))
   parts = [(array, 0 in own) for array, own in value.parts()]
 
   def inside(scanned):
@@ -222,7 +285,7 @@ def slices(value: LowRank) -> tuple[list[jax.Array], Callable[..., LowRank]]:
     return dataclasses.replace(
         value,
         base=base,
-        factors=tuple(factors),
+        factors=dict(zip(value.factors, factors, strict=True)),
         labels=value.labels[1:],
         entries=entries,
     )
@@ -249,12 +312,8 @@ def _einsums(value: LowRank, other: jax.Array, p: Product) -> _Einsums | None:
   if not whole:
     return None
   names = _LETTERS[: len(value.labels)]
-  left, right = (
-      ''.join(names[i] for i in own) + _RANK
-      for _, own in list(value.parts())[1:]
-  )
-  is_left = whole[0] == 'l'
-  first, second = (left, right) if is_left else (right, left)
+  sides = ('left', 'right') if whole[0] == 'l' else ('right', 'left')
+  first, second = map(value.spec, sides)
   ours = (*p.batch, *p.contracted)
   shared = dict(zip((*p.other_batch, *p.other_contracted), ours, strict=True))
   free = iter(_LETTERS[len(names) :])
@@ -267,7 +326,6 @@ def _einsums(value: LowRank, other: jax.Array, p: Product) -> _Einsums | None:
   out = ''.join([names[i] for i in p.batch] + ends[0] + ends[1])
   needed = set(out) | set(second)
   thin = ''.join(dict.fromkeys(c for c in others + first if c in needed))
-  sides = ('left', 'right') if is_left else ('right', 'left')
   return _Einsums(sides, others, first, thin, second, out)
 
 
@@ -286,7 +344,7 @@ def product(value: LowRank, other: jax.Array, p: Product) -> jax.Array | None:
   e = _einsums(value, other, p)
   if e is None:
     return None
-  first, second = (value.factors[side == 'right'] for side in e.sides)
+  first, second = (value.factors[side] for side in e.sides)
   # Factors are cast to what the product multiplies in.
   inner = jnp.einsum(
       f'{e.other},{e.first}->{e.thin}',
@@ -326,17 +384,18 @@ def adapted_product(
     An array in `p.dtype`; None where there is no kernel for it.
   """
   e = _einsums(value, other, p)
-  rank = value.factors[0].shape[-1]
+  rank = value.factors['left'].shape[-1]
   if e is None or not _is_rows(e.out, e.thin, e.second):
     return None
+  if sharded.mesh_of((value.base, other)) is not None:
+    return None  # Types say where results are placed.
   if not _takes(jax.eval_shape(plain, value.base, other), rank):
     return None
   of = functools.partial(_einsum, other.dtype, p.precision)
   like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (value.base, other)]
-  is_right = e.sides[0] == 'right'
 
   def product_of(base, factors, other):
-    first, second = factors[is_right], factors[not is_right]
+    first, second = (factors[side] for side in e.sides)
     thin = of(f'{e.other},{e.first}->{e.thin}', other, first)
     return _plus(plain(base, other), thin, second), thin
 
@@ -346,10 +405,10 @@ def adapted_product(
 
   def forward(base, factors, other):
     # Told by the structure: numbers would be traced.
-    moved = {'base': base, 'left': factors[0], 'right': factors[1]}
+    moved = {'base': base, **factors}
     moved = {name: () for name, x in moved.items() if x.perturbed}
     base, other = base.value, other.value
-    factors = tuple(x.value for x in factors)
+    factors = {side: x.value for side, x in factors.items()}
     out, thin = product_of(base, factors, other)
     return out, (base, factors, other, thin, moved)
 
@@ -357,7 +416,7 @@ def adapted_product(
     base, factors, x, thin, moved = kept
     if isinstance(slope, jax.custom_derivatives.SymbolicZero):
       slope = jnp.zeros(slope.shape, slope.dtype)  # pyrefly: ignore
-    first, second = factors[is_right], factors[not is_right]
+    first, second = (factors[side] for side in e.sides)
     of_thin = of(f'{e.out},{e.second}->{e.thin}', slope, second)
     grads: dict[str, jax.Array | None] = dict.fromkeys(('left', 'right'))
     if e.sides[0] in moved:
@@ -375,7 +434,7 @@ def adapted_product(
       of_x = _plus(of_x, of_thin, first)
     else:
       of_x += of(f'{e.thin},{e.first}->{e.other}', of_thin, first)
-    return of_base, tuple(grads.values()), of_x
+    return of_base, grads, of_x
 
   multiply.defvjp(forward, backward, symbolic_zeros=True)
   return multiply(value.base, value.factors, other)
@@ -424,13 +483,20 @@ def sketched_product(
   e = _einsums(value, other, p)
   if e is None:
     return None
+  specs = dict(zip(e.sides, (e.first, e.second), strict=True))
+  if set(e.thin) & set(e.second) - set(e.first):  # Not summed over: no gather.
+    value = value.framed(range(len(value.labels)))
   is_kept_thin = e.sides[0] not in value.trained
   of = functools.partial(_einsum, other.dtype, p.precision)
-  shape = jax.ShapeDtypeStruct(other.shape, other.dtype)
+  shape = jax.ShapeDtypeStruct(
+      other.shape, other.dtype, sharding=sharded.explicit(other)
+  )
 
-  def thin_of(other, factors):
-    first = factors[e.sides[0] == 'right']
-    return of(f'{e.other},{e.first}->{e.thin}', other, first)
+  def thin_of(names, x, side, factors):
+    spec, rows = specs[side], factors.get(f'{side}_rows')
+    if rows is None:
+      return of(f'{names},{spec}->{e.thin}', x, factors[side])
+    return _taken(names, x, spec, rows, e.thin).astype(other.dtype)
 
   @jax.custom_vjp
   def multiply(base, factors, other):
@@ -440,14 +506,15 @@ def sketched_product(
   def forward(base, factors, other):
     is_moved = base.perturbed
     base, other = base.value, other.value
-    factors = tuple(x.value for x in factors)
+    factors = jax.tree.map(lambda x: x.value, factors)
     if is_moved:
       raise ValueError(
           f'Expected a derivative by factors alone, got one by {value.path}, which'
           ' a sketched product does not have: use adapters, or gradient mode.'
       )
-    kept = thin_of(other, factors) if is_kept_thin else other
+    kept = other
     if is_kept_thin:
+      kept = thin_of(e.other, other, e.sides[0], factors)
       kept = checkpoint_name(kept, SKETCH)
     return plain(base, other), (base, factors, kept)
 
@@ -455,20 +522,20 @@ def sketched_product(
     base, factors, x = kept
     if isinstance(out_grad, jax.custom_derivatives.SymbolicZero):
       out_grad = jnp.zeros(out_grad.shape, out_grad.dtype)  # pyrefly: ignore
-    first, second = (factors[side == 'right'] for side in e.sides)
-    grads: dict[str, jax.Array | None] = dict.fromkeys(('left', 'right'))
-    if e.sides[1] in value.trained:
-      thin = x if is_kept_thin else thin_of(x, factors)
-      spec = f'{e.thin},{e.out}->{e.second}'
-      grads[e.sides[1]] = of(spec, thin, out_grad, dtype=second.dtype)
-    if e.sides[0] in value.trained:
-      thin = of(f'{e.out},{e.second}->{e.thin}', out_grad, second)
-      spec = f'{e.other},{e.thin}->{e.first}'
-      grads[e.sides[0]] = of(spec, x, thin, dtype=first.dtype)
+    first, second = e.sides
+    grads: dict[str, jax.Array | None] = dict.fromkeys(factors)
+    if second in value.trained:
+      thin = x if is_kept_thin else thin_of(e.other, x, first, factors)
+      spec, dtype = f'{e.thin},{e.out}->{e.second}', factors[second].dtype
+      grads[second] = of(spec, thin, out_grad, dtype=dtype)
+    if first in value.trained:
+      thin = thin_of(e.out, out_grad, second, factors)
+      spec, dtype = f'{e.other},{e.thin}->{e.first}', factors[first].dtype
+      grads[first] = of(spec, x, thin, dtype=dtype)
     (by_other,) = jax.linear_transpose(lambda x: plain(base, x), shape)(
         out_grad
     )
-    return None, tuple(grads.values()), by_other
+    return None, grads, by_other
 
   multiply.defvjp(forward, backward, symbolic_zeros=True)
   return multiply(value.base, value.factors, other)
@@ -484,12 +551,47 @@ def _einsum(
   """Returns a product of operands cast to a dtype, summed and kept in another."""
   if dtype is not None and jax.default_backend() == 'cpu':
     narrow = jnp.promote_types(narrow, dtype)  # XLA has no mixed ones there.
+  mesh, whole = sharded.mesh_of(operands), None
+  if dtype is not None and mesh is not None:
+    whole = jax.NamedSharding(mesh, sharded.Spec())  # As the factors are.
   return jnp.einsum(
       spec,
       *(x.astype(narrow) for x in operands),
       precision=precision,
       preferred_element_type=dtype,
+      out_sharding=whole,
   )
+
+
+def _taken(
+    names: str,
+    x: jax.Array,
+    spec: str,
+    rows: jax.Array,
+    result: str,
+) -> jax.Array:
+  """Returns einsum(names,spec->result) of x and the frame of rows: a gather."""
+  chosen = lambda axes, test: ''.join(c for c in axes if test(c))
+  side = chosen(spec, lambda c: c not in result)
+  own = chosen(spec, lambda c: c in result)
+  shared = chosen(own, lambda c: c in names)
+  fresh = chosen(own, lambda c: c not in names)
+  free = chosen(names, lambda c: c not in spec)
+
+  def gathered(x, rows):
+    x = jnp.einsum(f'{names}->{shared}{free}{side}', x)
+    x = x.reshape(*x.shape[: -len(side)], -1)
+    take = functools.partial(jnp.take, axis=-1, mode='fill', fill_value=0)
+    for _ in shared:
+      take = jax.vmap(take)
+    taken = take(x, jnp.einsum(f'{own}->{shared}{fresh}', rows))
+    return jnp.einsum(f'{shared}{free}{fresh}->{result}', taken)
+
+  def placed():
+    axes = dict(zip(names, jax.typeof(x).sharding.spec, strict=True))
+    return sharded.Spec(*(axes.get(c) for c in result))
+
+  return sharded.automatic(gathered, x, rows, out=placed)
 
 
 def _entries(value: LowRank, axes: Sequence[int]) -> list[int]:

@@ -158,6 +158,12 @@ class Matrix(NamedTuple):
     flat = np.arange(size, dtype=np.uint32) + np.uint32(self.layer * size)
     return flat.reshape(self.batch)
 
+  @property
+  def viewed(self) -> 'Matrix':
+    """The matrix of a leaf that is stored as `view` returns this one."""
+    shape = (*self.batch, self.m, self.n)
+    return self._replace(perm=tuple(range(len(shape))), shape=shape)
+
   def view(self, leaf: jax.Array) -> jax.Array:
     """Returns the leaf as (*batch, m, n)."""
     return leaf.transpose(self.perm).reshape(*self.batch, self.m, self.n)
@@ -166,6 +172,62 @@ class Matrix(NamedTuple):
     """Returns (*batch, m, n) in the leaf's own layout; inverse of `view`."""
     transposed = matrix.reshape([self.shape[axis] for axis in self.perm])
     return transposed.transpose(np.argsort(self.perm))
+
+  def lines(self, leaf: jax.Array, side: str, rows: jax.Array) -> jax.Array:
+    """Returns rows of the matrix (side 'left'), or columns.
+
+    Args:
+      leaf: as it is stored; nothing else of it is read.
+      side: 'left' or 'right', of which `rows` are places.
+      rows: (*batch, r) int32; lines beyond the side are zeros.
+
+    Returns:
+      (*batch, r, n), or (*batch, m, r).
+    """
+    index, order, sizes = self._places(side, rows)
+    lines = leaf.at[index].get(mode='fill', fill_value=0).transpose(order)
+    lines = lines.reshape(*sizes[: rows.ndim], -1)
+    return lines if side == 'left' else lines.mT
+
+  def with_lines(
+      self, leaf: jax.Array, side: str, rows: jax.Array, lines: jax.Array
+  ) -> jax.Array:
+    """Returns the leaf with other lines, nothing else of it being written.
+
+    Args:
+      leaf: as it is stored.
+      side: see `lines`.
+      rows: distinct for an entry of the batch; lines beyond the side are dropped.
+      lines: as `lines` returns them.
+    """
+    index, order, sizes = self._places(side, rows)
+    lines = lines if side == 'left' else lines.mT
+    lines = lines.reshape(sizes).transpose(np.argsort(order))
+    return leaf.at[index].set(lines, mode='drop', unique_indices=True)
+
+  def _places(
+      self, side: str, rows: jax.Array
+  ) -> tuple[tuple[Any, ...], list[int], list[int]]:
+    """Returns the index of lines, and what makes them (*batch, r, other side)."""
+    own, rest = self.axes.left, self.axes.right
+    if side == 'right':
+      own, rest = rest, own
+    index: list[Any] = [slice(None)] * len(self.shape)
+    grid = np.ogrid[tuple(map(slice, rows.shape))]
+    for axis, numbers in zip(self.axes.batch, grid, strict=False):
+      index[axis] = numbers
+    place = rows
+    for axis in reversed(own[1:]):
+      place, index[axis] = jnp.divmod(place, self.shape[axis])
+    index[own[0]] = place
+    # Indexed axes come first unless they lie side by side.
+    chosen = sorted((*self.axes.batch, *own))
+    start = chosen[0] if chosen[-1] - chosen[0] < len(chosen) else 0
+    front = list(range(-rows.ndim, 0))
+    stored = sorted(rest)
+    stored = [*stored[:start], *front, *stored[start:]]
+    sizes = [*rows.shape, *(self.shape[axis] for axis in rest)]
+    return tuple(index), [stored.index(i) for i in [*front, *rest]], sizes
 
 
 def check_pattern(name: str, pattern: str) -> None:

@@ -98,7 +98,8 @@ class ChainPolicy:
     reset_optimizer: whether a link begins with fresh moments. The counts of
       schedules go on.
     rounding: 'nearest', 'stochastic' or 'compensated', see `rounding`.
-    shared_coin: one coin for all matrices.
+    shared_coin: one coin for all matrices. Where they have one prob, a link has one
+      side, which the host may know, see `one_coin`.
     targets: what is adapted; () for what `Matrices` selects.
   """
 
@@ -193,6 +194,23 @@ class ChainPolicy:
           f'Expected warmup in [0, period={self.period}), got'
           f' warmup={self.warmup}.'
       )
+
+
+def one_coin(policy: ChainPolicy) -> float | None:
+  """Returns P(left) where one coin decides for all matrices, else None.
+
+  It is a Python number in (0, 1). A prob of 0 or 1 needs no coin.
+  """
+  if policy.side != 'bernoulli' or not policy.shared_coin:
+    return None
+  given: list[Any] = [
+      policy.prob if t.prob is None else t.prob for t in policy.targets
+  ]
+  probs = given or [policy.prob]
+  if any(isinstance(prob, jax.Array) for prob in probs):
+    return None
+  coins = {prob for prob in probs if links_lib.known_side(prob) is None}
+  return coins.pop() if len(coins) == 1 else None
 
 
 def ignored(side: str | None) -> list[str]:
@@ -383,6 +401,20 @@ def trained_numbers(one: Adapted) -> Any:
   if one.prob is None:
     return one.inner * (m + n)
   return count.mean_trained(m, n, rank=one.rank, prob=one.prob)
+
+
+def of_side(found: Sequence[Adapted], side: str | None) -> list[Adapted]:
+  """Returns what is adapted as links of a side train it.
+
+  Args:
+    found: what is adapted; factors keep the shapes that they have of it.
+    side: where coins fall, 'left' or 'right'; None for where they may fall.
+  """
+  if side is None:
+    return list(found)
+  prob = {'left': 1.0, 'right': 0.0}[side]
+  has_coin = lambda one: len(one.trained) == 2 and one.prob is not None
+  return [one._replace(prob=prob) if has_coin(one) else one for one in found]
 
 
 def _check_targets(

@@ -488,11 +488,11 @@ class PartsTest(parameterized.TestCase):
         }
     )
     program = experiment.make_program(config)
-    compiled = loop.compile_ahead(program)
+    (compiled,) = loop.compile_ahead(program)
     self.assertGreater(compiled.memory_analysis().argument_size_in_bytes, 0)
     folder = pathlib.Path(tempfile.mkdtemp(dir=FOLDER))
     self.assertEqual(experiment.train(config, folder, program)['step'], 4)
-    self.assertEqual(program.compiled, {4: compiled})
+    self.assertEqual(program.compiled, {(4, None): compiled})
 
   @parameterized.parameters(checkpoint._FROZEN, checkpoint._DIGEST)
   def test_last_checkpoint_goes_when_the_next_is_whole(self, last):
@@ -548,6 +548,7 @@ class SketchedTest(parameterized.TestCase):
       (dict(method='rac_left', rounding='nearest'), 'sketched'),
       (dict(method='bernoulli'), 'adapter'),
       (dict(method='bernoulli', sketched='yes'), 'sketched'),
+      (dict(method='bernoulli', shared_coin=True), 'adapter'),
       (dict(method='lora'), 'adapter'),
       (dict(method='full'), 'gradient'),
   )
@@ -627,6 +628,70 @@ class SketchedTest(parameterized.TestCase):
     # Five roundings of weights below four.
     np.testing.assert_allclose(thin.left @ thin.right, change, atol=2e-6)
 
+  @parameterized.parameters(
+      # (period, eval_every, checkpoint_every, num_steps, most), its dispatches.
+      (100, 100, 6000, 1000, 50, {50}),
+      (100, 100, 6000, 1000, 30, {25}),
+      (100, 300, 6000, 1037, 50, {50, 37}),
+      (100, 20, 6000, 1000, 50, {20}),
+      (97, 97, 970, 1037, 50, {30, 7}),  # A prime, and another rest.
+      (97, 97, 970, 970, 50, {50, 47}),
+      (100, 100, 6000, 70, 50, {35}),
+      (1, 10, 100, 100, 50, {1}),
+      (3, 3, 3, 12, 50, {3}),
+  )
+  def test_dispatches_have_two_lengths(self, *numbers):
+    period, eval_every, checkpoint_every, num_steps, most, lengths = numbers
+    config = make_config(sketched='yes', shared_coin=True, period=period)
+    config.training.update(
+        num_steps=num_steps,
+        eval_every=eval_every,
+        checkpoint_every=checkpoint_every,
+    )
+    settings = programs.Settings(
+        num_steps,
+        eval_every,
+        checkpoint_every,
+        finetune_modes._dispatch(config, most),
+    )
+    program = mock.Mock(settings=settings, period=period, sides=(None,))
+    progress, found = loop.Progress(0, 0, math.inf, 0, 0, 0.0), set()
+    while num := loop._num_next(program, progress):
+      found.add(num)
+      progress = progress._replace(step=progress.step + num)
+    self.assertEqual(found, lengths)
+
+  @parameterized.parameters(('yes', 'none'), ('yes', 'jit'), ('no', 'none'))
+  @pytest.mark.slow
+  def test_links_of_one_coin_have_programs_of_their_side(self, mode, parallel):
+    flags = dict(sketched=mode, parallel=parallel, batch_size=8, seed=1)
+    made, fitting = [], finetune_modes.fitting
+    keep = lambda *args: made.append(fitting(*args)) or made[-1]
+    folder, other = (FOLDER / f'coin_{mode}_{parallel}_{i}' for i in range(2))
+    run = lambda output: blora(
+        *finetune_runs.command(FOLDER, output, **flags), '--shared-coin'
+    )
+    with mock.patch.object(finetune_modes, 'fitting', keep):
+      out, error = run(folder)
+      with mock.patch.object(programs.Program, 'sides', (None,)):
+        traced_out, traced_error = run(other)
+    self.assertEqual(error + traced_error, '')
+    told = 'one coin a link for all matrices: a program for each side'
+    self.assertIn(told, out)
+    self.assertNotIn(told, traced_out)
+    lean, traced = (set(program.compiled) for program in made)
+    self.assertEqual(lean, {(3, 'left'), (3, 'right')})
+    self.assertEqual(traced, {(3, None)})
+    # Both ran: the key of the chain, as `AdapterMethod.init` folds it.
+    key = jax.random.fold_in(programs.method_key(jax.random.key(1)), 1)
+    sides = adapters.sides_of_links(made[0].method.chain, key, 4)
+    self.assertEqual(set(sides), {'left', 'right'})
+    # Sums of float32 in another order.
+    for path, leaf in weights(other / 'merged').items():
+      np.testing.assert_allclose(
+          weights(folder / 'merged')[path], leaf, rtol=2e-3, atol=2e-4
+      )
+
   @parameterized.parameters(('rac_left', 'memory'), ('bernoulli', 'speed'))
   @pytest.mark.slow
   def test_run(self, method, mode):
@@ -694,6 +759,7 @@ class SketchedTest(parameterized.TestCase):
   @parameterized.parameters(
       dict(),
       dict(dtype='bfloat16'),
+      dict(dtype='bfloat16', sketch='coordinate'),
       dict(early_stopping=4),
       dict(parallel='jit'),
   )

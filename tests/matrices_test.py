@@ -318,6 +318,46 @@ class ViewTest(parameterized.TestCase):
     self.assertEqual(matrix.batch, tuple(sizes[a] for a in batch))
     np.testing.assert_array_equal(matrix.unview(matrix.view(leaf)), leaf)
 
+  @parameterized.product(
+      case=(
+          ((6, 5), (0,), (1,), ()),
+          ((6, 5), (1,), (0,), ()),
+          ((2, 3, 5), (0, 1), (2,), ()),
+          ((5, 2, 3), (2, 1), (0,), ()),
+          ((2, 5, 3), (0, 2), (1,), ()),
+          ((2, 6, 5), (1,), (2,), (0,)),
+          ((6, 2, 5), (0,), (2,), (1,)),
+          ((3, 2, 5, 4, 2), (3,), (2, 0), (4, 1)),
+      ),
+      side=('left', 'right'),
+  )
+  def test_lines_of_any_layout(self, case, side):
+    shape, left, right, batch = case
+    leaf = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + 1
+    rule = matrices.Rule('w', left=left, right=right, batch=batch)
+    (m,) = matrices.find({'w': leaf}, matrices.Matrices(rules=(rule,)))
+    dim = m.m if side == 'left' else m.n
+    rng = np.random.default_rng(0)
+    rows = np.stack(
+        [[*rng.permutation(dim)[:2], dim] for _ in range(m.entries.size)]
+    ).reshape(*m.batch, 3)
+    found = np.asarray(m.lines(jnp.asarray(leaf), side, jnp.asarray(rows)))
+    view, expected = np.array(m.view(jnp.asarray(leaf))), np.zeros_like(found)
+    new = -np.arange(found.size, dtype=np.float32).reshape(found.shape)
+    moved = m.with_lines(
+        jnp.asarray(leaf), side, jnp.asarray(rows), jnp.asarray(new)
+    )
+    for place in np.ndindex(*m.batch):
+      for i, row in enumerate(rows[place][:2]):  # The third is beyond.
+        if side == 'left':
+          expected[place][i] = view[place][row]
+          view[place][row] = new[place][i]
+        else:
+          expected[place][:, i] = view[place][:, row]
+          view[place][:, row] = new[place][:, i]
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(m.view(moved), view)
+
   def test_conv_is_for_two_window_axes(self):
     selection = Matrices(rules=(matrices.conv('t'),))
     with self.assertRaisesRegex(ValueError, 'name each axis of t once'):

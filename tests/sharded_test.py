@@ -162,6 +162,45 @@ class ShardedTest(parameterized.TestCase):
   def test_equals_one_device_everywhere(self, name, layout, kind):
     self.check(name, layout, kind)
 
+  def check_sketched(self, side, sketch, layout, spec):
+    """Activations are on the mesh too: what is by x is placed as x is."""
+    params = {'kernel': dense()[0]['kernel']}
+    mesh = mesh_of('Explicit')
+    put = lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec))
+    placed = {'kernel': put(params['kernel'], LAYOUTS[layout]['kernel'])}
+    policy = bl.ChainPolicy(
+        rank=2, period=2, side=side, sketch=bl.sketches.by_name(sketch)
+    )
+    chain = bl.adapters.make_chain(policy, optax.adam(0.1), sketched=True)
+    loss = bl.inject.by_product(
+        lambda p, x: (jnp.mean((jnp.sin(x) @ p['kernel']) ** 2), None)
+    )
+    step = jax.jit(lambda s, x: chain.step(s, loss, x)[0])
+    found = []
+    for weights, x in ((params, X), (placed, put(X, spec))):
+      state = chain.init(KEY, weights)
+      for _ in range(3):
+        state = step(state, x)
+      found.append(jax.device_get(chain.params(state)))
+    chex.assert_trees_all_close(*found, rtol=1e-5, atol=1e-6)
+    self.assertEqual(state.params['kernel'].sharding, placed['kernel'].sharding)
+
+  @parameterized.parameters(
+      ('left', 'columns', P('y', None)), ('bernoulli', 'rows', P(None, None))
+  )
+  def test_sketched(self, side, layout, spec):
+    self.check_sketched(side, 'coordinate', layout, spec)
+
+  @parameterized.product(
+      side=('left', 'right', 'bernoulli'),
+      sketch=('gaussian', 'coordinate'),
+      layout=tuple(LAYOUTS),
+      spec=(P(None, None), P('y', None)),
+  )
+  @pytest.mark.slow
+  def test_sketched_everywhere(self, **fields):
+    self.check_sketched(**fields)
+
   @parameterized.parameters('rows', 'columns')
   @pytest.mark.slow
   def test_what_else_takes_weights(self, layout):

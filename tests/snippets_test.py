@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import chat_templates
 import decoders
+import encoders
 import flax
 from flax import linen as nn
 from flax import nnx
@@ -47,6 +48,7 @@ _SLOW = (  # More than two seconds.
     'A few lines',
     'NNX models',
     'Checkpoints of the Hugging Face hub',
+    'Encoders',
     'Adapters of PEFT',
     'Serve the result',
     'Federated: which method when',
@@ -257,6 +259,14 @@ def checkpoint(_):
   return {'folder': folder, 'tokens': jnp.asarray(decoders.tokens(16, rows=8))}
 
 
+def encoder_folder(_):
+  """A folder of an encoder, small, with a tokenizer."""
+  folder, words = pathlib.Path('base'), tokenizer_folders.bert()
+  encoders.write(folder, 'bert', vocab_size=words.get_vocab_size())
+  tokenizer_folders.write(folder, words)
+  return {'folder': folder}
+
+
 def tuned(_):
   """A decoder and a chain that has moved it."""
   given = checkpoint(_)
@@ -310,6 +320,7 @@ PREPARED = {
     'Quantised bases': quantised,
     'NNX models': lambda _: {'nnx': nnx, 'batch': make_batch(6)},
     'Checkpoints of the Hugging Face hub': checkpoint,
+    'Encoders': encoder_folder,
     'Adapters of PEFT': tuned,
     'Serve the result': served,
     'Data': chats,

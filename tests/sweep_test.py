@@ -661,6 +661,7 @@ class SketchedRunTest(parameterized.TestCase):
 
   def test_same_run_as_with_adapters(self):
     flags = dict(training__num_evals=1, task__hidden=())
+    flags['method__sketch'] = 'gaussian'
     ours, end = self.train('ours', method__mode='sketched', **flags)
     theirs, _ = self.train('theirs', **flags)
     # The same steps in exact arithmetic: sums in another order.

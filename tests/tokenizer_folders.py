@@ -136,3 +136,21 @@ def write(
     config['chat_template'] = template
   (folder / 'tokenizer_config.json').write_text(json.dumps(config))
   return folder
+
+
+def bert() -> tokenizers.Tokenizer:
+  """A WordPiece with <s> before and </s> behind, and types of pairs."""
+  return _around(word_piece(), '<s> $A </s>', '<s> $A </s> $B:1 </s>:1')
+
+
+def roberta() -> tokenizers.Tokenizer:
+  """A byte-level BPE with <s> before and </s> behind, twice between pairs."""
+  return _around(_byte_level(), '<s> $A </s>', '<s> $A </s> </s> $B </s>')
+
+
+def _around(tokenizer, single, pair):
+  named = [(x, tokenizer.token_to_id(x)) for x in ('<s>', '</s>')]
+  tokenizer.post_processor = processors.TemplateProcessing(
+      single=single, pair=pair, special_tokens=named
+  )
+  return tokenizer

@@ -13,6 +13,7 @@ from unittest import mock
 import warnings
 
 from absl.testing import parameterized
+import numpy as np
 import pytest
 
 tokenizers = pytest.importorskip('tokenizers')
@@ -646,3 +647,79 @@ class ChatTest(Folder):
       chat.encode_chat(self.load(), DONE)
     with self.assertRaisesRegex(ValueError, 'Expected turns in'):
       chat.encode_chat(self.load('x'), DONE, turns='first')
+
+
+class RowsTest(Folder):
+  """Texts as rows for an encoder."""
+
+  @parameterized.parameters(tokenizer_folders.bert, tokenizer_folders.roberta)
+  def test_special_tokens_and_the_cut(self, make):
+    words = self.load(make=make)
+    texts = ['hello there', '', 'once upon a time there was a tokenizer']
+    bare = [words.encode(x, add_special_tokens=False) for x in texts]
+    first, last = words.bos_id, words.eos_id
+    rows = tokenizer.encode_rows(words, texts, 7)
+    self.assertGreater(len(bare[2]), 5)
+    for ids, row, mask in zip(bare, rows['tokens'], rows['mask'], strict=True):
+      expected = [first, *ids[:5], last]
+      size = len(expected)
+      padding = [words.pad_id] * (7 - size)
+      self.assertEqual(row.tolist(), expected + padding)
+      self.assertEqual(mask.tolist(), [True] * size + [False] * (7 - size))
+    self.assertEqual(
+        {k: (x.dtype, x.shape) for k, x in rows.items()},
+        {
+            'tokens': (np.int32, (3, 7)),
+            'mask': (bool, (3, 7)),
+            'types': (np.int32, (3, 7)),
+        },
+    )
+    self.assertEqual(rows['types'].max(), 0)
+    # Nothing is left behind in the tokenizer.
+    self.assertEqual(words.encode(texts[2]), [first, *bare[2], last])
+
+  def test_pairs(self):
+    words = self.load(make=tokenizer_folders.bert)
+    long, short = 'once upon a time there was a world', 'a'
+    ids = {x: words.encode(x, add_special_tokens=False) for x in (long, short)}
+    self.assertGreater(len(ids[long]), 6)
+    (one,) = ids[short]
+    rows = tokenizer.encode_rows(words, [long, short], 10, [short, long])
+    first, last = words.bos_id, words.eos_id
+    room = 10 - 3 - 1  # The longer one is cut.
+    self.assertEqual(
+        rows['tokens'].tolist(),
+        [
+            [first, *ids[long][:room], last, one, last],
+            [first, one, last, *ids[long][:room], last],
+        ],
+    )
+    self.assertEqual(
+        rows['types'].tolist(),
+        [[0] * (room + 2) + [1] * 2, [0] * 3 + [1] * (room + 1)],
+    )
+
+  @parameterized.parameters(
+      (dict(texts=[]), ValueError, 'at least one text'),
+      (dict(length=2), ValueError, 'length >= 3'),
+      (dict(length=7.0), TypeError, 'length to be an int'),
+      (dict(pairs=['a', 'b']), ValueError, 'Expected 1 pairs'),
+      (dict(pairs=['a'], length=3), ValueError, 'length >= 4'),
+  )
+  def test_rejects(self, change, kind, message):
+    given = dict(texts=['a'], length=8) | change
+    words = self.load(make=tokenizer_folders.bert)
+    with self.assertRaisesRegex(kind, message):
+      tokenizer.encode_rows(words, **given)
+
+  def test_rejects_tokenizers(self):
+    bare = self.load(make=tokenizer_folders.word_piece)
+    with self.assertRaisesRegex(ValueError, 'special tokens around.*and 0 of'):
+      tokenizer.encode_rows(bare, ['a'], 8)
+    make = tokenizer_folders.bert
+    unpadded = self.load(make=make, pad_token=None)
+    with self.assertRaisesRegex(ValueError, 'that pads.*pad_token=None'):
+      tokenizer.encode_rows(unpadded, ['a'], 8)
+    contradicted = self.load(make=make, add_eos_token=False)
+    with self.assertRaisesRegex(ValueError, 'add_eos_token'):
+      tokenizer.encode_rows(contradicted, ['a'], 8)

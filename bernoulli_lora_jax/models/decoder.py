@@ -374,6 +374,13 @@ def _run_layers(
   return x, cache and jax.tree.map(lambda *xs: jnp.stack(xs), *made)
 
 
+def _check_kind(config: Any) -> None:
+  """Raises for the config of an encoder, which `hf.load` returns as well."""
+  if not isinstance(config, DecoderConfig):
+    kind = type(config).__name__
+    raise ValueError(f'Expected a decoder, as of Llama, got an {kind}.')
+
+
 def positions_of(
     tokens: jax.Array, segments: jax.Array | None = None
 ) -> jax.Array:
@@ -390,6 +397,7 @@ def make_cache(
     config: DecoderConfig, rows: int, length: int, dtype: Any = jnp.float32
 ) -> Cache:
   """Returns an empty cache of some rows and positions."""
+  _check_kind(config)
   c = config
   shape = (c.num_layers, rows, length, c.num_kv_heads, c.head_dim)
   return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
@@ -405,6 +413,7 @@ def matrices(
     select: regular expression searched in paths, as 'q_proj|v_proj'; by default
       all linear maps of all layers. The head is selected by its name, lm_head.
   """
+  _check_kind(config)
   stacked = matrices_lib.stacked(r'^layers/.*kernel$')
   rules = (stacked,) if config.scan_layers else ()
   return matrices_lib.Matrices(
@@ -426,7 +435,11 @@ def make_loss(
     batch holds tokens (b, s) int and, where wanted, weights (b, s), of predicting
     each token, 1 where there are none; segments (b, s), of packed documents, whose
     first tokens are not predicted; positions (b, s).
+
+  Raises:
+    ValueError: a config of another kind of model, as `hf.load` returns it.
   """
+  _check_kind(config)
 
   def loss(params, batch, key=None):
     del key

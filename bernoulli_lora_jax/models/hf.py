@@ -30,7 +30,9 @@ from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import files
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax.models import decoder
+from bernoulli_lora_jax.models import encoder
 from bernoulli_lora_jax.models import hf_config
+from bernoulli_lora_jax.models import hf_encoders
 
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
 # What a folder holds beside weights and config, copied as it is.
@@ -41,6 +43,7 @@ TOKENIZER = (
     'special_tokens_map.json',
     'added_tokens.json',
     'vocab.json',
+    'vocab.txt',
     'merges.txt',
     'chat_template.jinja',
     'chat_template.json',
@@ -83,9 +86,10 @@ NAMES: dict[str, dict[str, str]] = {
     'mistral': _LLAMA,
     'qwen2': _LLAMA,
     'qwen3': {**_LLAMA, **_HEAD_NORMS},
+    **dict.fromkeys(hf_encoders.FAMILIES, hf_encoders.NAMES),
 }
 # Tables that old files store and that are made anew.
-_MADE_ANEW = re.compile(r'\.rotary_emb\.inv_freq$')
+_MADE_ANEW = re.compile(r'\.rotary_emb\.inv_freq$|^embeddings\.position_ids$')
 _CHUNK = 2 << 20  # Bytes read at a time: what is mapped counts as memory.
 
 
@@ -94,15 +98,15 @@ class Checkpoint:
   """A folder as a model.
 
   Attributes:
-    config: of the decoder.
+    config: of the model, a `DecoderConfig` or an `EncoderConfig`.
     params: its weights; None once they are given away, see `load`.
-    family: see `hf_config.FAMILIES`.
+    family: see `hf_config.FAMILIES`, `hf_encoders.FAMILIES`.
     raw: content of config.json.
     folder: where it came from; None for a model of one's own.
-    dtypes: {name of a tensor: its dtype in the files}.
+    dtypes: {name of a tensor: its dtype in the files}, see `tensor_names`.
   """
 
-  config: decoder.DecoderConfig
+  config: Any
   params: Any
   family: str
   raw: Mapping[str, Any]
@@ -125,8 +129,9 @@ def load(
     dtype: of the weights; None for that of the files.
     sharding: where each leaf goes: a `Sharding` or device for all, or (path, shape)
       -> `Sharding`, see `sharding_rules`; None for the default device.
-    **run: fields of `DecoderConfig` that say how it is run: scan_layers, remat,
-      dtype of the computation as `compute_dtype`, max_segments.
+    **run: fields of the config that say how it is run: scan_layers, remat, dtype
+      of the computation as `compute_dtype`, max_segments of a decoder, pooling of an
+      encoder.
 
   Raises:
     FileNotFoundError: no such folder or name, a shard that the index names.
@@ -143,7 +148,7 @@ def load(
   found = open_folder(source, **run)
   config, folder = found.config, found.folder
   assert folder is not None
-  tensors = _tensors(folder)
+  tensors = _plain_tensors(folder, found.family)
   leaves = {}
   for path, shape in param_shapes(config).items():
     names = tensor_names(found.family, config, path)
@@ -153,7 +158,7 @@ def load(
     leaves[path] = jax.block_until_ready(jax.device_put(leaf, place))
     del leaf
   params = traverse_util.unflatten_dict(leaves, sep='/')
-  if config.tied and 'lm_head.weight' in tensors:
+  if _is_tied(config) and 'lm_head.weight' in tensors:
     _check_tied(tensors, folder)
   return dataclasses.replace(found, params=params)
 
@@ -171,9 +176,11 @@ def open_folder(source: str | os.PathLike[str], **run: Any) -> Checkpoint:
   raw = read_object(folder, 'config.json')
   where = str(folder / 'config.json')
   run['dtype'] = run.pop('compute_dtype', None)
-  config = hf_config.from_dict(raw, where, **run)
   family = hf_config.family_of(raw, where)
-  tensors = _tensors(folder)
+  tensors = _plain_tensors(folder, family)
+  if family in hf_encoders.FAMILIES:
+    run['pooler'] = hf_encoders.POOLER in tensors
+  config = hf_config.from_dict(raw, where, **run)
   wanted = {
       path: tensor_names(family, config, path) for path in param_shapes(config)
   }
@@ -221,23 +228,20 @@ def find(source: str | os.PathLike[str]) -> pathlib.Path:
     ) from e
 
 
-def param_shapes(
-    config: decoder.DecoderConfig,
-) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns {path: shape} of a decoder's weights, computing nothing."""
-  model = decoder.Decoder(config)
+def param_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns {path: shape} of a model's weights, computing nothing."""
+  is_encoder = isinstance(config, encoder.EncoderConfig)
+  model = encoder.Encoder(config) if is_encoder else decoder.Decoder(config)
   tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   tree = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
   return matrices_lib.named_leaves(tree)
 
 
-def describe(
-    config: decoder.DecoderConfig, params: Any, dtype: str = 'float32'
-) -> Checkpoint:
+def describe(config: Any, params: Any, dtype: str = 'float32') -> Checkpoint:
   """Returns a model that came from no folder as a checkpoint, for `save`.
 
   Args:
-    config: of the decoder.
+    config: of the model.
     params: its weights.
     dtype: name of the dtype that is saved: 'float32', 'bfloat16' or 'float16'.
   """
@@ -276,7 +280,8 @@ def save(
   Raises:
     FileExistsError: the folder is there: nothing is ever overwritten.
     ValueError: weights of other paths or shapes than the checkpoint's, or that are
-      not finite in the dtype they are saved in.
+      not finite in the dtype they are saved in; a head of an encoder that
+      `transformers` would run otherwise.
   """
   if dtype is not None:
     checks.one_of([np.dtype(d).name for d in _DTYPES.values()], dtype=dtype)
@@ -298,8 +303,11 @@ def save(
       // (1 if i is None else config.num_layers)
       for name, (path, i) in targets.items()
   }
+  stored = {
+      name: _stored_name(checkpoint.family, config, name) for name in sizes
+  }
   shards = _shards(sizes, max_shard_bytes)
-  raw = {**checkpoint.raw, 'vocab_size': config.vocab_size}
+  raw = hf_config.updated(checkpoint.raw, config)
   if dtype is not None:
     raw.pop('torch_dtype', None)
     raw['dtype'] = dtype
@@ -310,7 +318,9 @@ def save(
         if (checkpoint.folder / name).is_file():
           shutil.copyfile(checkpoint.folder / name, scratch / name)
     for file, names in shards.items():
-      tensors = {n: _to_host(leaves, n, targets[n], dtypes[n]) for n in names}
+      tensors = {
+          stored[n]: _to_host(leaves, n, targets[n], dtypes[n]) for n in names
+      }
       write_tensors(tensors, scratch / file)
     if len(shards) > 1:
       files.write_json(
@@ -318,7 +328,7 @@ def save(
           {
               'metadata': {'total_size': sum(sizes.values())},
               'weight_map': {
-                  n: f for f, names in shards.items() for n in names
+                  stored[n]: f for f, names in shards.items() for n in names
               },
           },
       )
@@ -423,10 +433,39 @@ def _tensors(folder: pathlib.Path) -> dict[str, _Stored]:
   return found
 
 
-def tensor_names(
-    family: str, config: decoder.DecoderConfig, path: str
-) -> list[str]:
-  """Returns the names of the tensors that a leaf is made of."""
+def _plain_tensors(folder: pathlib.Path, family: str) -> dict[str, _Stored]:
+  """Returns {name: tensor}, names of encoders as they are without a head."""
+  tensors = _tensors(folder)
+  if family not in hf_encoders.FAMILIES:
+    return tensors
+  found: dict[str, _Stored] = {}
+  for name, tensor in tensors.items():
+    plain = hf_encoders.plain_name(family, name)
+    if plain in found:
+      raise ValueError(
+          f'Expected one of {found[plain].name} and {name} in {folder}, got both.'
+      )
+    if not hf_encoders.LEFT_OUT.search(plain):
+      found[plain] = tensor
+  return found
+
+
+def _stored_name(family: str, config: Any, name: str) -> str:
+  """Returns the name of a tensor in the files that are written."""
+  if family in hf_encoders.FAMILIES:
+    return hf_encoders.stored_name(family, config, name)
+  return name
+
+
+def _is_tied(config: Any) -> bool:
+  return isinstance(config, decoder.DecoderConfig) and config.tied
+
+
+def tensor_names(family: str, config: Any, path: str) -> list[str]:
+  """Returns the names of the tensors that a leaf is made of.
+
+  Those of encoders are as in files without a head, see `hf_encoders.plain_name`.
+  """
   name = re.sub(r'^layers(_\d+)?/', '', path)
   pattern = NAMES[family][name]
   if name == path:
@@ -436,9 +475,7 @@ def tensor_names(
   return [pattern.format(i) for i in layers]
 
 
-def _targets(
-    family: str, config: decoder.DecoderConfig
-) -> dict[str, tuple[str, int | None]]:
+def _targets(family: str, config: Any) -> dict[str, tuple[str, int | None]]:
   """Returns {name of a tensor: (path of its leaf, its layer if it is stacked)}."""
   found = {}
   for path in param_shapes(config):
@@ -450,7 +487,7 @@ def _targets(
 
 
 def _check_names(
-    config: decoder.DecoderConfig,
+    config: Any,
     tensors: Mapping[str, _Stored],
     wanted: Mapping[str, Sequence[str]],
     folder: pathlib.Path,
@@ -465,7 +502,7 @@ def _check_names(
     )
   others = tensors.keys() - expected
   others -= {name for name in others if _MADE_ANEW.search(name)}
-  others -= {'lm_head.weight'} if config.tied else set()
+  others -= {'lm_head.weight'} if _is_tied(config) else set()
   if others:
     raise ValueError(
         f'Expected no tensor {sorted(others)[0]} in {folder}: config.json describes'
@@ -484,7 +521,7 @@ def _read_leaf(
     shape: tuple[int, ...],
     stored: Sequence[_Stored],
     dtype: Any,
-    config: decoder.DecoderConfig,
+    config: Any,
 ) -> np.ndarray:
   """Returns a leaf in host memory, its layers stacked where they are."""
   dtype = _leaf_dtype(path, {tensor.dtype for tensor in stored}, dtype)

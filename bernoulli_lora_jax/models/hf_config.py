@@ -1,7 +1,8 @@
-"""`config.json` of the Hugging Face hub as a `DecoderConfig`, and back.
+"""`config.json` of the Hugging Face hub as a config of ours, and back.
 
 What a decoder of ours would compute otherwise than the checkpoint's own code is
 refused by its name: other families, activations, rotary embeddings, quantised weights.
+What is said of encoders is in `hf_encoders`.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from typing import Any
 
 from bernoulli_lora_jax import checks
 from bernoulli_lora_jax.models import decoder
+from bernoulli_lora_jax.models import encoder
+from bernoulli_lora_jax.models import hf_encoders
 from bernoulli_lora_jax.models import rotary as rotary_lib
 
 # Class of each family; what its files leave out, as its own code fills it in.
@@ -75,11 +78,14 @@ def family_of(raw: Mapping[str, Any], where: str = 'config.json') -> str:
   Raises:
     ValueError: none, or one that is not supported, with the list.
   """
-  _check_types(raw, where)
+  checks.types(_TYPES, raw, where)
   family = raw.get('model_type')
+  if family in hf_encoders.FAMILIES:
+    return family
   if family not in FAMILIES:
+    families = (*FAMILIES, *hf_encoders.FAMILIES)
     raise ValueError(
-        f'Expected model_type in {tuple(FAMILIES)}, got {family!r} in {where}: no'
+        f'Expected model_type in {families}, got {family!r} in {where}: no'
         ' other family is supported.'
     )
   known = FAMILIES[family][0]
@@ -94,19 +100,21 @@ def family_of(raw: Mapping[str, Any], where: str = 'config.json') -> str:
 
 def from_dict(
     raw: Mapping[str, Any], where: str = 'config.json', **run: Any
-) -> decoder.DecoderConfig:
-  """Returns the decoder that a `config.json` describes.
+) -> Any:
+  """Returns what a `config.json` describes: a `DecoderConfig` or `EncoderConfig`.
 
   Args:
     raw: its content.
     where: what errors call it.
     **run: fields of `DecoderConfig` that say how it is run: scan_layers, remat,
-      dtype, max_segments.
+      dtype, max_segments; of `EncoderConfig` see `hf_encoders.from_dict`.
 
   Raises:
     ValueError: a field that is missing, or says what is not supported.
   """
   family = family_of(raw, where)
+  if family in hf_encoders.FAMILIES:
+    return hf_encoders.from_dict(family, raw, where, **run)
   raw = {**FAMILIES[family][1], **raw}
   _refuse(raw, where)
   missing = [key for key in _SIZES if not isinstance(raw.get(key), int)]
@@ -154,31 +162,21 @@ def from_dict(
   )
 
 
-def _check_types(raw: Mapping[str, Any], where: str) -> None:
-  """Raises for a field of another type than it must have."""
-  for expected, (kind, keys) in _TYPES.items():
-    for key in keys:
-      if key not in raw:
-        continue
-      value = raw[key]
-      is_right = isinstance(value, kind)
-      if isinstance(value, bool):  # Which is an int of Python.
-        is_right = kind == bool | None
-      checks.that(
-          is_right, f'{key} in {where} to be {expected}', **{key: repr(value)}
-      )
-
-
-def to_dict(config: decoder.DecoderConfig, dtype: str = 'float32') -> Any:
-  """Returns a `config.json` for a decoder that came from none.
+def to_dict(
+    config: decoder.DecoderConfig | encoder.EncoderConfig,
+    dtype: str = 'float32',
+) -> Any:
+  """Returns a `config.json` for a model that came from none.
 
   Args:
-    config: of the decoder.
+    config: of the model.
     dtype: of the weights.
 
   Raises:
-    ValueError: a decoder that no family describes.
+    ValueError: a model that no family describes.
   """
+  if isinstance(config, encoder.EncoderConfig):
+    return hf_encoders.to_dict(config, dtype)
   c = config
   family = 'qwen3' if c.qk_norm else 'llama'
   if not c.qk_norm and c.qkv_bias and not c.output_bias:
@@ -221,6 +219,21 @@ def to_dict(config: decoder.DecoderConfig, dtype: str = 'float32') -> Any:
         ' has these biases, norms and windows together.'
     )
   return raw
+
+
+def updated(raw: Mapping[str, Any], config: Any) -> dict[str, Any]:
+  """Returns the content of config.json for the model as it is now.
+
+  Args:
+    raw: what it was.
+    config: of the model.
+
+  Raises:
+    ValueError: a head that the family's own code would run otherwise.
+  """
+  if isinstance(config, encoder.EncoderConfig):
+    return hf_encoders.updated(raw, config)
+  return {**raw, 'vocab_size': config.vocab_size}
 
 
 def _as_stored(config: decoder.DecoderConfig) -> decoder.DecoderConfig:
@@ -268,7 +281,7 @@ def _rotary(raw: Mapping[str, Any], where: str) -> rotary_lib.Rotary:
   if said.pop('partial_rotary_factor', 1.0) not in (1, None):
     raise ValueError(f'Expected partial_rotary_factor 1 in {where}.')
   keys = _ROTARY_KEYS[kind]
-  _check_types({'rope_theta': theta}, where)
+  checks.types(_TYPES, {'rope_theta': theta}, where)
   said = {k: v for k, v in said.items() if v is not None}
   if kind == 'llama3':
     key = 'original_max_position_embeddings'
@@ -277,7 +290,7 @@ def _rotary(raw: Mapping[str, Any], where: str) -> rotary_lib.Rotary:
   missing = [key for key in keys if said.get(key) is None]
   if missing:
     raise ValueError(f'Expected {missing[0]} of rope_type {kind!r} in {where}.')
-  _check_types({key: said[key] for key in keys}, where)
+  checks.types(_TYPES, {key: said[key] for key in keys}, where)
   return rotary_lib.Rotary(
       float(theta), kind, **{_ROTARY[key]: said[key] for key in keys}
   )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from bernoulli_lora_jax import fused
+from bernoulli_lora_jax import sharded
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -41,7 +42,8 @@ def fan_out(
     eps: added to the mean square, >= 0.
     num: of products.
   """
-  if fused.takes_rows(x):
+  # On explicit meshes types say where results are placed.
+  if fused.takes_rows(x) and sharded.mesh_of(x) is None:
     return _fan_out(x, scale, eps, num)
   return x, *[formed(rms_norm(x, scale, eps))] * num
 

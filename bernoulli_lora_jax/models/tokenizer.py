@@ -10,12 +10,15 @@ ignores those of tokenizer.json; here the file decides, as in transformers 4 and
 the files of Llama 2) `load` warns.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
 import warnings
+
+import numpy as np
 
 from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import files
@@ -154,6 +157,65 @@ def load(folder: files.Path) -> Tokenizer:
       cleans_up=cleans_up,
   )
   return dataclasses.replace(found, conflict=_conflict(found, config))
+
+
+def encode_rows(
+    words: Tokenizer,
+    texts: Sequence[str],
+    length: int,
+    pairs: Sequence[str] | None = None,
+) -> dict[str, np.ndarray]:
+  """Returns texts as rows for an encoder, special tokens around each.
+
+  Args:
+    words: of the checkpoint; tokenizer.json puts special tokens around a text.
+    texts: to be told apart; as they are, of any length.
+    length: of all rows. Longer texts are cut at their end, within their special
+      tokens; of a pair the longer text first.
+    pairs: second texts, one for each; None for none.
+
+  Returns:
+    {'tokens': (b, length) int32, padded at the end; 'mask': (b, length) bool, False
+    of padding; 'types': (b, length) int32, of pairs}.
+
+  Raises:
+    ValueError: no texts, pairs of another number, a tokenizer without a token for
+      padding or whose tokenizer.json puts no special tokens around a text, a length
+      that these fill, files that contradict each other.
+  """
+  if words.conflict:
+    raise ValueError(words.conflict)
+  texts, pairs = list(texts), None if pairs is None else list(pairs)
+  checks.that(len(texts) > 0, 'at least one text', texts=texts)
+  if pairs is not None and len(pairs) != len(texts):
+    raise ValueError(
+        f'Expected {len(texts)} pairs, one for each text, got {len(pairs)}.'
+    )
+  around = words.backend.num_special_tokens_to_add(pairs is not None)
+  if not around or words.pad_id is None:
+    raise ValueError(
+        'Expected a tokenizer that pads, and puts special tokens around a text, got'
+        f' pad_token={words.pad_token!r} and {around} of these.'
+    )
+  checks.integers(around + 1, length=length)
+  given = texts if pairs is None else list(zip(texts, pairs, strict=True))
+  found = _cutting(words, int(length)).encode_batch(given)
+  tokens = np.full((len(found), length), words.pad_id, np.int32)
+  mask, types = np.zeros(tokens.shape, bool), np.zeros_like(tokens)
+  for i, row in enumerate(found):
+    size = len(row.ids)
+    tokens[i, :size], types[i, :size] = row.ids, row.type_ids
+    mask[i, :size] = True
+  return {'tokens': tokens, 'mask': mask, 'types': types}
+
+
+@functools.lru_cache(maxsize=16)
+def _cutting(words: Tokenizer, length: int) -> tokenizers.Tokenizer:
+  """Returns a copy of the backend that cuts at a length."""
+  backend = tokenizers.Tokenizer.from_str(words.backend.to_str())
+  backend.encode_special_tokens = words.backend.encode_special_tokens
+  backend.enable_truncation(length, strategy='longest_first')
+  return backend
 
 
 def _backend(folder: pathlib.Path) -> tokenizers.Tokenizer:

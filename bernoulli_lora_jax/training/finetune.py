@@ -58,6 +58,7 @@ _FIELDS = {
     'rank': 'method.rank',
     'period': 'method.period',
     'prob': 'method.prob',
+    'shared_coin': 'method.shared_coin',
     'alpha': 'method.alpha',
     'sketch': 'method.sketch',
     'optimizer': 'method.optimizer',
@@ -101,6 +102,7 @@ def finetune(
     rank: int = 16,
     period: int = 100,
     prob: float = 0.5,
+    shared_coin: bool = False,
     alpha: float | None = None,
     sketch: str = 'gaussian',
     sketched: Literal['auto', 'yes', 'no'] = 'auto',
@@ -156,6 +158,8 @@ def finetune(
     rank: of the factors.
     period: steps of a link, after which it is merged.
     prob: P(left), of bernoulli.
+    shared_coin: whether one coin a link decides for all matrices, of bernoulli: links
+      are then left or right as a whole, and run as fast as those.
     alpha: the scale is alpha / rank; None for 1, with lora and cola 2.
     sketch: law of the frozen factors.
     sketched: whether weights move at each step, with no factors beside them: less

@@ -1,6 +1,7 @@
 """The program of `blora finetune`: its steps, and the mode that fits."""
 
 from collections.abc import Callable
+import itertools
 import math
 import os
 import pathlib
@@ -159,7 +160,9 @@ def _made(
 
 def _ends_at_links(config: config_dict.ConfigDict) -> bool:
   """Returns whether dispatches end with links, as those of evaluations should."""
-  return config.training.recipe or config.method.mode == 'sketched'
+  c = config.method
+  has_sides = c.shared_coin and c.name == 'bernoulli'  # See `Program.sides`.
+  return config.training.recipe or c.mode == 'sketched' or has_sides
 
 
 def _aligned(every: int, period: int) -> int:
@@ -171,13 +174,27 @@ def _aligned(every: int, period: int) -> int:
 
 
 def _dispatch(config: config_dict.ConfigDict, most: int) -> int:
-  """Returns the steps of a dispatch: of one length, where a long one divides all."""
+  """Returns the most steps of a dispatch, so that a run has two lengths, or one.
+
+  A length is a program to compile. One length is better than a dispatch up to twice
+  as long; two are better than any that makes a third.
+  """
   t = config.training
-  gaps = [t.eval_every, t.checkpoint_every, t.num_steps]
+  gaps = [t.eval_every, t.checkpoint_every]
   gaps += [config.method.period] if _ends_at_links(config) else []
-  whole = math.gcd(*gaps)
-  parts = [n for n in range(1, most + 1) if whole % n == 0]
-  return parts[-1] if 2 * parts[-1] >= min(most, *gaps) else most
+  ends = {n for gap in gaps for n in range(0, t.num_steps, gap)}
+  spans = itertools.pairwise(sorted(ends | {t.num_steps}))
+  spans = {end - begin for begin, end in spans}
+
+  def count(n):
+    return len({n for x in spans if x >= n} | ({x % n for x in spans} - {0}))
+
+  longest = min(most, max(spans))
+  near = range(longest, (longest - 1) // 2, -1)
+  best = min(near, key=count)
+  if count(best) <= 2:
+    return best
+  return next(n for n in range(longest, 0, -1) if count(n) <= 2)
 
 
 def _steps_of_seconds(task: task_lib.Task, length: int) -> int:
@@ -215,10 +232,11 @@ def bytes_of(program: programs.Program) -> dict[str, int]:
   for compiled in program.compiled.values():
     stats = compiled.memory_analysis()
     if stats is not None:
-      of['step'] = (
+      bytes_of_one = (
           stats.argument_size_in_bytes
           + stats.output_size_in_bytes
           + stats.temp_size_in_bytes
           - stats.alias_size_in_bytes
       )
+      of['step'] = max(of['step'], bytes_of_one)
   return of

@@ -40,6 +40,8 @@ def show_start(
   numbers = sum(x.size for x in jax.tree.leaves(task_lib.shapes(task)))
   how = ', sketched' if config.method.mode == 'sketched' else ''
   print(f'trained a step: {trained:,.0f} of {numbers:,} numbers{how}')
+  if program.sides != (None,):
+    print('one coin a link for all matrices: a program for each side')
   rate = f'learning rate: {config.method.learning_rate:g}'
   print(rate + (f', from {rate_from}' if rate_from else ''))
   of = finetune_modes.bytes_of(program)

@@ -137,6 +137,7 @@ def train(
     log = stack.enter_context(metrics_log.MetricsLog(workdir, progress.step))
     bar = stack.enter_context(_bar(program, progress.step))
     begun, speeds = time.perf_counter() - progress.seconds, []
+    sides = program.sides_of_links(state, progress.step)
     try:
       # After a resume, too: it compiles what `seconds` is not to hold.
       first = _floats(program.evaluate(state))
@@ -150,13 +151,15 @@ def train(
         ):
           state = program.next_link(state)
         args = program.data, state, key, progress.step, stream.take(num)
+        side = sides[program.link(progress.step)] if sides else None
+        kind = num, side
         since = time.perf_counter()
-        if num not in program.compiled:  # Here, for a short way to a fault.
-          lowered = program.jit(num, state).lower(*args)
-          program.compiled[num] = lowered.compile()
-          program.compile_seconds[num] = time.perf_counter() - since
+        if kind not in program.compiled:  # Here, for a short way to a fault.
+          lowered = program.jit(num, state, side).lower(*args)
+          program.compiled[kind] = lowered.compile()
+          program.compile_seconds[kind] = time.perf_counter() - since
         since = time.perf_counter()
-        state, metrics = program.compiled[num](*args)
+        state, metrics = program.compiled[kind](*args)
         step = progress.step + num
         # While the device works.
         stream.prepare(_num_next(program, progress._replace(step=step)))
@@ -310,8 +313,10 @@ def _num_next(program: Program, progress: Progress) -> int:
     return 0
   cadences = [settings.eval_every]
   cadences += [settings.checkpoint_every] if settings.checkpoint_every else []
-  if settings.recipe and chain is not None:
+  if chain is not None and settings.recipe:
     period = recipes.steps_of_link(chain)
+  elif chain is not None and program.sides != (None,):
+    period = chain.policy.period
   cadences += [period] if period else []
   step, longest = progress.step, settings.steps_per_dispatch
   last = max(step // every * every for every in cadences)
@@ -320,14 +325,15 @@ def _num_next(program: Program, progress: Progress) -> int:
   return min(longest - (step - last) % longest, left)
 
 
-def compile_ahead(program: Program) -> Any:
-  """Returns the first dispatch compiled from shapes, nothing loaded.
+def compile_ahead(program: Program) -> list[Any]:
+  """Returns the first dispatch compiled from shapes, nothing loaded; of each side.
 
   Args:
     program: of one process, not of pmap, with a stream.
 
   Returns:
-    What jax compiles to; `memory_analysis` tells what it takes of each device.
+    What jax compiles to, of each of `Program.sides`; `memory_analysis` tells what it
+    takes of each device.
   """
   num = _num_next(program, Progress(0, 0, math.inf, 0, 0, 0.0))
   task, key = program.task, jax.random.key(0)
@@ -338,11 +344,13 @@ def compile_ahead(program: Program) -> Any:
       lambda x: jax.ShapeDtypeStruct((num, *x.shape), x.dtype), one
   )
   state, rows = program.driver.placed(state, rows)
-  begun = time.perf_counter()
-  lowered = program.jit(num, state).lower(program.data, state, key, 0, rows)
-  program.compiled[num] = lowered.compile()
-  program.compile_seconds[num] = time.perf_counter() - begun
-  return program.compiled[num]
+  args = program.data, state, key, 0, rows
+  for side in program.sides:
+    begun = time.perf_counter()
+    lowered = program.jit(num, state, side).lower(*args)
+    program.compiled[num, side] = lowered.compile()
+    program.compile_seconds[num, side] = time.perf_counter() - begun
+  return list(program.compiled.values())
 
 
 def _means(metrics: Mapping[str, Any], start: int) -> dict[str, float]:

@@ -388,7 +388,7 @@ class AdapterMethod:
   def snapshot(self, state: AdapterMethodState) -> AdapterMethodState:
     kept = state.chain._replace(opt_state=(), other_states=())
     if self.chain.sketched:  # Its params are all.
-      kept = kept._replace(factors={}, coins={}, remainders={})
+      kept = kept._replace(factors={}, coins={}, remainders={}, masters={})
     return state._replace(chain=kept)
 
   def at(self, f: Callable[..., Any]) -> Callable[..., Any]:

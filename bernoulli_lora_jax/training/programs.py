@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import parts
+from bernoulli_lora_jax import policies
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import methods
 from bernoulli_lora_jax.training import parallel
@@ -87,18 +89,18 @@ class Program:
     method: how params move.
     settings: how long and how often.
     driver: where steps run.
-    compiled: {num: (data, state, key, first, batches) -> (state, metrics of num
-      steps)}, which `loop` fills.
-    compile_seconds: {num: spent on it}.
+    compiled: {(num, side): (data, state, key, first, batches) -> (state, metrics of
+      num steps)}, which `loop` fills; side is None but for `sides`.
+    compile_seconds: {(num, side): spent on it}.
   """
 
   task: task_lib.Task
   method: methods.Method
   settings: Settings
   driver: parallel.Driver = parallel.Driver()
-  compiled: dict[int, Any] = dataclasses.field(default_factory=dict, repr=False)
-  compile_seconds: dict[int, float] = dataclasses.field(default_factory=dict)
-  _jitted: dict[int, Any] = dataclasses.field(default_factory=dict, repr=False)
+  compiled: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+  compile_seconds: dict[Any, float] = dataclasses.field(default_factory=dict)
+  _jitted: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
   @functools.cached_property
   def data(self) -> Any:
@@ -114,16 +116,17 @@ class Program:
       return self._start(key, self.task.weights)
     return self._start_of_loaded(key, self.task.load())
 
-  def jit(self, num: int, state: Any) -> Any:
+  def jit(self, num: int, state: Any, side: str | None = None) -> Any:
     """Returns jitted (data, state, key, first, batches) -> (state, metrics).
 
-    One function for each num of steps; the state is donated. See `steps` for
-    arguments, `driver.get` for the metrics; `batches` is () without a stream.
+    One function for each num of steps, and each side whose links alone it is for;
+    the state is donated. See `steps` for arguments, `driver.get` for the metrics;
+    `batches` is () without a stream.
     """
-    if num not in self._jitted:
-      run = functools.partial(steps, self.task, self._stepping, num)
-      self._jitted[num] = self.driver.jit(run, state)
-    return self._jitted[num]
+    if (num, side) not in self._jitted:
+      run = functools.partial(steps, self.task, self._stepping(side), num)
+      self._jitted[num, side] = self.driver.jit(run, state)
+    return self._jitted[num, side]
 
   def put(self, state: Any) -> Any:
     """Returns a state where the steps read it."""
@@ -150,15 +153,62 @@ class Program:
     chain, is_one = self.method.chain, self.driver.kind == 'none'
     return chain.policy.period if chain and self.task.load and is_one else None
 
+  @functools.cached_property
+  def sides(self) -> tuple[str | None, ...]:
+    """Returns the sides of links that have programs of their own, (None,) for none.
+
+    Links of one coin have, where the weights are loaded, and large, or where links
+    are no shorter than dispatches, which then end with them: such a program has no
+    coin, and of one factor alone a derivative.
+    """
+    chain, longest = self.method.chain, self.settings.steps_per_dispatch
+    if chain is None or policies.one_coin(chain.policy) is None:
+      return (None,)
+    is_long = chain.policy.period is None or longest <= chain.policy.period
+    return ('left', 'right') if self.task.load or is_long else (None,)
+
+  def link(self, step: int) -> int:
+    """Returns the number of the link of a step, counted from 0."""
+    chain = self.method.chain
+    return step // chain.policy.period if chain and chain.policy.period else 0
+
+  def sides_of_links(self, state: Any, step: int) -> list[str] | None:
+    """Returns the sides of all links of a run; None where they share programs.
+
+    Args:
+      state: as `put` placed it.
+      step: steps that it has done.
+
+    Raises:
+      ValueError: coins that are not those of the state's key.
+    """
+    chain = self.method.chain
+    if chain is None or self.sides == (None,):
+      return None
+    key, coins = self.driver.get((state.chain.key, state.chain.coins))
+    num = self.link(self.settings.num_steps - 1) + 1
+    sides = adapters.sides_of_links(chain, key, num)
+    known = sides[self.link(max(0, step - 1))]
+    for path, coin in jax.device_get(coins).items():
+      if np.any(coin != (known == 'left')):
+        raise ValueError(
+            f'Expected the coins of step {step} to fall {known}, as the key of the'
+            f' chain says, got {coin} of {path}, True for left: were they drawn by'
+            ' another generator?'
+        )
+    return sides
+
   def next_link(self, state: Any) -> Any:
     """Returns the state with its link ended and the next begun; consumes it."""
     return self.method.next_link(state)  # pyrefly: ignore
 
-  @functools.cached_property
-  def _stepping(self) -> methods.Method:
-    if self.period is None:
-      return self.method
-    return dataclasses.replace(self.method, ends_links=False)  # pyrefly: ignore
+  def _stepping(self, side: str | None) -> methods.Method:
+    method: Any = self.method
+    if self.period is not None:
+      method = dataclasses.replace(method, ends_links=False)
+    if side is not None:
+      method = dataclasses.replace(method, chain=method.chain.of_side(side))
+    return method
 
   def snapshot(self, state: Any) -> Any:
     """Returns what the params of a state are made of, copied to the host.

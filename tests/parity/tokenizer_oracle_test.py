@@ -189,3 +189,31 @@ class TokenizerParityTest(parameterized.TestCase):
         for text in texts
     )
     self.assertEqual(not found, same)
+
+
+class RowsParityTest(parameterized.TestCase):
+
+  @parameterized.product(
+      make=[tokenizer_folders.bert, tokenizer_folders.roberta],
+      length=[5, 9, 40],
+      has_pairs=[False, True],
+  )
+  def test_rows(self, make, length, has_pairs):
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    tokenizer_folders.write(folder, make())
+    texts = ['hello there', '', TEXT, 'once upon a time there was a model']
+    pairs = texts[::-1] if has_pairs else None
+    theirs = transformers.AutoTokenizer.from_pretrained(str(folder))(
+        texts,
+        pairs,
+        max_length=length,
+        truncation=True,
+        padding='max_length',
+        return_token_type_ids=True,
+    )
+    ours = tokenizer.encode_rows(tokenizer.load(folder), texts, length, pairs)
+    self.assertEqual(ours['tokens'].tolist(), theirs['input_ids'])
+    self.assertEqual(
+        ours['mask'].astype(int).tolist(), theirs['attention_mask']
+    )
+    self.assertEqual(ours['types'].tolist(), theirs['token_type_ids'])
