@@ -33,6 +33,7 @@ import optax
 
 from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import checks
+from bernoulli_lora_jax import factors as factors_lib
 from bernoulli_lora_jax import files
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import merging
@@ -144,7 +145,8 @@ def replay(base: Any, recipe: Recipe) -> Any:
       keeps='step' if is_step else '',
   )
   state = chain.init(recipe.key, base)
-  add = _add_step if is_step else _merge_link
+  add = functools.partial(_merge_link, keeps=recipe.keeps)
+  add = _add_step if is_step else add
   merge = jax.jit(
       lambda state, trained: sharded.automatic(
           lambda state, trained: add(chain, state, trained),
@@ -198,7 +200,7 @@ def link_factors(recipe: Recipe, params: Any) -> list[merging.Factors]:
   @jax.jit
   def draw(count, trained):
     at = state._replace(key=recipe.key, count=count)
-    return adapters.scaled(_drawn(chain, at, trained)[0], found)
+    return adapters.scaled(_drawn(chain, at, trained, recipe.keeps)[0], found)
 
   for number, link in enumerate(recipe.links):
     _check_link(chain, state, link, number)
@@ -422,10 +424,13 @@ def _period(recipe: Recipe) -> int:
 
 
 def _merge_link(
-    chain: adapters.Chain, state: adapters.AdapterState, trained: _Factors
+    chain: adapters.Chain,
+    state: adapters.AdapterState,
+    trained: _Factors,
+    keeps: str,
 ) -> adapters.AdapterState:
   """Merges the link that ends at `state.count`."""
-  factors, coins = _drawn(chain, state, trained)
+  factors, coins = _drawn(chain, state, trained, keeps)
   return chain.merge(state._replace(factors=factors, coins=coins))
 
 
@@ -453,7 +458,10 @@ def _sums(recipe: Recipe) -> Sequence[_Factors]:
 
 
 def _drawn(
-    chain: adapters.Chain, state: adapters.AdapterState, trained: _Factors
+    chain: adapters.Chain,
+    state: adapters.AdapterState,
+    trained: _Factors,
+    keeps: str,
 ) -> tuple[merging.Pairs, dict[str, jax.Array]]:
   """Draws the link that ends at `state.count`, puts in what it trained."""
   policy = chain.policy
@@ -461,11 +469,13 @@ def _drawn(
   link = 0
   if policy.resample and policy.period is not None:
     link = (state.count - 1) // policy.period
-  drawn = adapters.draw_link(state.key, link, found, policy)
+  # Sketched coordinates are sorted: the order of what they trained.
+  drawn = adapters.draw_link(state.key, link, found, policy, bool(keeps))
+  whole = factors_lib.completed(drawn.factors, found)
   factors = {}
   for one in found:
     path = one.matrix.path
-    pair = dict(drawn.factors[path])
+    pair = factors_lib.dense(whole[path], one.matrix)
     for side in one.trained:
       moves = True
       if path in drawn.coins:

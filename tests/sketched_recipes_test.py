@@ -221,7 +221,9 @@ class IncrementsTest(parameterized.TestCase):
 
   def test_another_step_is_seen(self):
     base = make_base('bfloat16')
-    policy = make_policy('left', rounding='stochastic')
+    policy = make_policy(
+        'left', sketch=bl.sketches.gaussian(), rounding='stochastic'
+    )
     recipe, final = made(policy, 'step', base)
     first, second, *rest = recipe.links
     other = recipe._replace(links=(second, first, *rest))
@@ -279,7 +281,10 @@ class LinksTest(parameterized.TestCase):
 
   def check_within_the_bound(self, side, dtype, rounding):
     base = make_base(dtype)
-    policy = make_policy(side, rounding=rounding, alpha=3.0)
+    # Coordinates are wide within a link: they lose nothing there.
+    policy = make_policy(
+        side, sketch=bl.sketches.gaussian(), rounding=rounding, alpha=3.0
+    )
     recipe, final = made(policy, 'link', base)
     steps, same = made(policy, 'step', base)
     # What is kept moves nothing, but for what compilers fuse.
@@ -304,7 +309,13 @@ class LinksTest(parameterized.TestCase):
     base = {'w': jnp.ones((size, size), dtype)}
     step = part * float(jnp.finfo(dtype).eps)
     chain = adapters.make_chain(
-        make_policy('left', rank=size, period=num_steps, rounding=rounding),
+        make_policy(
+            'left',
+            rank=size,
+            period=num_steps,
+            rounding=rounding,
+            sketch=bl.sketches.gaussian(),
+        ),
         optax.sgd(step),
         sketched=True,
         keeps='link',
