@@ -62,6 +62,7 @@ Matrices = matrices_lib.Matrices
 Matrix = matrices_lib.Matrix
 Pairs = merging.Pairs  # {path: {'left' and/or 'right': array}}
 
+KEPT = ('link', 'step')  # What a sketched chain keeps for a recipe.
 # Purposes folded into a matrix's key; 0, 1: links.py, 2: factors.py.
 _ROUND, _ROUND_OTHERS = 3, 4
 
@@ -80,6 +81,8 @@ class AdapterState(NamedTuple):
   key: jax.Array  # shape=(), typed PRNG key; folded with the link.
   other_states: Any = ()  # {pattern: optimiser's state} of `others`.
   masters: Pairs = {}  # Sketched coordinates: see `sketched.masters`.
+  # {path: {side: as the factor}}, see `keeps`; without the scale.
+  trained: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Chain:
   restart: restart_lib.Restart | None = None
   sketched: bool = False
   side: str | None = None  # See `of_side`.
+  keeps: str = ''
 
   @property
   def others(self) -> dict[str, optax.GradientTransformation]:
@@ -172,6 +176,7 @@ def make_chain(
     others: Mapping[str, optax.GradientTransformation] | None = None,
     restart: restart_lib.Restart | None = None,
     sketched: bool = False,
+    keeps: str = '',
 ) -> Chain:
   """Returns a chain of adapters as pure functions.
 
@@ -205,6 +210,9 @@ def make_chain(
       a link and merge. The optimiser then sees gradients alone: there is no
       factor that it could decay, and one that asks for params fails. `inject`
       says what a loss computes.
+    keeps: what the state of a sketched chain holds for a recipe, in float32 and of
+      the trained factors' size: 'link', the sum of the link's increments; 'step',
+      the last increment; '', nothing.
 
   Returns:
     A `Chain`. step(state, loss, batch, *args, scale=1.0) ends a link that is
@@ -241,6 +249,7 @@ def make_chain(
         'Expected a sketched chain to train one factor and to end its links, got'
         f' side={policy.side!r}, period={policy.period}: leave sketched out.'
     )
+  checks.one_of(('', *(KEPT if sketched else ())), keeps=keeps)
   reductions = parts.check_reductions(reductions)
   for pattern in others or {}:
     matrices_lib.check_pattern('a pattern of others', pattern)
@@ -258,6 +267,7 @@ def make_chain(
       other_txs,
       restart,
       sketched,
+      keeps=keeps,
   )
 
 
@@ -335,6 +345,7 @@ def _first_state(
       count=jnp.zeros([], jnp.int32),
       key=jnp.copy(key),
       masters=_masters(base, factors, remainders, found),
+      trained=_nothing(chain, drawn.factors, found),
   )
 
 
@@ -531,7 +542,7 @@ def _round_keys_of(chain: Chain, state: AdapterState) -> dict[str, jax.Array]:
 def _begun_anew(chain: Chain, state: AdapterState) -> dict[str, Any]:
   """Returns what is new in the state of the link that begins."""
   state = _drawn_anew(chain, state)
-  new = ('factors', 'coins', 'opt_state', 'masters')
+  new = ('factors', 'coins', 'opt_state', 'masters', 'trained')
   return owned({name: getattr(state, name) for name in new})
 
 
@@ -619,7 +630,12 @@ def _drawn_anew(chain: Chain, state: AdapterState) -> AdapterState:
   drawn = factors_lib.draw_link(state.key, link, found, policy, chain.sketched)
   factors = _stored(chain, drawn.factors, found)
   masters = _masters(state.params, factors, state.remainders, found)
-  state = state._replace(factors=factors, coins=drawn.coins, masters=masters)
+  state = state._replace(
+      factors=factors,
+      coins=drawn.coins,
+      masters=masters,
+      trained=_nothing(chain, drawn.factors, found),
+  )
   return _restarted(chain, state)
 
 
@@ -652,6 +668,13 @@ def _stored(chain: Chain, factors: Pairs, found: Sequence[Adapted]) -> Pairs:
       }
       for one in found
   }
+
+
+def _nothing(chain: Chain, factors: Pairs, found: Sequence[Adapted]) -> Any:
+  """Returns what a link that begins has trained, where the state keeps it."""
+  if not chain.keeps:
+    return ()
+  return jax.tree.map(jnp.zeros_like, _trained(factors, found))
 
 
 def _trained(factors: Pairs, found: Sequence[Adapted]) -> Pairs:
@@ -755,30 +778,62 @@ def _moved_by(
     place = state.count % policy.period if policy.period else state.count
     scale = scale * jnp.minimum(1.0, (place + 1) / policy.warmup)
   moved = factors_lib.where(moves, _moved(trained, updates, scale), trained)
-  factors = factors_lib.joined(start, moved)
   if chain.sketched:
-    leaves, treedef = jax.tree.flatten(
-        state.params, is_leaf=inject.is_quantized
-    )
-    leaves, masters, remainders = sketched_lib.moved(
-        leaves,
-        factors_lib.scaled(factors, found),
-        state.masters,
-        state.remainders,
-        _round_keys(state, found),
-        found,
-        policy.rounding,
-    )
-    state = state._replace(
-        params=treedef.unflatten(leaves), masters=masters, remainders=remainders
-    )
+    state = add_increments(chain, state, moved)
   else:
-    state = state._replace(factors=factors)
+    state = state._replace(factors=factors_lib.joined(start, moved))
   return state._replace(
       params=_with_others(state.params, chosen, moved_rest),
       other_states=other_states or (),
       opt_state=_keep_frozen(moves, opt_state, state.opt_state),
       count=optax.safe_increment(state.count),
+  )
+
+
+def add_increments(
+    chain: Chain, state: AdapterState, increments: merging.Factors
+) -> AdapterState:
+  """Returns the state of a sketched chain with its weights moved by a step.
+
+  Of chains that keep each step barriers keep a compiler from fusing the move with its
+  surroundings, so that a replay rounds as the run did.
+
+  Args:
+    chain: sketched.
+    state: whose count tells the step.
+    increments: {path: {side: as the factor}} of the trained factors, without the
+      scale s. Where a coin decides, that of the frozen side is not read.
+  """
+  policy, found = chain.policy, chain.adapted(state.params)
+  apart = _apart if chain.keeps == 'step' else lambda tree: tree
+  start = factors_lib.completed(state.factors, found)
+  trained = factors_lib.trained_pairs(start, found)
+  moves = factors_lib.moving(trained, state.coins, chain.side)
+  zeros = jax.tree.map(jnp.zeros_like, trained)
+  own = apart(factors_lib.where(moves, increments, zeros))
+  moved = factors_lib.where(moves, own, trained)
+  leaves, treedef = jax.tree.flatten(state.params, is_leaf=inject.is_quantized)
+  leaves, pairs = apart(
+      (leaves, factors_lib.scaled(factors_lib.joined(start, moved), found))
+  )
+  leaves, masters, remainders = apart(
+      sketched_lib.moved(
+          leaves,
+          pairs,
+          state.masters,
+          state.remainders,
+          _round_keys(state, found),
+          found,
+          policy.rounding,
+      )
+  )
+  if chain.keeps == 'link':
+    own = jax.tree.map(jnp.add, state.trained, own)
+  return state._replace(
+      params=treedef.unflatten(leaves),
+      masters=masters,
+      remainders=remainders,
+      trained=own if chain.keeps else (),
   )
 
 
@@ -803,7 +858,9 @@ def _start_specs(
       ends = (*m.axes.batch, m.axes.left[0], m.axes.right[0])
       remainders[m.path] = sharded.Spec(*(spec[axis] for axis in ends))
   same: Any = sharded.Spec()
-  return AdapterState((), same, same, same, remainders, same, same, (), same)
+  return AdapterState(
+      (), same, same, same, remainders, same, same, (), same, same
+  )
 
 
 def _check_not_quantized(

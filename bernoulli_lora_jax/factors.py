@@ -15,6 +15,7 @@ import numpy as np
 
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import links as links_lib
+from bernoulli_lora_jax import lowrank
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import merging
 from bernoulli_lora_jax import policies
@@ -117,6 +118,18 @@ def rows_of(pair: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """Returns {side: rows} of what a state keeps of a matrix."""
   names = {side: f'{side}_rows' for side in ('left', 'right')}
   return {side: pair[name] for side, name in names.items() if name in pair}
+
+
+def dense(
+    pair: Mapping[str, jax.Array], m: matrices_lib.Matrix
+) -> dict[str, jax.Array]:
+  """Returns a completed pair with the frames of its rows formed."""
+  left, right = pair['left'], pair['right']
+  if 'left_rows' in pair:
+    left += lowrank.frame(pair['left_rows'], m.m).astype(left.dtype)
+  if 'right_rows' in pair:
+    right += lowrank.frame(pair['right_rows'], m.n).mT.astype(right.dtype)
+  return {'left': left, 'right': right}
 
 
 def completed(factors: Pairs, found: Sequence[Adapted]) -> Pairs:

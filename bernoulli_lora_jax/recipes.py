@@ -6,12 +6,18 @@ the weights are m n. `replay` draws the frozen factors anew and repeats the
 merges, bit for bit where programs round alike (the same versions on the same
 kind of device); the checksum of the result tells whether they did.
 
+A sketched chain rounds its weights at each step. Its recipe keeps the increment of
+each step, and replays bit for bit, too; or their sum over each link, as many
+numbers as of adapters, and replays their merges: to the roundings, see `replay`.
+
 On disk a recipe is a directory, `recipe.json` beside one `link_000000.npz` a
-link. Each file appears whole, so a run adds links while it goes on.
+link (a step, of increments). Each file appears whole, so a run adds links while it
+goes on.
 """
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -26,6 +32,8 @@ import numpy as np
 import optax
 
 from bernoulli_lora_jax import adapters
+from bernoulli_lora_jax import checks
+from bernoulli_lora_jax import factors as factors_lib
 from bernoulli_lora_jax import files
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax import merging
@@ -47,6 +55,7 @@ class Recipe(NamedTuple):
   key: jax.Array  # shape=(), typed PRNG key of the chain.
   num_steps: int  # Done; the last link may be an unfinished one.
   links: tuple[_Factors, ...]  # What was trained, the unchosen side zero.
+  keeps: str = ''  # Of sketched chains: 'link', or 'step' with a link a step.
 
 
 def checksum(params: Any) -> str:
@@ -66,24 +75,30 @@ def trained_factors(
   """Returns what the link of a state has trained, the unchosen side zero.
 
   Call it with the states after `period`, 2 `period`, ... steps, and after the
-  last one.
+  last one; of a chain that keeps each step after each.
 
   Raises:
-    ValueError: a factor that is not finite, by path; a sketched chain, which
-      keeps none.
+    ValueError: a factor that is not finite, by path; a sketched chain that keeps
+      none.
   """
   _check_chain(chain)
-  adapters.check_factors(state.factors)
+  trained = state.trained if chain.keeps else state.factors
+  adapters.check_factors(trained)
   factors = {}
   for one in chain.adapted(state.params):
     path = one.matrix.path
     for side in one.trained:
-      factor = np.array(state.factors[path][side])  # No view of the state.
+      factor = np.array(trained[path][side])  # No view of the state.
       if path in state.coins:
         is_left = np.asarray(state.coins[path])[..., None, None]
         factor = np.where(is_left == (side == 'right'), factor, 0)
       factors[f'{side}:{path}'] = factor
   return factors
+
+
+def steps_of_link(chain: adapters.Chain) -> int | None:
+  """Returns after how many steps a recipe has another link; None for the last."""
+  return 1 if chain.keeps == 'step' else chain.policy.period
 
 
 def replay(base: Any, recipe: Recipe) -> Any:
@@ -101,7 +116,18 @@ def replay(base: Any, recipe: Recipe) -> Any:
       lacks a factor, holds one of another shape, or one of no matrix.
 
   Warns:
-    UserWarning: the result's checksum is not the recorded one.
+    UserWarning: the result's checksum is not the recorded one, where it is to be.
+
+  Guarantees:
+    A sketched run of N steps in T links, of which the sum of each is kept, is met
+    to the bound of its rounding, in ulps of the largest number that a weight was:
+      nearest      (N + T) / 2
+      stochastic   N + T; the difference is zero in the mean, with a standard
+                   deviation of at most sqrt(N + T) / 2
+      compensated  1 + (N + T) eps / 2, eps that of the weights' dtype
+    (of float32 weights (N + T) / 2 in each mode: their sums are no wider), and to
+    (K + 2 r + 2) 2^-24 times s |L| sum |dR|, for sums and products in float32 of links
+    of K steps (with products of TF32 on GPUs 2^-10 of it besides).
   """
   found = checksum(base)
   if found != recipe.base:
@@ -110,11 +136,20 @@ def replay(base: Any, recipe: Recipe) -> Any:
         f' {found}: another base.'
     )
   _check_num_links(recipe)
-  chain = adapters.make_chain(recipe.policy, optax.identity(), recipe.matrices)
+  is_step = recipe.keeps == 'step'
+  chain = adapters.make_chain(
+      recipe.policy,
+      optax.identity(),
+      recipe.matrices,
+      sketched=is_step,
+      keeps='step' if is_step else '',
+  )
   state = chain.init(recipe.key, base)
+  add = functools.partial(_merge_link, keeps=recipe.keeps)
+  add = _add_step if is_step else add
   merge = jax.jit(
       lambda state, trained: sharded.automatic(
-          lambda state, trained: _merge_link(chain, state, trained),
+          lambda state, trained: add(chain, state, trained),
           state,
           trained,
           out=lambda: sharded.specs(state),
@@ -123,12 +158,14 @@ def replay(base: Any, recipe: Recipe) -> Any:
   for number, link in enumerate(recipe.links):
     _check_link(chain, state, link, number)
     count = min((number + 1) * _period(recipe), recipe.num_steps)
+    count = number if is_step else count
     state = merge(
         state._replace(count=jnp.asarray(count, jnp.int32)),
         {name: jnp.asarray(factor) for name, factor in link.items()},
     )
   result = checksum(state.params)
-  if recipe.final and result != recipe.final:
+  is_exact = recipe.keeps != 'link'
+  if is_exact and recipe.final and result != recipe.final:
     warnings.warn(
         f'Replayed weights of checksum {result}, recorded was {recipe.final}:'
         ' equal up to rounding at best. Replay on the device and versions of the'
@@ -163,11 +200,12 @@ def link_factors(recipe: Recipe, params: Any) -> list[merging.Factors]:
   @jax.jit
   def draw(count, trained):
     at = state._replace(key=recipe.key, count=count)
-    return adapters.scaled(_drawn(chain, at, trained)[0], found)
+    return adapters.scaled(_drawn(chain, at, trained, recipe.keeps)[0], found)
 
-  links: list[merging.Factors] = []
   for number, link in enumerate(recipe.links):
     _check_link(chain, state, link, number)
+  links: list[merging.Factors] = []
+  for number, link in enumerate(_sums(recipe)):
     count = jnp.asarray((number + 1) * _period(recipe), jnp.int32)
     pairs = draw(count, {k: jnp.asarray(v) for k, v in link.items()})
     host = lambda pair: {
@@ -190,7 +228,7 @@ def make_recipe(
     base: the weights that it started from.
     chain: as trained.
     key: as given to `chain.init`.
-    links: `trained_factors` of each link, the last one included.
+    links: `trained_factors` of each link (step), the last one included.
     final: state at the end.
 
   Raises:
@@ -206,14 +244,15 @@ def make_recipe(
       key,
       int(final.count),
       tuple(links),
+      chain.keeps,
   )
 
 
 def _check_chain(chain: adapters.Chain) -> None:
-  if chain.sketched:
+  if chain.sketched and not chain.keeps:
     raise ValueError(
-        'Expected a chain of adapters for a recipe, which stores trained factors,'
-        ' got sketched=True: keep a checkpoint.'
+        f'Expected keeps in {adapters.KEPT} of a sketched chain for a recipe, which'
+        " stores trained factors, got keeps=''."
     )
   if chain.others:
     raise ValueError(
@@ -264,6 +303,7 @@ def save_recipe(
       },
       'num_steps': recipe.num_steps,
       'num_links': len(recipe.links),
+      'keeps': recipe.keeps,
       'jax': jax.__version__,
       'device': jax.devices()[0].device_kind,
   }
@@ -344,6 +384,8 @@ def _from_record(
   policy['sketch'] = sketches.by_name(name) if sketch is None else sketch
   for field in policies.ignored(policy['side']):  # Of older recipes.
     policy.pop(field, None)
+  keeps = record.get('keeps', '')  # Older recipes are of adapters.
+  checks.one_of(('', *adapters.KEPT), keeps=keeps)
   if record.get('prob_is_array') and 'prob' in policy:
     policy['prob'] = jnp.asarray(policy['prob'])
   policy['targets'] = tuple(adapters.Target(**t) for t in policy['targets'])
@@ -358,6 +400,7 @@ def _from_record(
       ),
       record['num_steps'],
       tuple(load_link(directory, i) for i in range(record['num_links'])),
+      keeps,
   )
 
 
@@ -381,15 +424,44 @@ def _period(recipe: Recipe) -> int:
 
 
 def _merge_link(
-    chain: adapters.Chain, state: adapters.AdapterState, trained: _Factors
+    chain: adapters.Chain,
+    state: adapters.AdapterState,
+    trained: _Factors,
+    keeps: str,
 ) -> adapters.AdapterState:
   """Merges the link that ends at `state.count`."""
-  factors, coins = _drawn(chain, state, trained)
+  factors, coins = _drawn(chain, state, trained, keeps)
   return chain.merge(state._replace(factors=factors, coins=coins))
 
 
-def _drawn(
+def _add_step(
     chain: adapters.Chain, state: adapters.AdapterState, trained: _Factors
+) -> adapters.AdapterState:
+  """Moves the weights by the increments of the step that `state.count` begins."""
+  state = adapters.begin_link(chain, state)
+  increments = {
+      one.matrix.path: {
+          side: trained[f'{side}:{one.matrix.path}'] for side in one.trained
+      }
+      for one in chain.adapted(state.params)
+  }
+  return adapters.add_increments(chain, state, increments)
+
+
+def _sums(recipe: Recipe) -> Sequence[_Factors]:
+  """Returns what each link has trained, of increments their sums."""
+  if recipe.keeps != 'step':
+    return recipe.links
+  period, plus = _period(recipe), functools.partial(jax.tree.map, np.add)
+  ends = range(0, len(recipe.links), period)
+  return [functools.reduce(plus, recipe.links[i : i + period]) for i in ends]
+
+
+def _drawn(
+    chain: adapters.Chain,
+    state: adapters.AdapterState,
+    trained: _Factors,
+    keeps: str,
 ) -> tuple[merging.Pairs, dict[str, jax.Array]]:
   """Draws the link that ends at `state.count`, puts in what it trained."""
   policy = chain.policy
@@ -397,11 +469,13 @@ def _drawn(
   link = 0
   if policy.resample and policy.period is not None:
     link = (state.count - 1) // policy.period
-  drawn = adapters.draw_link(state.key, link, found, policy)
+  # Sketched coordinates are sorted: the order of what they trained.
+  drawn = adapters.draw_link(state.key, link, found, policy, bool(keeps))
+  whole = factors_lib.completed(drawn.factors, found)
   factors = {}
   for one in found:
     path = one.matrix.path
-    pair = dict(drawn.factors[path])
+    pair = factors_lib.dense(whole[path], one.matrix)
     for side in one.trained:
       moves = True
       if path in drawn.coins:
@@ -414,10 +488,13 @@ def _drawn(
 
 def _check_num_links(recipe: Recipe) -> None:
   num_links = -(-recipe.num_steps // _period(recipe))
+  if recipe.keeps == 'step':
+    num_links = recipe.num_steps
   if len(recipe.links) != num_links:
     raise ValueError(
         f'Expected {num_links} links of period={recipe.policy.period} in'
-        f' num_steps={recipe.num_steps}, got {len(recipe.links)}.'
+        f' num_steps={recipe.num_steps}, keeps={recipe.keeps!r}, got'
+        f' {len(recipe.links)}.'
     )
 
 
@@ -437,10 +514,11 @@ def _check_link(
         f'Expected the factors {sorted(expected)} in link {number}, got also'
         f' {sorted(link.keys() - expected)}.'
     )
+  known = state.trained if chain.keeps else state.factors
   for one in chain.adapted(state.params):
     for side in one.trained:
       name = f'{side}:{one.matrix.path}'
-      expected = state.factors[one.matrix.path][side].shape
+      expected = known[one.matrix.path][side].shape
       given = link[name].shape if name in link else None
       if given != expected:
         raise ValueError(

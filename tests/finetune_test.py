@@ -31,6 +31,7 @@ from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import cli
 from bernoulli_lora_jax import export
 from bernoulli_lora_jax import files
+from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import matrices
 from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax.models import decoder
@@ -554,8 +555,9 @@ class SketchedTest(parameterized.TestCase):
   def test_mode(self, flags, mode):
     config = make_config(**flags)
     self.assertEqual(config.method.mode, mode)
-    has_recipe = mode == 'adapter' and flags['method'] != 'lora'
+    has_recipe = flags['method'] not in ('lora', 'full')
     self.assertEqual(config.training.recipe, has_recipe)
+    self.assertFalse(config.training.recipe_of_steps)
 
   @parameterized.parameters('adapter', 'sketched')
   def test_a_run_that_was_begun_goes_on_as_it_was(self, mode):
@@ -595,6 +597,36 @@ class SketchedTest(parameterized.TestCase):
     lost = np.linalg.norm(values[1:]) / np.linalg.norm(values)
     # Two turns of the power method find the direction.
     np.testing.assert_allclose(thin.lost, lost, rtol=1e-4)
+
+  def test_change_is_that_of_the_links_where_they_are_kept(self):
+    base = {'kernel': jax.random.normal(jax.random.key(0), (12, 10))}
+    chain = adapters.make_chain(
+        bl.ChainPolicy.rac(2, 3, 'left', sketch=bl.sketches.coordinate()),
+        optax.adam(0.1),
+        sketched=True,
+        keeps='link',
+    )
+    loss = inject.by_product(
+        lambda params, x: (jnp.sum(jnp.sin(x @ params['kernel'])), None)
+    )
+    step = jax.jit(lambda state: chain.step(state, loss, jnp.ones((4, 12)))[0])
+    state = chain.init(jax.random.key(0), base)
+    folder = pathlib.Path(tempfile.mkdtemp(dir=FOLDER))
+    for i in range(5):  # Within the second link.
+      state = step(state)
+      if i == 2:
+        link = recipes.trained_factors(state, chain)
+        recipes.save_link(folder / 'recipe', 0, link)
+    program = mock.Mock(method=mock.Mock(chain=chain))
+    run = tuned.Tuned(folder, program, None, mock.Mock(chain=state), 5)
+    self.assertTrue(tuned.has_links(run))
+    thin = tuned.change(run)['kernel']
+    program.task.load.assert_not_called()
+    self.assertLessEqual(thin.ranks, 4)
+    self.assertLess(thin.lost, 1e-12)
+    change = state.params['kernel'] - base['kernel']
+    # Five roundings of weights below four.
+    np.testing.assert_allclose(thin.left @ thin.right, change, atol=2e-6)
 
   @parameterized.parameters(
       # (period, eval_every, checkpoint_every, num_steps, most), its dispatches.
@@ -678,7 +710,15 @@ class SketchedTest(parameterized.TestCase):
       np.testing.assert_allclose(
           weights(folder / 'merged')[path], leaf, rtol=2e-3, atol=2e-4
       )
-    self.assertFalse((folder / 'recipe').exists())
+    is_scanned = mode == 'memory'
+    base = hf.load(FOLDER / 'model', scan_layers=is_scanned)
+    recipe = recipes.load_recipe(folder / 'recipe')
+    self.assertLen(recipe.links, 4)
+    merged = hf.load(folder / 'merged', scan_layers=is_scanned).params
+    # (12 + 4) / 2 roundings of weights below one, and sums of links.
+    chex.assert_trees_all_close(
+        recipes.replay(base.params, recipe), merged, rtol=0, atol=12 * 2.0**-24
+    )
     base = hf.load(FOLDER / 'model', scan_layers=True)
     params, _ = served._with_adapters(base, [str(folder / 'adapter')], None)
     after = hf.load(folder / 'merged', scan_layers=True).params
@@ -686,12 +726,10 @@ class SketchedTest(parameterized.TestCase):
         logits(base.config, params), logits(base.config, after), **CLOSE
     )
     # Four links of rank 2.
-    self.assertRegex(
-        out, r'change of weights.*(?s:.)*q_proj +2 +8 +\d\S*e-0\d '
-    )
+    self.assertRegex(out, r'sum of links.*(?s:.)*q_proj +2 +8 +0 +\d\S*e-0\d')
     with mock.patch.object(hf, 'load', side_effect=AssertionError):
       _, again = tune(name, **flags)
-    self.assertEqual(*(x[x.index('Adapter against') :] for x in (out, again)))
+    self.assertEqual(*(x[x.index('Steps and') :] for x in (out, again)))
     self.check_commands(folder)
 
   def check_commands(self, folder):

@@ -187,6 +187,7 @@ class InputsTest(parameterized.TestCase):
       ('training.eval_gradient', 'x'),
       ('training.recipe', 'x'),
       ('training.recipe', 'true'),
+      ('training.recipe_of_steps', 'true'),
       ('training.keep_weights', 'x'),
       ('training.group_size', '-1'),
       ('training.parallel', 'tpu'),

@@ -21,7 +21,6 @@ from bernoulli_lora_jax import fused
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import links
 from bernoulli_lora_jax import lowrank
-from bernoulli_lora_jax import recipes
 from bernoulli_lora_jax import rounding
 from bernoulli_lora_jax.models import decoder
 from bernoulli_lora_jax.training import base_config
@@ -106,14 +105,12 @@ class LeaveTest(parameterized.TestCase):
       ('left', 'gaussian'), ('bernoulli', 'gaussian'), ('left', 'coordinate')
   )
   def test_no_factors_leave(self, side, sketch):
-    """They are zero: an adapter, or a recipe, of them would be of nothing."""
+    """They are zero: an adapter of them would be of nothing."""
     policy = _policy(side, sketch=bl.sketches.by_name(sketch))
     chain = adapters.make_chain(policy, _SGD, sketched=True)
     state = chain.init(jax.random.key(0), {'kernel': jnp.ones((5, 4))})
     with self.assertRaisesRegex(ValueError, 'sketched=True.*of_change'):
       export.of_state(chain, state)
-    with self.assertRaisesRegex(ValueError, 'sketched=True: keep a check'):
-      recipes.trained_factors(state, chain)
 
 
 class SameStepsTest(parameterized.TestCase):

@@ -6,6 +6,7 @@ import math
 import pathlib
 import re
 from unittest import mock
+import warnings
 
 from absl.testing import parameterized
 import chex
@@ -465,6 +466,49 @@ class AdapterRunTest(parameterized.TestCase):
     )
     self.assertEqual(lines_of(self.tmp / 'cut'), lines_of(self.tmp / 'whole'))
 
+  @parameterized.parameters(False, True)
+  @pytest.mark.slow
+  def test_recipe_of_a_sketched_run(self, of_steps):
+    """To the bit by its steps, else to the roundings; also resumed in a link."""
+    config = small_config(
+        method__mode='sketched',
+        training__recipe=True,
+        training__recipe_of_steps=of_steps,
+        training__checkpoint_every=8,
+    )
+    program, num_next = experiment.make_program(config), loop._num_next
+
+    def interrupted(program, progress):
+      if progress.step >= 18:  # Of links of five steps; 16 is saved.
+        raise KeyboardInterrupt
+      return num_next(program, progress)
+
+    states, save = [], loop._save
+
+    def watched(saver, state, best, progress):
+      states[:] = [jax.tree.map(jnp.copy, state)]
+      save(saver, state, best, progress)
+
+    with mock.patch.object(loop, '_num_next', interrupted):
+      with self.assertRaises(KeyboardInterrupt):
+        experiment.train(config, self.tmp / 'cut', program)
+    for name in ('cut', 'whole'):
+      with mock.patch.object(loop, '_save', watched):
+        experiment.train(config, self.tmp / name, program)
+    final = program.params(states[0])
+    with warnings.catch_warnings():
+      warnings.simplefilter('error')
+      recipe, replayed = self.params(program, self.tmp / 'whole')
+      _, again = self.params(program, self.tmp / 'cut')
+    chex.assert_trees_all_equal(again, replayed)
+    self.assertLen(recipe.links, 24 if of_steps else 5)
+    self.assertEqual(recipe.final, recipes.checksum(final))
+    if of_steps:
+      chex.assert_trees_all_equal(replayed, final)
+    # (24 + 5) / 2 roundings of weights below one, and sums of links.
+    chex.assert_trees_all_close(replayed, final, rtol=0, atol=20 * 2.0**-24)
+    self.assertEqual(lines_of(self.tmp / 'cut'), lines_of(self.tmp / 'whole'))
+
   @parameterized.parameters('jit', 'pmap')
   @pytest.mark.slow
   def test_devices_give_the_same_run(self, kind):
@@ -549,10 +593,33 @@ class AdapterRunTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       experiment.make_program(config)
 
-  @parameterized.parameters('gradient', 'sketched')
-  def test_other_modes_have_no_recipe(self, mode):
-    config = small_config(method__mode=mode, training__recipe=True)
-    message = f'training.recipe=False in {mode} mode, got recipe=True'
+  def test_gradient_mode_has_no_recipe(self):
+    config = small_config(method__mode='gradient', training__recipe=True)
+    message = 'training.recipe=False in gradient mode, got recipe=True'
+    with self.assertRaisesRegex(ValueError, message):
+      experiment.make_program(config)
+
+  def test_each_step_of_a_recipe_of_steps_is_a_dispatch(self):
+    config = small_config(
+        method__mode='sketched',
+        training__recipe=True,
+        training__recipe_of_steps=True,
+    )
+    program = experiment.make_program(config)
+    progress = loop.Progress(2, 0, math.inf, 0, 0, 0.0)
+    self.assertEqual(loop._num_next(program, progress), 1)
+    config.training.recipe_of_steps = False
+    program = experiment.make_program(config)
+    self.assertGreater(loop._num_next(program, progress), 1)
+
+  @parameterized.parameters(('adapter', True), ('sketched', False))
+  def test_steps_are_of_a_recipe_of_sketched_runs(self, mode, recipe):
+    config = small_config(
+        method__mode=mode,
+        training__recipe=recipe,
+        training__recipe_of_steps=True,
+    )
+    message = f'recipe_of_steps=True, recipe={recipe} in {mode} mode'
     with self.assertRaisesRegex(ValueError, message):
       experiment.make_program(config)
 

@@ -141,7 +141,10 @@ def get_config() -> config_dict.ConfigDict:
   config.training.plateau_factor = 0.1  # By which it drops.
   # Whether evaluations report ||grad f||^2, for audits: a data pass each.
   config.training.eval_gradient = False
-  config.training.recipe = False  # Adapter mode: write what rebuilds the run.
+  # Adapter and sketched mode: write what rebuilds the run. Sketched: to the roundings,
+  # or to the bit, by the increments of all steps, each as large as a link.
+  config.training.recipe = False
+  config.training.recipe_of_steps = False
   # Sweeps: whether runs that train together write a checkpoint of their end.
   config.training.keep_weights = False
   config.training.group_size = 0  # Runs together in a sweep; 0: by the device.

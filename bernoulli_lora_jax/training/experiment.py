@@ -139,10 +139,17 @@ def make_program(
   try:
     settings = make_settings(config, task)
     method = make_method(config, task, driver=driver)
-    if t.recipe and (method.chain is None or method.chain.sketched):
+    if t.recipe and method.chain is None:
       raise ValueError(
           f'Expected training.recipe=False in {config.method.mode} mode, got'
-          ' recipe=True: a recipe is made of the factors of adapters.'
+          ' recipe=True: a recipe is made of the factors of a chain.'
+      )
+    is_kept = t.recipe and config.method.mode == 'sketched'
+    if t.recipe_of_steps and not is_kept:
+      raise ValueError(
+          'Expected training.recipe_of_steps=False without training.recipe in'
+          f' sketched mode, got recipe_of_steps=True, recipe={t.recipe} in'
+          f' {config.method.mode} mode.'
       )
     key = jax.random.key(0)
     jax.eval_shape(method.init, key, task_lib.shapes(task))
@@ -304,6 +311,7 @@ def _make_method(
         additive=not arguments.is_flax(task),
         others=arguments.make_others(config, schedule),
         sketched=c.mode == 'sketched',
+        keeps=_kept(config),
         **common,
     )
   if c.others or c.other_rows:
@@ -321,6 +329,13 @@ def _make_method(
       trained=arguments.trained_leaves(config, task),
       **common,
   )
+
+
+def _kept(config: config_dict.ConfigDict) -> str:
+  """Returns what states keep for a recipe, see `adapters.make_chain`."""
+  if config.method.mode != 'sketched' or not config.training.recipe:
+    return ''
+  return 'step' if config.training.recipe_of_steps else 'link'
 
 
 def _check_sketched(c: config_dict.ConfigDict) -> None:

@@ -139,6 +139,7 @@ _RULES: dict[str, _Rule] = {
     'training.plateau_factor': _OPEN,
     'training.eval_gradient': _FREE,
     'training.recipe': _FREE,
+    'training.recipe_of_steps': _FREE,
     'training.keep_weights': _FREE,
     'training.group_size': _at_least(0),
     'training.parallel': _one_of('none', 'jit', 'pmap'),

@@ -310,9 +310,7 @@ def make_config(
       'method.other_rows': other_rows,
       'training.num_passes': float(given['num_epochs']),
       # Of LoRA the state holds all that a recipe would.
-      'training.recipe': given['method'] not in ('full', 'lora')
-      and not others
-      and not is_sketched,
+      'training.recipe': given['method'] not in ('full', 'lora') and not others,
       'training.max_to_keep': 1,
   }
   if is_full or given['method'] == 'lora':

@@ -95,11 +95,10 @@ def show_end(
   (run,) = reporting.load_runs([directory])
   if end['lost']:
     is_sketched = run.config['method'].get('mode') == 'sketched'
-    what = (
-        'Adapter against the change of weights'
-        if is_sketched
-        else 'Merges and adapter against base + sum of links'
-    )
+    what = 'Steps' if is_sketched else 'Merges'
+    what += ' and adapter against base + sum of links'
+    if is_sketched and not run.config['training'].get('recipe'):
+      what = 'Adapter against the change of weights'
     print(f'\n{what}, parts lost:\n')
     print(reporting.table(end['lost']))
   first = next((line for line in run.metrics if line['step'] == 0), {})

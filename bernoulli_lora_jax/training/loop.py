@@ -313,7 +313,9 @@ def _num_next(program: Program, progress: Progress) -> int:
     return 0
   cadences = [settings.eval_every]
   cadences += [settings.checkpoint_every] if settings.checkpoint_every else []
-  if chain is not None and (settings.recipe or program.sides != (None,)):
+  if chain is not None and settings.recipe:
+    period = recipes.steps_of_link(chain)
+  elif chain is not None and program.sides != (None,):
     period = chain.policy.period
   cadences += [period] if period else []
   step, longest = progress.step, settings.steps_per_dispatch
@@ -401,7 +403,7 @@ def _save_link(
   """Writes what a link has trained, if it ends at this step or with the run."""
   chain, num_steps = program.method.chain, program.settings.num_steps
   assert chain is not None
-  period = chain.policy.period or num_steps
+  period = recipes.steps_of_link(chain) or num_steps
   if step % period and step != num_steps:
     return
   inner = program.get(state).chain
@@ -421,7 +423,7 @@ def _save_recipe(
     raise ValueError('Expected training.recipe=False in gradient mode.')
   final = program.get(state).chain
   step = int(final.count)
-  num_links = -(-step // (chain.policy.period or max(1, step)))
+  num_links = -(-step // (recipes.steps_of_link(chain) or max(1, step)))
   folder = workdir / 'recipe'
   # Stopped early, or kept from before the end: within a link.
   if step != program.settings.num_steps and num_links:
@@ -438,6 +440,7 @@ def _save_recipe(
       final.key,
       step,
       tuple(links),
+      chain.keeps,
   )
   recipes.save_recipe(folder, made, links=False)  # They are there.
 

@@ -435,6 +435,7 @@ def adapter_method(
     num_micro_batches: int = 1,
     others: Mapping[str, optax.GradientTransformation] | None = None,
     sketched: bool = False,
+    keeps: str = '',
     driver: parallel.Driver | None = None,
 ) -> AdapterMethod:
   """Returns the method that trains adapters by minibatch gradients.
@@ -451,6 +452,7 @@ def adapter_method(
     num_micro_batches: parts in which a minibatch's gradient is accumulated.
     others: see `adapters.make_chain`.
     sketched: see `adapters.make_chain`.
+    keeps: see `adapters.make_chain`.
     driver: None for one device.
 
   Returns:
@@ -466,6 +468,7 @@ def adapter_method(
       average=driver.mapped,
       others=others,
       sketched=sketched,
+      keeps=keeps,
   )
   # The key within the batch: noise is keyed by example, not by micro-batch.
   keyed = lambda params, both: loss(params, *both)

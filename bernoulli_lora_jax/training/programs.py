@@ -39,7 +39,7 @@ class Settings:
     plateau_factor: in (0, 1).
     eval_gradient: whether evaluations report the squared norm of the full
       gradient over trained leaves, at the cost of a data pass.
-    recipe: whether an adapter-mode run writes its recipe, see `recipes`; with
+    recipe: whether a run of a chain writes its recipe, see `recipes`; with
       patience that of the lowest loss.
     progress: whether to show a progress bar.
     max_to_keep: checkpoints kept.

@@ -19,7 +19,6 @@ import jax
 from ml_collections import config_dict
 import numpy as np
 
-from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import export
 from bernoulli_lora_jax import files
@@ -138,7 +137,9 @@ def why_no_adapter(run: Tuned) -> str:
 def has_links(run: Tuned) -> bool:
   """Returns whether the change is known as a sum of products."""
   chain = run.program.method.chain
-  return not why_no_adapter(run) and chain is not None and not chain.sketched
+  if why_no_adapter(run) or chain is None:
+    return False
+  return bool(not chain.sketched or chain.keeps)
 
 
 def merged(run: Tuned) -> Any:
@@ -217,8 +218,8 @@ def save_adapter(
     run: see `load`.
     folder: that is not there yet.
     style: 'peft' or 'vllm'.
-    rank: most of a layer; 0 for the exact sum of all links (of a sketched run, for
-      the rank that it has), for vLLM up to the largest rank that it takes.
+    rank: most of a layer; 0 for the exact sum of all links (of a run without them,
+      for the rank that they have), for vLLM up to the largest rank that it takes.
     dtype: 'float32' or 'bfloat16'.
 
   Returns:
@@ -243,8 +244,8 @@ def save_adapter(
 def change(run: Tuned, rank: int = 0) -> dict[str, export.Thin]:
   """Returns what a run has changed as thin factors, from its links.
 
-  Of a sketched run, which keeps none, by an SVD of its weights less those of the
-  base, see `export.of_change`.
+  Of a sketched run without a recipe, which keeps none, by an SVD of its weights less
+  those of the base, see `export.of_change`.
 
   Args:
     run: see `load`.
@@ -262,7 +263,7 @@ def change(run: Tuned, rank: int = 0) -> dict[str, export.Thin]:
   chain = run.program.method.chain
   assert chain is not None
   state, period = run.state.chain, chain.policy.period
-  if chain.sketched:
+  if not has_links(run):
     found = chain.adapted(state.params)
     assert period is not None
     num_links = max(1, -(-run.step // period))
@@ -276,23 +277,23 @@ def change(run: Tuned, rank: int = 0) -> dict[str, export.Thin]:
   if period is None:
     thin = export.of_state(chain, state)
     return export.truncate(thin, rank) if rank else thin
-  done = max(0, (run.step - 1) // period)  # Links that are merged.
+  steps = max(1, run.step)  # At step 0 there is a link, too: of zeros.
+  every = recipes.steps_of_link(chain) or steps
+  kept = [
+      recipes.load_link(run.directory / 'recipe', i)
+      for i in range((steps - 1) // every)
+  ]
   recipe = recipes.Recipe(
       '',
       '',
       chain.policy,
       chain.matrices,
       state.key,
-      done * period,
-      tuple(
-          recipes.load_link(run.directory / 'recipe', i) for i in range(done)
-      ),
+      steps,
+      (*kept, recipes.trained_factors(state, chain)),
+      chain.keeps,
   )
-  links = recipes.link_factors(recipe, state.params) if done else []
-  found = chain.adapted(state.params)
-  last = adapters.scaled(state.factors, found)
-  host = lambda pair: {s: np.asarray(pair[s]) for s in ('left', 'right')}
-  links.append({path: host(pair) for path, pair in last.items()})
+  links = recipes.link_factors(recipe, state.params)
   return export.of_links(links, rank or None)
 
 
