@@ -28,7 +28,8 @@ written to --out as it comes. Parts in brackets may be there, in any order:
 JAX rows: unrolled layers, no remat; [_memory]: scanned layers, full remat (also of
 command_*); [_unpacked]: a batch of nothing but tokens, where it is packed as the
 command's is; chains: [_rademacher], [_coordinate], [_srht]; [_stochastic],
-[_compensated]; [_shared], one coin for all matrices. All rows: [_r64], the rank;
+[_compensated]; [_shared], one coin for all matrices; [_grouped], one left frame for q,
+k and v, one for gate and up. All rows: [_r64], the rank;
 [_len4096], the tokens of a row, of which a step has as many as before. --ranks and
 --lengths make each row of --only once for each.
 

@@ -696,6 +696,7 @@ def _moved_factors(
   chosen = _places_of_others(chain, state.params, found)
   rest = _other_leaves(state.params, chosen)
   found = policies.of_side(found, chain.side)
+  start = factors_lib.shared(start, found)
   trained = factors_lib.trained_pairs(start, found)
 
   def value_of(moved, batch, *args):

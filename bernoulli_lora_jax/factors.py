@@ -74,6 +74,7 @@ def draw_link(
       sketch=policy.sketch,
       shared_coin=policy.shared_coin,
       frame='orthonormal' if by_rows else policy.frame,
+      named=[one.frame for one in found] if policy.shared_frames else None,
   )
   start = _rows if by_rows else _one_sided
   coins = {
@@ -145,6 +146,22 @@ def completed(factors: Pairs, found: Sequence[Adapted]) -> Pairs:
         if side not in pair
     }
     pairs[m.path] = {**zeros, **pair}
+  return pairs
+
+
+def shared(factors: Pairs, found: Sequence[Adapted]) -> Pairs:
+  """Returns the factors with one array for what a group of left links froze.
+
+  What reads it with the same x is then one operation, once it is compiled.
+  """
+  first: dict[tuple[str, str], jax.Array] = {}
+  pairs = {}
+  for one in found:
+    pair = dict(factors[one.matrix.path])
+    if one.trained == ('right',):
+      for name in {'left', 'left_rows'} & pair.keys():
+        pair[name] = first.setdefault((one.frame.path, name), pair[name])
+    pairs[one.matrix.path] = pair
   return pairs
 
 

@@ -46,6 +46,7 @@ def draw_links(
     sketch: Sketch,
     shared_coin: bool = False,
     frame: str = 'orthonormal',
+    named: Sequence[Matrix] | None = None,
 ) -> list[Link]:
   """Draws coin and bases for every matrix of a tree.
 
@@ -61,6 +62,8 @@ def draw_links(
     sketch: law of the subspaces.
     shared_coin: one uniform number decides for the whole tree.
     frame: 'orthonormal', or 'raw' for the samples as drawn (never None then).
+    named: for each matrix the one whose left basis it has, of as many rows; None
+      for its own. A square one with a coin draws its right basis likewise.
 
   Returns:
     One `Link` for each matrix.
@@ -69,6 +72,8 @@ def draw_links(
   keys = matrix_keys(key, found)
   starts = np.cumsum([0] + [matrix.entries.size for matrix in found])
   coins = draw_coins(key, found, probs=probs, shared_coin=shared_coin)
+  if named is not None:
+    keys = jnp.concatenate([keys, matrix_keys(key, named)])
   bases = _draw_bases(keys, starts, found, ranks, sketch, sides, frame)
 
   def link(i: int) -> Link:
@@ -155,7 +160,8 @@ def _draw_bases(
 ) -> dict[tuple[int, str], jax.Array]:
   """Returns {(matrix, side): (entries, ...) bases}, drawn once a length.
 
-  Both sides of a square matrix use one draw: only one of them is applied.
+  Both sides of a square matrix use one draw: only one of them is applied. Where
+  there are twice as many keys, the second half are of left bases.
   """
   is_raw = frame == 'raw'
   draw = sketch.samples if is_raw else sketch.bases
@@ -168,11 +174,13 @@ def _draw_bases(
         wanted.setdefault((dim, min(ranks[i], dim), dtype), []).append(i)
   drawn = {}
   for (dim, rank, dtype), members in wanted.items():
-    places = np.concatenate(
-        [np.arange(starts[i], starts[i + 1]) for i in members]
-    )
+    places = []
+    for i in members:
+      is_left = dim == found[i].m and sides[i] is not False
+      behind = keys.size - starts[-1] if is_left else 0
+      places.append(np.arange(starts[i], starts[i + 1]) + behind)
     frame_keys = jax.vmap(lambda key: jax.random.fold_in(key, _FRAME))(
-        keys[places]
+        keys[np.concatenate(places)]
     )
     stacked = draw(frame_keys, dim, rank, dtype)
     keys = sketches.behind(keys, stacked)  # One factorisation after another.

@@ -37,6 +37,7 @@ SIDES = ('left', 'right', 'bernoulli', None)
 _SIDES_OF = {
     'prob': ('bernoulli',),
     'shared_coin': ('bernoulli',),
+    'shared_frames': ('left', 'bernoulli'),
     'init': (None,),
     'zero': (None,),
 }
@@ -100,6 +101,11 @@ class ChainPolicy:
     rounding: 'nearest', 'stochastic' or 'compensated', see `rounding`.
     shared_coin: one coin for all matrices. Where they have one prob, a link has one
       side, which the host may know, see `one_coin`.
+    shared_frames: regular expressions, each searched in the normalised path. Matrices
+      whose paths are the same but for what one of them finds draw one left frame, as
+      those that read one activation may: 'self_attn/(q|k|v)_proj'. Then x L is
+      computed once for those whose coin is left. Coins stay separate; each frame has
+      its law, which is all that the rates ask for (T1), but they are not independent.
     targets: what is adapted; () for what `Matrices` selects.
   """
 
@@ -118,6 +124,7 @@ class ChainPolicy:
   reset_optimizer: bool = True
   rounding: str = 'nearest'
   shared_coin: bool = False
+  shared_frames: tuple[str, ...] = ()
   targets: tuple[Target, ...] = ()
 
   @classmethod
@@ -174,6 +181,13 @@ class ChainPolicy:
       raise TypeError(
           f'Expected targets to be a tuple of Target, got {self.targets!r}.'
       )
+    if isinstance(self.shared_frames, str):
+      raise TypeError(
+          'Expected shared_frames to be a tuple of patterns, got'
+          f' {self.shared_frames!r}.'
+      )
+    for pattern in self.shared_frames:
+      matrices_lib.check_pattern('a pattern of shared_frames', pattern)
     for target in self.targets:
       if target.prob is not None and self.side != 'bernoulli':
         raise ValueError(
@@ -225,6 +239,7 @@ class Adapted(NamedTuple):
   rank: int  # As asked for.
   scale: float  # s
   prob: float | jax.Array | None  # P(left); None: both are trained.
+  frame: Matrix  # Whose left frame it has: its own, or the first of its group.
 
   @property
   def trained(self) -> tuple[str, ...]:
@@ -275,7 +290,8 @@ def resolve(
   found = matrices_lib.find(inject.logical(params), spec)
   found_paths = [matrix.path for matrix in found]
   _check_targets(policy.targets, found_paths, found_paths)
-  return [_adapted(matrix, policy) for matrix in found]
+  adapted = [_adapted(matrix, policy) for matrix in found]
+  return _grouped(adapted, policy.shared_frames)
 
 
 def resolve_others(
@@ -445,7 +461,42 @@ def _adapted(matrix: Matrix, policy: ChainPolicy) -> Adapted:
   prob = {'left': 1.0, 'right': 0.0, None: None}.get(
       policy.side, values['prob']
   )
-  return Adapted(matrix, rank, 1.0 if alpha is None else alpha / root, prob)
+  scale = 1.0 if alpha is None else alpha / root
+  return Adapted(matrix, rank, scale, prob, matrix)
+
+
+def _grouped(
+    found: Sequence[Adapted], patterns: Sequence[str]
+) -> list[Adapted]:
+  """Returns what is adapted, each group with the frame of its first."""
+  grouped: list[Adapted] = []
+  first: dict[str, Adapted] = {}
+  for one in found:
+    matching = [p for p in patterns if re.search(p, one.matrix.path)]
+    if len(matching) > 1:
+      raise ValueError(
+          f'Expected one pattern of shared_frames for {one.matrix.path}, got'
+          f' {matching}.'
+      )
+    for pattern in matching:
+      name = re.sub(pattern, '*', one.matrix.path, count=1)
+      other = first.setdefault(name, one)
+      one = one._replace(frame=other.matrix)
+      shapes = [(x.matrix.batch, x.matrix.m, x.rank) for x in (other, one)]
+      if shapes[0] != shapes[1]:
+        raise ValueError(
+            'Expected matrices that share a frame to have one batch, number of'
+            f' rows and rank, got {shapes[0]} of {other.matrix.path} and'
+            f' {shapes[1]} of {one.matrix.path}.'
+        )
+    grouped.append(one)
+  for pattern in patterns:
+    if not any(re.search(pattern, one.matrix.path) for one in found):
+      raise ValueError(
+          f'Expected the pattern {pattern!r} of shared_frames to match a matrix;'
+          f' the paths are {[one.matrix.path for one in found]}.'
+      )
+  return grouped
 
 
 def _rank_text(one: Adapted) -> Any:

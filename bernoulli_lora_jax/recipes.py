@@ -388,6 +388,8 @@ def _from_record(
   checks.one_of(('', *adapters.KEPT), keeps=keeps)
   if record.get('prob_is_array') and 'prob' in policy:
     policy['prob'] = jnp.asarray(policy['prob'])
+  if 'shared_frames' in policy:
+    policy['shared_frames'] = tuple(policy['shared_frames'])
   policy['targets'] = tuple(adapters.Target(**t) for t in policy['targets'])
   return Recipe(
       record['base'],

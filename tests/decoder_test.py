@@ -435,6 +435,20 @@ class CrossEntropyTest(parameterized.TestCase):
         value(hidden, head, targets, weights),
     )
 
+  @parameterized.parameters(jnp.float32, jnp.float64)
+  def test_log_sum_exp_in_one_reading(self, dtype):
+    """As a GPU computes it; infinities and NaN are what they should be."""
+    with jax.enable_x64(True):
+      x = 30 * jax.random.normal(jax.random.key(0), (3, 5, 257), dtype)
+      x = x.at[0, 0].set(-jnp.inf).at[0, 1, 3].set(-jnp.inf)
+      x = x.at[0, 2, 4].set(jnp.inf).at[0, 3, 5].set(jnp.nan)
+      ours = jax.jit(cross_entropy._read_once)(x)
+      self.assertEqual(ours.dtype, dtype)
+      # Sums of 257 numbers in another order.
+      tol = 300 * jnp.finfo(dtype).eps
+      plain = jax.nn.logsumexp(x, axis=-1)
+      np.testing.assert_allclose(ours, plain, rtol=tol, atol=tol)
+
   @parameterized.parameters(-1, 23)
   def test_an_unknown_target_is_nan(self, target):
     hidden, head, targets, weights = self.arguments()

@@ -129,6 +129,7 @@ class InputsTest(parameterized.TestCase):
       ('method.period_passes', '0'),
       ('method.period_passes', 'inf'),
       ('method.shared_coin', '2'),
+      ('method.shared_frames', "('(',)"),
       ('method.select', '('),
       ('method.select', '*'),
       ('method.select', 'nothing'),

@@ -436,6 +436,7 @@ class DiskTest(TemporaryTest):
         reset_optimizer=False,
         rounding='compensated',
         shared_coin=True,
+        shared_frames=('layers',),
         targets=(
             bl.Target('layers', rank=2, prob=0.3),
             bl.Target(r'^a$|é\d', alpha=1 / 3),

@@ -165,6 +165,34 @@ class IncrementsTest(parameterized.TestCase):
     with jax.enable_x64(True):
       self.check(make_policy('left'), 'float64', False)
 
+  def test_frames_that_are_shared(self):
+    key, params = jax.random.key(3), {}
+    for name, shape in {'q': (6, 8), 'k': (6, 4)}.items():
+      params[name] = {'kernel': jax.random.normal(key, shape)}
+    policy = bl.ChainPolicy.rac(2, 2, 'left', shared_frames=('^(q|k)/',))
+    chain = adapters.make_chain(
+        policy, optax.sgd(0.1), sketched=True, keeps='step'
+    )
+    loss = inject.by_product(
+        lambda p, x: (
+            sum(jnp.sum(jnp.sin(x @ p[k]['kernel'])) for k in p),
+            None,
+        )
+    )
+    state, links = chain.init(KEY, params), []
+    for i in range(3):
+      x = jax.random.normal(jax.random.key(i), (4, 6))
+      state, _ = jax.jit(lambda s, x: chain.step(s, loss, x))(state, x)
+      links.append(recipes.trained_factors(state, chain))
+    frames = state.factors
+    np.testing.assert_array_equal(
+        frames['q/kernel']['left'], frames['k/kernel']['left']
+    )
+    recipe = recipes.make_recipe(params, chain, KEY, links, state)
+    again = through_disk(recipe)
+    self.assertEqual(hash(again.policy), hash(policy))
+    chex.assert_trees_all_equal(replay_strictly(params, again), state.params)
+
   @pytest.mark.slow
   def test_links_that_end_between_steps(self):
     """As in runs of large weights: each by `next_link`."""

@@ -21,6 +21,7 @@ from bernoulli_lora_jax import fused
 from bernoulli_lora_jax import inject
 from bernoulli_lora_jax import links
 from bernoulli_lora_jax import lowrank
+from bernoulli_lora_jax import policies
 from bernoulli_lora_jax import rounding
 from bernoulli_lora_jax.models import decoder
 from bernoulli_lora_jax.training import base_config
@@ -539,6 +540,140 @@ class RowsTest(parameterized.TestCase):
     expected[1, 0] = expected[3, 1] = 1
     np.testing.assert_array_equal(pair['left'], expected)
     np.testing.assert_array_equal(pair['right'], np.ones((3, 4)))
+
+
+_GROUPS = ('self_attn/(q|k|v)_proj', '(gate|up)_proj')
+
+
+class SharedFramesTest(parameterized.TestCase):
+
+  def _frames(self, side, scan_layers, shared=_GROUPS, **fields):
+    """Returns {path without layer: {side: (layers, ...)}} of link 3."""
+    config = _config(scan_layers=scan_layers)
+    policy = _policy(side, shared_frames=shared, **fields)
+    chain = _chain(config, policy, _SGD)
+    found = chain.adapted(_params(config))
+    drawn = factors.draw_link(jax.random.key(4), 3, found, policy).factors
+    if scan_layers:
+      return {path.replace('layers/', ''): p for path, p in drawn.items()}
+    stacked = {}
+    for path, pair in drawn.items():
+      stacked.setdefault(path.partition('/')[2], []).append(pair)
+    return {
+        path: jax.tree.map(lambda *x: jnp.stack(x), *pairs)
+        for path, pairs in stacked.items()
+    }
+
+  @parameterized.parameters(False, True)
+  def test_who_shares(self, scan_layers):
+    frames = self._frames('left', scan_layers)
+    own = self._frames('left', scan_layers, shared=())
+    left = lambda name, of=frames: of[name]['left']
+    q, k, v, o = (f'self_attn/{x}_proj/kernel' for x in 'qkvo')
+    gate, up, down = (f'mlp/{x}_proj/kernel' for x in ('gate', 'up', 'down'))
+    for first, *others in ((k, q, v), (gate, up)):
+      np.testing.assert_array_equal(left(first), left(first, own))
+      for other in others:
+        np.testing.assert_array_equal(left(first), left(other))
+        self.assertGreater(jnp.abs(left(other) - left(other, own)).max(), 0.1)
+    for name in (o, down):
+      np.testing.assert_array_equal(left(name), left(name, own))
+    self.assertGreater(jnp.abs(left(k) - left(gate)).max(), 0.1)
+    for x in map(left, frames):
+      self.assertGreater(jnp.abs(x[0] - x[1]).max(), 0.1)  # A layer each.
+    other = self._frames('left', not scan_layers)
+    # Factorisations of batches of another size.
+    chex.assert_trees_all_close(frames, other, rtol=0, atol=1e-6)
+
+  @parameterized.parameters('left', 'bernoulli')
+  def test_coins_and_right_frames_stay_separate(self, side):
+    frames = self._frames(side, True)
+    config = _config(scan_layers=True)
+    draw = lambda shared: factors.draw_link(
+        jax.random.key(4),
+        3,
+        _chain(config, _policy(side), _SGD).adapted(_params(config)),
+        _policy(side, shared_frames=shared),
+    ).coins
+    chex.assert_trees_all_equal(draw(_GROUPS), draw(()))
+    if side == 'bernoulli':
+      own = self._frames(side, True, shared=())
+      for name in ('gate', 'up'):  # 8 x 12
+        name = f'mlp/{name}_proj/kernel'
+        is_right = jnp.any(frames[name]['right'] != 0, (1, 2))
+        np.testing.assert_array_equal(frames[name]['right'], own[name]['right'])
+        self.assertEqual(is_right.shape, (2,))
+
+  @parameterized.product(
+      scan_layers=(False, True), sketch=('gaussian', 'coordinate')
+  )
+  def test_steps_are_those_of_adapters(self, scan_layers, sketch):
+    policy = _policy(
+        'left',
+        period=2,
+        shared_frames=_GROUPS,
+        sketch=bl.sketches.by_name(sketch),
+    )
+    same = SameStepsTest()
+    same.assert_same(policy, _ADAM, 5, scan_layers=scan_layers)
+
+  @pytest.mark.slow
+  def test_steps_are_those_of_adapters_where_coins_fall(self):
+    policy = _policy('bernoulli', period=2, shared_frames=_GROUPS)
+    same = SameStepsTest()
+    same.assert_same(policy, _ADAM, 8, scan_layers=False)
+
+  @parameterized.parameters(('gaussian', 'dot'), ('coordinate', 'gather'))
+  def test_x_is_read_once(self, sketch, operation):
+    """x L of q, k and v is one operation, and of gate and up, in each layer."""
+    config = _config(scan_layers=False)
+    params, (batch,) = _params(config, jnp.float32), _batches(1)
+    loss = inject.by_product(decoder.make_loss(config, 4))
+    found = []
+    for shared in ((), _GROUPS):
+      policy = _policy(
+          'left',
+          period=2,
+          shared_frames=shared,
+          sketch=bl.sketches.by_name(sketch),
+      )
+      chain = _chain(config, policy, _SGD, sketched=True)
+      state = chain.init(jax.random.key(2), params)
+      step = jax.jit(lambda s, b, c=chain: adapters.move_factors(c, s, loss, b))
+      text = step.lower(state, batch).compile().as_text()
+      found.append(text.count(f' {operation}('))
+    self.assertEqual(found[0] - found[1], 3 * config.num_layers)
+
+  def test_refused(self):
+    params = {
+        'q': {'kernel': jnp.ones((6, 4))},
+        'k': {'kernel': jnp.ones((6, 5))},
+        'o': {'kernel': jnp.ones((5, 6))},
+    }
+
+    def adapted(*shared, **fields):
+      policy = _policy('left', shared_frames=shared, **fields)
+      return policies.resolve(params, policy, None)
+
+    self.assertLen({x.frame.path for x in adapted('^(q|k)/')}, 2)
+    for shared, message in (
+        (('^(q|k|o)/',), r'share a frame.*\(\(\), 6, 3\) of .*\(\(\), 5, 3\)'),
+        (
+            ('q', '^(q|k)/'),
+            r'Expected one pattern of shared_frames for q/kernel',
+        ),
+        (('nothing',), r"Expected the pattern 'nothing' of shared_frames to"),
+        (('(',), 'a pattern of shared_frames'),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        adapted(*shared)
+    targets = bl.Target('^q/'), bl.Target('^k/', rank=2)
+    with self.assertRaisesRegex(ValueError, 'share a frame.*6, 2.*6, 3'):
+      adapted('^(q|k)/', targets=targets)
+    with self.assertRaisesRegex(ValueError, 'Expected shared_frames with side'):
+      _policy('right', shared_frames=_GROUPS)
+    with self.assertRaisesRegex(TypeError, 'tuple of patterns'):
+      _policy('left', shared_frames='(q|k)')
 
 
 class OneCoinTest(parameterized.TestCase):

@@ -88,6 +88,31 @@ def _values(
   return _sum_of(jax.nn.logsumexp(logits, axis=-1), logits, targets, weights)
 
 
+def _log_sum_exp(logits: jax.Array) -> jax.Array:
+  """Returns log sum exp over the last axis; on a GPU it reads logits once."""
+  plain = lambda x: jax.nn.logsumexp(x, axis=-1)
+  return jax.lax.platform_dependent(logits, cuda=_read_once, default=plain)
+
+
+def _read_once(logits: jax.Array) -> jax.Array:
+  """Returns log sum exp over the last axis by one reduction of two numbers.
+
+  A number stands for (maximum, sum of exp(x - maximum)); two of them are joined by
+  rescaling the sum of the smaller maximum.
+  """
+
+  def joined(a, b):
+    top = jnp.maximum(a[0], b[0])
+    # The difference of two infinities would be NaN.
+    scaled = lambda c: c[1] * jnp.where(c[0] == top, 1, jnp.exp(c[0] - top))
+    return top, scaled(a) + scaled(b)
+
+  none = jnp.array(-jnp.inf, logits.dtype), jnp.zeros((), logits.dtype)
+  pairs = logits, jnp.ones_like(logits)
+  top, total = jax.lax.reduce(pairs, none, joined, (logits.ndim - 1,))
+  return top + jnp.log(total)
+
+
 def _sum_of(
     total: jax.Array, logits: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
@@ -129,7 +154,7 @@ def _forward(chunks: Any, head: Any) -> tuple[jax.Array, Any]:
     total, of_head = carry
     hidden, targets, weights = chunk
     logits = _logits(hidden, head)
-    norm = jax.nn.logsumexp(logits, axis=-1)
+    norm = _log_sum_exp(logits)
     total = total + _sum_of(norm, logits, targets, weights)
     slope = jnp.exp(logits - norm[..., None])
     slope -= jax.nn.one_hot(targets, logits.shape[-1], dtype=slope.dtype)

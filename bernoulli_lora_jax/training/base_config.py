@@ -64,6 +64,9 @@ def get_config() -> config_dict.ConfigDict:
   # In place of period: data passes a link.
   config.method.period_passes = config_dict.placeholder(float)
   config.method.shared_coin = False  # One coin for all matrices.
+  # Adapter and sketched mode: patterns of matrices with one left frame, as
+  # ('(q|k|v)_proj', '(gate|up)_proj'); see adapters.ChainPolicy.
+  config.method.shared_frames = ()
   config.method.select = ''  # Regular expression of the matrices; '': kernels.
   # Gradient mode: whether biases and the like move too.
   config.method.train_others = False

@@ -88,6 +88,9 @@ _RULES: dict[str, _Rule] = {
     'method.period': _at_least(0),
     'method.period_passes': _POSITIVE,
     'method.shared_coin': _FREE,
+    'method.shared_frames': _Rule(
+        lambda x: all(map(_is_pattern, x)), 'of regular expressions'
+    ),
     'method.select': _Rule(_is_pattern, 'to be a regular expression'),
     'method.train_others': _FREE,
     'method.others': _Rule(_is_pattern, 'to be a regular expression'),

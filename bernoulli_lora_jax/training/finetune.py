@@ -59,6 +59,7 @@ _FIELDS = {
     'period': 'method.period',
     'prob': 'method.prob',
     'shared_coin': 'method.shared_coin',
+    'shared_frames': 'method.shared_frames',
     'alpha': 'method.alpha',
     'sketch': 'method.sketch',
     'optimizer': 'method.optimizer',
@@ -103,6 +104,7 @@ def finetune(
     period: int = 100,
     prob: float = 0.5,
     shared_coin: bool = False,
+    shared_frames: tuple[str, ...] = (),
     alpha: float | None = None,
     sketch: str = 'gaussian',
     sketched: Literal['auto', 'yes', 'no'] = 'auto',
@@ -160,6 +162,8 @@ def finetune(
     prob: P(left), of bernoulli.
     shared_coin: whether one coin a link decides for all matrices, of bernoulli: links
       are then left or right as a whole, and run as fast as those.
+    shared_frames: patterns of matrices that draw one left frame, of chains; those that
+      read one activation are '(q|k|v)_proj' and '(gate|up)_proj'. Steps are faster.
     alpha: the scale is alpha / rank; None for 1, with lora and cola 2.
     sketch: law of the frozen factors.
     sketched: whether weights move at each step, with no factors beside them: less
