@@ -163,7 +163,7 @@ def finetune(
     shared_coin: whether one coin a link decides for all matrices, of bernoulli: links
       are then left or right as a whole, and run as fast as those.
     shared_frames: patterns of matrices that draw one left frame, of chains; those that
-      read one activation are '(q|k|v)_proj' and '(gate|up)_proj'. Steps are faster.
+      read one activation are '(q|k|v)_proj' and '(gate|up)_proj'; their x L is one.
     alpha: the scale is alpha / rank; None for 1, with lora and cola 2.
     sketch: law of the frozen factors.
     sketched: whether weights move at each step, with no factors beside them: less
