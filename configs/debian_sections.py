@@ -20,8 +20,9 @@ the lowest validation loss are kept, the test split is looked at once.
   python launch/report.py runs/debian_sections/parameters --metric=test_macro_f1
 
 Variants: parameters, rank, flops; on an accelerator the twenty runs of a method take
-each step at once. small (two methods, one seed and one rate, one pass: minutes on two
-CPU cores); smoke. Weights to evaluate on other files (`blora evaluate`) are kept with
+each step at once. small (the head, LoRA and RAC-LoRA, one seed and one rate, one pass:
+minutes on two CPU cores); audit (of `blora train`: 200 plain steps of Bernoulli-LoRA on
+512 texts, for `blora audit`); smoke. Weights to evaluate on other files (`blora evaluate`) are kept with
 --config.training.keep_weights=True.
 """
 
@@ -29,6 +30,16 @@ from ml_collections import config_dict
 
 from bernoulli_lora_jax.training import base_config
 
+AUDIT = {  # Plain steps: what T2 speaks of.
+    'method.mode': 'gradient',
+    'method.optimizer': 'sgd',
+    'method.learning_rate': 0.03,
+    'method.period': 1,
+    'training.num_steps': 200,
+    'training.num_evals': 20,
+    'training.patience': 0,
+    'training.eval_gradient': True,
+}
 NUM_SEEDS = 5
 NUM_LINKS = 8  # T.
 NUM_PASSES = 4.0
@@ -37,7 +48,7 @@ FULL_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 RATES = {2: (3e-4, 1e-3, 3e-3, 1e-2), 1: (1e-3, 3e-3, 1e-2, 3e-2)}
 CHAINS = ('cola', 'rac_left', 'rac_right', 'bernoulli')
 ADAPTERS = ('lora', 'asymmetric_left', 'asymmetric_right', *CHAINS)
-VARIANTS = (('parameters', 'rank', 'flops'), ('', 'small', 'smoke'))
+VARIANTS = (('parameters', 'rank', 'flops'), ('', 'small', 'audit', 'smoke'))
 
 
 def get_config(variant: str = ''):
@@ -60,7 +71,8 @@ def get_config(variant: str = ''):
   config.method.select = 'query|value'
   config.method.others = '^classifier'
   config.method.optimizer = 'adam'
-  config.method.period_passes = NUM_PASSES / NUM_LINKS
+  if size != 'audit':
+    config.method.period_passes = NUM_PASSES / NUM_LINKS
   config.training.num_passes = NUM_PASSES
   config.training.num_evals = 4
   config.training.patience = 4  # Never stops; keeps the best.
@@ -71,6 +83,12 @@ def get_config(variant: str = ''):
     config.training.num_passes = 1.0
     config.training.num_evals = 2
     config.method.period_passes = 1 / NUM_LINKS
+  if size == 'audit':
+    config.task.kwargs.num_texts = 512
+    config.task.kwargs.eval_fraction = 0.0
+    config.task.kwargs.train_rows = 0
+    config.task.kwargs.sampling = 'replacement'
+    config.update_from_flattened_dict(AUDIT)
   if size == 'smoke':
     config.training.num_steps = 4
     config.training.num_evals = 2

@@ -14,13 +14,16 @@ import pytest
 from sklearn import metrics as sklearn_metrics
 import tokenizer_folders
 
+from bernoulli_lora_jax import cli
 from bernoulli_lora_jax import matrices as matrices_lib
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.tasks import text_classification
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import base_config
+from bernoulli_lora_jax.training import evaluated
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import loop
+from bernoulli_lora_jax.training import reporting
 from bernoulli_lora_jax.training import sweep
 
 WORDS = 'hello there once upon time tokenizer world trained answer fine'.split()
@@ -35,7 +38,7 @@ def write_model(folder, name='bert', make=tokenizer_folders.bert, **changes):
   return tokenizer_folders.write(folder, make())
 
 
-def write_texts(path, count=60, seed=0, extra=()):
+def write_texts(path, count=60, seed=0, extra=(), shift=0):
   """Writes texts whose first words tell the label; returns the file."""
   rng = np.random.default_rng(seed)
   rows = []
@@ -43,7 +46,8 @@ def write_texts(path, count=60, seed=0, extra=()):
     label = int(rng.integers(3))
     size = int(rng.integers(0, 3)) if i % 4 else int(rng.integers(8, 20))
     words = [*3 * [WORDS[label]], *rng.choice(WORDS, size), f'{seed}{i}']
-    rows.append({'text': ' '.join(words), 'label': LABELS[label]})
+    name = LABELS[(label + shift) % 3]
+    rows.append({'text': ' '.join(words), 'label': name})
   lines = [json.dumps(row) for row in [*rows, *extra]]
   pathlib.Path(path).write_text('\n'.join(lines))
   return str(path)
@@ -470,6 +474,40 @@ class TrainTest(Folder):
         k: v for k, v in summary.items() if 'seconds' not in k
     }
     self.assertEqual(same(whole), same(halves))
+
+  def test_evaluated_on_other_data(self):
+    # Of the head alone, whose step compiles soonest.
+    config = self.make_config(
+        'gradient', 'probe', method__learning_rate=0.1, training__num_evals=4
+    )
+    # Of labels that are wrong: what is learned makes it worse.
+    wrong = write_texts(self.tmp / 'wrong.jsonl', 40, seed=5, shift=1)
+    with config.unlocked():
+      config.task.kwargs.eval_data = wrong
+    summary = self.train('runs/a', config)
+    self.assertLess(summary['best_step'], 8)
+    same = str(self.tmp / 'test.jsonl')
+    call = lambda *words: cli.main(['evaluate', str(self.tmp / 'runs'), *words])
+    (row,) = evaluated.evaluate([self.tmp / 'runs'], same)
+    for name in ('loss', 'accuracy', 'macro_f1'):
+      np.testing.assert_allclose(row[name], summary[f'test_{name}'], rtol=1e-5)
+    extra = [{'text': 'world', 'label': 'new'}]
+    other = write_texts(self.tmp / 'other.jsonl', 9, seed=3, extra=extra)
+    with self.assertRaisesRegex(SystemExit, r"line 10 \('new'\)"):
+      call(f'--data={other}')
+    with pytest.warns(UserWarning, match='told wrong'):
+      evaluated.evaluate(
+          [self.tmp / 'runs'], other, name='held_out', unseen='count'
+      )
+    after = json.loads((self.tmp / 'runs/a/summary.json').read_text())
+    self.assertEqual(summary, {k: after[k] for k in summary})
+    self.assertLess(after['held_out_accuracy'], 1)
+    rows = reporting.statistics(
+        reporting.load_runs([self.tmp / 'runs']), metric='held_out_macro_f1'
+    )
+    self.assertEqual(rows[0]['mean'], after['held_out_macro_f1'])
+    with self.assertRaisesRegex(SystemExit, 'name to be an identifier'):
+      call(f'--data={same}', '--name=test')
 
   @pytest.mark.slow
   def test_runs_of_a_sweep_are_those_alone(self):

@@ -65,6 +65,7 @@ def make_task(
     eval_data: str | os.PathLike[str] = '',
     eval_fraction: float = 0.1,
     split_seed: int = 0,
+    num_texts: int = 0,
     columns: Mapping[str, str] | None = None,
     tokenizer: str | os.PathLike[str] | tokenizer_lib.Tokenizer = '',
     pooling: str = 'mean',
@@ -92,6 +93,7 @@ def make_task(
     eval_fraction: part of data that is held out, in [0, 1), by a hash of the text:
       equal texts stay together.
     split_seed: of the hash.
+    num_texts: of data that are read, from its start; 0 for all.
     columns: {name of a field in data: 'text', 'pair' or 'label'}.
     tokenizer: a folder; '' for that of the model; or one that is loaded.
     pooling: what of a text the head reads: 'mean', 'cls' or 'pooler'.
@@ -123,10 +125,14 @@ def make_task(
   checks.one_of(UNSEEN, unseen=unseen)
   checks.one_of(SAMPLINGS, sampling=sampling)
   checks.within('[0, 1)', eval_fraction=eval_fraction)
-  checks.integers(0, train_rows=train_rows, split_seed=split_seed)
+  checks.integers(
+      0, train_rows=train_rows, split_seed=split_seed, num_texts=num_texts
+  )
   checks.integers(1, num_lengths=num_lengths, eval_batch_size=eval_batch_size)
   get = functools.partial(read, columns=columns, skip_bad=skip_bad)
   whole = get(data)
+  if num_texts:
+    whole = whole.take(range(min(num_texts, len(whole.texts))))
   names = sorted(set(whole.labels))
   checks.that(len(names) >= 2, f'two labels or more in {data}', labels=names)
   splits = _splits(whole, 0.0 if eval_data else eval_fraction, split_seed, data)
