@@ -20,6 +20,7 @@ from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.tasks import text_classification
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import base_config
+from bernoulli_lora_jax.training import config_files
 from bernoulli_lora_jax.training import evaluated
 from bernoulli_lora_jax.training import experiment
 from bernoulli_lora_jax.training import loop
@@ -104,6 +105,86 @@ class Folder(parameterized.TestCase):
     config.training.progress = False
     flat = {k.replace('__', '.'): v for k, v in overrides.items()}
     return experiment.apply_overrides(config, flat)
+
+
+class ConfigsTest(Folder):
+
+  def test_columns_come_back(self):
+    config = config_files.load('glue:mrpc')
+    (self.tmp / 'config.json').write_text(config.to_json_best_effort())
+    again = experiment.read_config(self.tmp)
+    self.assertEqual(again.task.kwargs.to_dict(), config.task.kwargs.to_dict())
+    columns = {'sentence1': 'text', 'sentence2': 'pair'}
+    self.assertEqual(again.task.kwargs.columns.to_dict(), columns)
+
+  @pytest.mark.slow
+  def test_glue(self):
+    """RoBERTa on a dataset of GLUE's columns, as `save_to_disk` writes it."""
+    datasets = pytest.importorskip('datasets')
+    rows = [(f'{WORDS[i % 3]} {i}', WORDS[i % 4], i % 2) for i in range(40)]
+    first, second, label = map(list, zip(*rows, strict=True))
+    columns = {'sentence1': first, 'sentence2': second, 'label': label}
+    kinds = datasets.ClassLabel(names=['entailment', 'not_entailment'])
+    one = datasets.Dataset.from_dict({**columns, 'idx': list(range(40))})
+    one = one.cast_column('label', kinds)
+    folder = self.tmp / 'rte'
+    datasets.DatasetDict(
+        {'train': one, 'validation': one.select(range(10))}
+    ).save_to_disk(str(folder))
+    pad = tokenizer_folders.roberta().token_to_id('<pad>')
+    model = write_model(
+        self.tmp / 'model',
+        'roberta',
+        tokenizer_folders.roberta,
+        pad_token_id=pad,
+    )
+    config = config_files.load('glue:rte,smoke')
+    self.assertEqual(config.task.kwargs.data, 'nyu-mll/glue/rte:train')
+    config = experiment.apply_overrides(
+        config,
+        {
+            'task.kwargs.model': str(model),
+            'task.kwargs.data': f'{folder}:train',
+            'task.kwargs.test_data': f'{folder}:validation',
+            'task.kwargs.max_length': 24,
+            'task.batch_size': 8,
+            'method.sketch': 'coordinate',
+            'training.progress': False,
+        },
+    )
+    summary = experiment.train(config, self.tmp / 'run')
+    self.assertEqual(summary['step'], 4)
+    self.assertIn('test_macro_f1', summary)
+    self.assertLen(experiment.selection(config, arguments.make_task(config)), 6)
+
+  @parameterized.parameters('parameters', 'rank', 'flops')
+  def test_debian_sections(self, equal):
+    """The runs of each table, and what their methods train."""
+    self.files()
+    self.monkeypatch.setenv('BERNOULLI_LORA_MINILM', str(self.tmp / 'model'))
+    (self.tmp / 'debian_sections').symlink_to(self.tmp)
+    self.monkeypatch.setenv('BERNOULLI_LORA_DATA', str(self.tmp))
+    config = config_files.load(f'debian_sections:{equal},smoke')
+    grid = sweep.load(str(config_files.find('debian_sections')), equal)
+    self.assertLen(grid, 10 * 4 * 5)
+    task = arguments.make_task(config)
+    trained = {}
+    for overrides in grid[::20]:
+      run = experiment.apply_overrides(config, overrides)
+      name = run.method.name, run.method.mode
+      trained[name] = experiment.trained_parameters(run, task) - 3 * 33
+    self.assertLen(trained, 10)
+    self.assertEqual(trained['probe', 'gradient'], 0)
+    factors = {
+        k: v for k, v in trained.items() if k[0] not in ('full', 'probe')
+    }
+    # Query and value of two layers of width 32.
+    numbers = {
+        'parameters': {4 * 8 * 32},
+        'rank': {4 * 32, 4 * 2 * 32, 4 * 8 * 32, 4 * 16 * 32},
+        'flops': {4 * 8 * 32, 4 * 16 * 32},
+    }
+    self.assertEqual(set(factors.values()), numbers[equal])
 
 
 class ReadTest(Folder):

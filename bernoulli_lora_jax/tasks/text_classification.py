@@ -260,10 +260,12 @@ def _splits(
   """Returns the training texts, and those that are held out."""
   is_out = [_hash(whole, i, seed) < fraction for i in range(len(whole.texts))]
   if not any(is_out):
-    checks.that(not fraction, f'texts held out of {data}', fraction=fraction)
+    checks.that(
+        not fraction, f'texts held out of {data}', eval_fraction=fraction
+    )
     return {'train': whole}
   rows = np.flatnonzero(is_out), np.flatnonzero(np.logical_not(is_out))
-  checks.that(len(rows[1]) > 0, f'texts of {data} left', fraction=fraction)
+  checks.that(len(rows[1]) > 0, f'texts of {data} left', eval_fraction=fraction)
   splits = {'train': whole.take(rows[1]), 'validation': whole.take(rows[0])}
   if missing := sorted(set(whole.labels) - set(splits['train'].labels)):
     warnings.warn(

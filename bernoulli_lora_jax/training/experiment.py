@@ -78,8 +78,14 @@ def read_config(directory: str | pathlib.Path) -> config_dict.ConfigDict:
   for field, value in checkpoint.flatten(record).items():
     value = tuple(value) if isinstance(value, list) else value
     if field.startswith('task.kwargs.'):
+      *folders, name = field.split('.')[2:]
       with config.unlocked():
-        config.task.kwargs[field.removeprefix('task.kwargs.')] = value
+        place = config.task.kwargs
+        for folder in folders:  # A mapping in a mapping, as `columns`.
+          if folder not in place:
+            place[folder] = config_dict.ConfigDict()
+          place = place[folder]
+        place[name] = value
       continue
     if field not in known:
       raise ValueError(
