@@ -9,7 +9,8 @@ the model's folder is $BERNOULLI_LORA_MINILM (docs/guide.md#classify-text has it
 Three tables, as in configs/equal.py: the same number of trained parameters a step
 (matrices are square: rank 2r of one factor is rank r of both), the same total rank (8
 links of rank 1 against one LoRA of rank 8), the same floating-point operations as 4
-passes of full fine-tuning (XLA's count, in which a scan of layers is one layer). Each
+passes of full fine-tuning (XLA's count, in which a scan of layers is one layer). Full
+fine-tuning is the same in all and stands in the first, as the head alone does. Each
 method with Adam at four learning rates and five seeds, of which a seed has its own
 head; the report shows the rate with the lowest mean validation loss. The weights of
 the lowest validation loss are kept, the test split is looked at once.
@@ -18,6 +19,8 @@ the lowest validation loss are kept, the test split is looked at once.
       --workdir=runs/debian_sections/parameters
   python launch/report.py runs/debian_sections/parameters
   python launch/report.py runs/debian_sections/parameters --metric=test_macro_f1
+  python launch/report.py runs/debian_sections/flops \
+      runs/debian_sections/parameters/*name=full*
 
 Variants: parameters, rank, flops; on an accelerator the twenty runs of a method take
 each step at once. small (the head, LoRA and RAC-LoRA, one seed and one rate, one pass:
@@ -127,7 +130,11 @@ def sweep(variant: str = ''):
     runs = [(probe(), 1e-2)]
     runs += [(adapter(name, equal), 3e-3) for name in ('lora', 'rac_left')]
     return [{**run, 'method.learning_rate': rate} for run, rate in runs]
-  runs = [(full(), FULL_RATES), (probe(), RATES[1])]
+  runs = []
+  if equal == 'parameters':  # In all tables the same.
+    runs.append((full(), FULL_RATES))
+  if equal != 'rank':
+    runs.append((probe(), RATES[1]))
   for name in ADAPTERS:
     rates = RATES[2 if name in ('lora', 'cola') else 1]
     runs.append((adapter(name, equal), rates))

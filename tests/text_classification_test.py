@@ -157,8 +157,8 @@ class ConfigsTest(Folder):
     self.assertIn('test_macro_f1', summary)
     self.assertLen(experiment.selection(config, arguments.make_task(config)), 6)
 
-  @parameterized.parameters('parameters', 'rank', 'flops')
-  def test_debian_sections(self, equal):
+  @parameterized.parameters(('parameters', 10), ('rank', 8), ('flops', 9))
+  def test_debian_sections(self, equal, num):
     """The runs of each table, and what their methods train."""
     self.files()
     self.monkeypatch.setenv('BERNOULLI_LORA_MINILM', str(self.tmp / 'model'))
@@ -166,15 +166,15 @@ class ConfigsTest(Folder):
     self.monkeypatch.setenv('BERNOULLI_LORA_DATA', str(self.tmp))
     config = config_files.load(f'debian_sections:{equal},smoke')
     grid = sweep.load(str(config_files.find('debian_sections')), equal)
-    self.assertLen(grid, 10 * 4 * 5)
+    self.assertLen(grid, num * 4 * 5)
     task = arguments.make_task(config)
     trained = {}
     for overrides in grid[::20]:
       run = experiment.apply_overrides(config, overrides)
       name = run.method.name, run.method.mode
       trained[name] = experiment.trained_parameters(run, task) - 3 * 33
-    self.assertLen(trained, 10)
-    self.assertEqual(trained['probe', 'gradient'], 0)
+    self.assertLen(trained, num)
+    self.assertEqual(trained.get(('probe', 'gradient'), 0), 0)
     factors = {
         k: v for k, v in trained.items() if k[0] not in ('full', 'probe')
     }
@@ -185,6 +185,27 @@ class ConfigsTest(Folder):
         'flops': {4 * 8 * 32, 4 * 16 * 32},
     }
     self.assertEqual(set(factors.values()), numbers[equal])
+
+  def test_equal_flops_are_of_all_weights(self):
+    config = self.make_config(
+        'gradient', 'full', training__num_full_passes=2.0,
+        training__num_steps=0, method__others='', method__train_others=True,
+    )  # fmt: skip
+    task = arguments.make_task(config)
+    steps = experiment.make_settings(config, task).num_steps
+    self.assertAlmostEqual(steps, 2 * task.num_samples / 4, delta=2)
+    probe = self.make_config(
+        'gradient', 'probe', training__num_full_passes=2.0,
+        training__num_steps=0,
+    )  # fmt: skip
+    # Of three products a matrix it has one, and the head's.
+    more = experiment.make_settings(probe, task).num_steps
+    spent = [
+        num * experiment.step_flops(c, task)
+        for num, c in ((steps, config), (more, probe))
+    ]
+    self.assertGreater(more, 2 * steps)
+    self.assertAlmostEqual(spent[1] / spent[0], 1, delta=0.05)  # Whole steps.
 
 
 class ReadTest(Folder):

@@ -129,7 +129,8 @@ def get_config() -> config_dict.ConfigDict:
   # 0: as many as num_passes takes in the mean, in whole evaluation intervals.
   config.training.num_steps = 0
   config.training.num_passes = 20.0  # Budget in data passes.
-  # In place of num_passes: the FLOPs of that many passes of full fine-tuning.
+  # In place of num_passes: the FLOPs of that many passes of full fine-tuning, of all
+  # weights where others are trained, else of the matrices.
   config.training.num_full_passes = config_dict.placeholder(float)
   config.training.num_evals = 20  # Evaluations, evenly spaced.
   config.training.eval_every = 0  # Steps between them; 0: by their number.

@@ -472,12 +472,14 @@ def _equal_flops(
     config: config_dict.ConfigDict, task: task_lib.Task, passes: float
 ) -> float:
   """Returns the steps that cost `passes` data passes of full fine-tuning."""
+  c = config.method
   full = apply_overrides(
       config,
       {
           'method.mode': 'gradient',
           'method.name': 'full',
           'method.estimator': 'sgd',
+          'method.train_others': c.train_others or bool(c.others),
       },
   )
   ours, theirs = step_flops(config, task), step_flops(full, task)
