@@ -189,6 +189,7 @@ class InputsTest(parameterized.TestCase):
       ('training.recipe', 'true'),
       ('training.keep_weights', 'x'),
       ('training.group_size', '-1'),
+      ('training.step_together', 'maybe'),
       ('training.parallel', 'tpu'),
       ('training.num_devices', '0'),
       ('training.progress', 'x'),

@@ -53,6 +53,7 @@ def evaluate(
       name=name,
   )
   task_key, task, compiled, rows = None, None, {}, []
+  metrics: Any = None
   for run in reporting.load_runs(run_dirs):
     if 'diverged' in run.summary:
       continue
