@@ -198,6 +198,37 @@ def report(
       print(written)
 
 
+def evaluate(
+    run_dirs: tuple[str, ...],
+    /,
+    data: str,
+    name: str = '',
+    unseen: Literal['', 'error', 'count'] = '',
+    style: Literal['simple', 'github', 'tsv'] = 'simple',
+) -> None:
+  """Evaluates finished runs of text_classification on other data.
+
+  The weights are those of the lowest validation loss, labels those of training. With
+  --name=held_out the metrics join the summaries: `blora report
+  --metric=held_out_accuracy` has their means. Runs of a sweep have weights with
+  --config.training.keep_weights=True.
+
+  Args:
+    run_dirs: directories of runs, at any depth.
+    data: a file, a folder or a dataset, read as the test data were.
+    name: of the metrics in summaries; '' to print them alone.
+    unseen: what becomes of labels that training has not; '' as in training.
+    style: format of the table.
+  """
+  from bernoulli_lora_jax.training import evaluated
+
+  if not run_dirs:
+    raise ValueError('Expected run directories, got none.')
+  kwargs = {'unseen': unseen} if unseen else {}
+  rows = evaluated.evaluate(run_dirs, data, name=name, **kwargs)
+  print(reporting.table(rows, style, is_even=True))
+
+
 def finetune(argv: list[str]) -> None:
   """Fine-tunes a checkpoint on a file: one command to merged weights, an adapter."""
   from bernoulli_lora_jax.training import finetune as finetune_lib
@@ -251,6 +282,9 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     'train': train,
     'sweep': sweep,
     'report': lambda argv: flags_of_functions.call('report', report, argv),
+    'evaluate': lambda argv: flags_of_functions.call(
+        'evaluate', evaluate, argv
+    ),
     'audit': audit,
     'finetune': finetune,
     'merge': merge,
@@ -262,7 +296,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def _overview() -> str:
   """Returns the help of the command itself."""
-  told = {**_COMMANDS, 'report': report}
+  told = {**_COMMANDS, 'report': report, 'evaluate': evaluate}
   first_line = lambda f: (f.__doc__ or '').partition('\n')[0]
   rows = [(name, first_line(f)) for name, f in told.items()]
   columns = flags_of_configs.columns

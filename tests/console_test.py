@@ -107,7 +107,7 @@ class CommandTest(parameterized.TestCase):
       text = blora(command, '--config=nothing', f'--workdir={folder / "x"}')
       self.assertRegex(
           text,
-          'one of code_to_english, digits, .*quadratic, got'
+          'one of code_to_english, .*digits, .*quadratic, got'
           " config 'nothing'",
       )
     a, b = (

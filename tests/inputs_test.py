@@ -191,6 +191,7 @@ class InputsTest(parameterized.TestCase):
       ('training.recipe_of_steps', 'true'),
       ('training.keep_weights', 'x'),
       ('training.group_size', '-1'),
+      ('training.step_together', 'maybe'),
       ('training.parallel', 'tpu'),
       ('training.num_devices', '0'),
       ('training.progress', 'x'),

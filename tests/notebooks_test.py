@@ -88,6 +88,21 @@ def test_finetune_llm(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_finetune_text(tmp_path, monkeypatch):
+  monkeypatch.delenv('XLA_FLAGS')  # As at a user's.
+  text = executed('finetune_text.ipynb', tmp_path)
+  rows = re.findall(r'^(\S.*?) {2,}0.01 +[\d,]+ +([\d.]+) ±', text, re.M)
+  accuracies, scores, later = rows[:4], rows[4:8], rows[8:]
+  names = ['linear probe', 'LoRA', 'RAC-LoRA (left frozen)', 'Bernoulli-LoRA']
+  assert [name for name, _ in accuracies] == names, text
+  for found, scale in ((accuracies, 100), (scores, 1), (later, 100)):
+    probe, *others = (float(value) / scale for _, value in found)
+    # The largest label has 40%; the probe has 86%, the others 98%.
+    assert probe > 0.7 and min(others) > 0.93, text
+  assert "line 201 ('elsewhere'): correct them, or unseen='count'" in text
+
+
+@pytest.mark.slow
 def test_theory(tmp_path, monkeypatch):
   monkeypatch.delenv('XLA_FLAGS')  # As at a user's.
   text = executed('theory.ipynb', tmp_path)

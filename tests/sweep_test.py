@@ -385,8 +385,13 @@ class SweepTest(parameterized.TestCase):
       (2**20, 2**20, [False]),
       (1, 2**20, [True]),  # Larger ones share a program, one after another.
       (1, 1, []),
+      (1, 2**20, [False], True),
+      (2**20, 2**20, [True], False),
   )
-  def test_sizes_that_share_a_program(self, small, medium, expected):
+  def test_sizes_that_share_a_program(
+      self, small, medium, expected, step_together=None
+  ):
+    config = small_config(training__step_together=step_together)
     with (
         mock.patch.object(sweep, '_SMALL', small),
         mock.patch.object(sweep, '_MEDIUM', {'cpu': medium}),
@@ -394,7 +399,7 @@ class SweepTest(parameterized.TestCase):
         mock.patch.object(experiment, 'train') as train,
     ):
       grid = [{'seed': 0}, {'seed': 1}]
-      sweep.train(small_config(), grid, self.tmp, progress=False)
+      sweep.train(config, grid, self.tmp, progress=False)
     found = [call.kwargs['one_by_one'] for call in share.call_args_list]
     self.assertEqual(found, expected)
     self.assertEqual(train.call_count, 0 if expected else 2)

@@ -450,26 +450,45 @@ def make_classification_loss(
       mask = mask_of(batch['lengths'], tokens.shape[1])
     out = apply(config, params, tokens, mask, batch.get('types'))
     assert out.logits is not None
-    logits = out.logits.astype(jnp.promote_types(out.logits.dtype, jnp.float32))
-    is_right = jnp.argmax(logits, axis=1) == labels
     weights = batch.get('weights')
     weights = jnp.ones(labels.shape) if weights is None else weights
-    weights = jax.lax.stop_gradient(weights).astype(logits.dtype)
-    # A negative one would be counted from the end.
-    labels = jnp.where(labels < 0, num, labels)
-    labels = jnp.where(weights == 0, 0, labels)
-    log_probs = jax.nn.log_softmax(logits)
-    chosen = jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0]
-    weight = jnp.sum(weights)
-    scale = jnp.where(weight > 0, weight, 1)
+    weights = jax.lax.stop_gradient(weights)
+    value, weight = cross_entropy(out.logits, labels, weights)
+    is_right = jnp.argmax(out.logits, axis=1) == labels
+    right = jnp.vdot(weights.astype(value.dtype), is_right.astype(value.dtype))
     aux = {
-        'accuracy': jnp.vdot(weights, is_right.astype(weights.dtype)) / scale,
+        'accuracy': right / jnp.where(weight > 0, weight, 1),
         'correct': jnp.sum(is_right & (weights > 0), dtype=jnp.int32),
     }
-    value = -jnp.vdot(weights, chosen) / scale
     return value, parts.Weighted(weight, aux)
 
   return loss
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the mean cross-entropy by weight, and the sum of the weights.
+
+  Args:
+    logits: (b, K).
+    labels: (b,) int; one outside of [0, K) makes the value NaN, unless its weight
+      is 0.
+    weights: (b,).
+
+  Returns:
+    Scalars of float32 or wider; the mean is 0 where nothing weighs.
+  """
+  num = logits.shape[1]
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  weights = weights.astype(logits.dtype)
+  # A negative one would be counted from the end.
+  labels = jnp.where(labels < 0, num, labels)
+  labels = jnp.where(weights == 0, 0, labels)
+  log_probs = jax.nn.log_softmax(logits)
+  chosen = jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0]
+  weight = jnp.sum(weights)
+  return -jnp.vdot(weights, chosen) / jnp.where(weight > 0, weight, 1), weight
 
 
 def apply(

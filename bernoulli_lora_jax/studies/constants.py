@@ -9,6 +9,7 @@ import numpy as np
 
 from bernoulli_lora_jax import averaging
 from bernoulli_lora_jax import checks
+from bernoulli_lora_jax import parts as parts_lib
 from bernoulli_lora_jax.studies import runs
 from bernoulli_lora_jax.tasks import partition
 from bernoulli_lora_jax.tasks import task as task_lib
@@ -77,6 +78,15 @@ def estimate(
   def loss(part, params, batch, key):
     return task.loss(averaging.joined(params, part), batch, key)[0]
 
+  def whole_loss(part, params, data):
+    """Returns f, in chunks of which the derivatives keep one at a time."""
+    one = lambda part, batch: task.loss(
+        averaging.joined(params, part), batch, None
+    )
+    if task.chunk:
+      one = jax.checkpoint(one)
+    return parts_lib.chunked(one, task.chunk)(part, data['train'])[0]
+
   def grad_at(params):
     return lambda part, drawn: jax.grad(loss)(part, params, *drawn)
 
@@ -93,7 +103,7 @@ def estimate(
   @jax.jit
   def at_point(params, data, key):
     part = moving(params)
-    f = lambda part: loss(part, params, data['train'], None)
+    f = lambda part: whole_loss(part, params, data)
     value, full = jax.value_and_grad(f)(part)
     norm, low = estimates.smoothness(f, part, key, num_steps=num_products)
     found = estimates.moments(
@@ -105,7 +115,7 @@ def estimate(
   @jax.jit
   def between(a, b, data, key):
     parts = moving(a), moving(b)
-    full = jax.grad(lambda part: loss(part, a, data['train'], None))
+    full = jax.grad(lambda part: whole_loss(part, a, data))
     means = [
         estimates.mean_smoothness(grad_at(a), *parts, drawn(one, data, key))
         for one in (draw_one, draw)

@@ -40,7 +40,7 @@ def spectrum_of(
 ) -> bounds.Spectrum:
   """Returns lmin, lmax of a run; both 1 for full fine-tuning."""
   c = finished.config.method
-  if c.name == 'full':
+  if c.name in methods.WHOLE:
     return bounds.Spectrum((), 1.0, 1.0)
   found, ranks, probs = drawn(finished, task, method)
   return bounds.spectrum(
@@ -48,7 +48,7 @@ def spectrum_of(
       rank=ranks,
       prob=probs,
       sketch=arguments.make_sketch(finished.config),
-      all_trained=not c.train_others,
+      all_trained=not (c.train_others or c.others),
   )
 
 
@@ -80,7 +80,7 @@ def is_chain(config: config_dict.ConfigDict) -> bool:
 def why_uncovered(config: config_dict.ConfigDict, task: task_lib.Task) -> str:
   """Returns the reason why no guarantee speaks of a run, '' if one does."""
   c = config.method
-  if not is_chain(config) and c.name != 'full':
+  if not is_chain(config) and c.name not in methods.WHOLE:
     return f'{c.name} is no chain of projections'
   if c.optimizer != 'sgd':
     return f'{c.optimizer} in place of plain steps'
@@ -118,7 +118,7 @@ def why_uncovered(config: config_dict.ConfigDict, task: task_lib.Task) -> str:
   is_whole = is_gd or c.estimator not in ('sgd', 'mvr')
   if is_whole and config.task.dropout > 0 and task.criterion is not None:
     return 'full gradients with dropout are noisy'
-  if arguments.period_of(config, task) > 1 and c.name != 'full':
+  if arguments.period_of(config, task) > 1 and is_chain(config):
     if not is_gd:
       return 'links of several minibatch steps'
   if config.training.plateau_patience:
@@ -156,7 +156,7 @@ def find_bound(
   config = finished.config
   reason = why_uncovered(config, task)
   c = config.method
-  if not is_chain(config) and c.name != 'full':
+  if not is_chain(config) and c.name not in methods.WHOLE:
     return Bound('', None, None, reason, '')
   if task.criterion == 'absolute':  # T1 is no reference for it.
     return Bound('', None, None, reason, '')
@@ -204,7 +204,7 @@ def find_bound(
 
 def period_of(config: config_dict.ConfigDict, task: task_lib.Task) -> int:
   """Returns K where a guarantee speaks of starts of links, else 1."""
-  if config.method.name == 'full' or why_uncovered(config, task):
+  if not is_chain(config) or why_uncovered(config, task):
     return 1
   return arguments.period_of(config, task)
 

@@ -4,7 +4,7 @@
 common in the field to {"messages"} or {"prompt", "completion"}.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import glob
 import gzip
 import itertools
@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 from typing import Any
+import warnings
 
 from bernoulli_lora_jax import checks
 
@@ -37,6 +38,7 @@ _ROLES = {
 }  # fmt: skip
 _HUB_NAME = re.compile(r'\w[\w.-]*/\w[\w.-]*(/\w[\w.-]*)?')
 _SHOWN = 300  # Characters of a message about a record.
+_NAMED = 3  # Bad lines that a message has in full.
 
 
 class BadRecordError(ValueError):
@@ -47,6 +49,29 @@ def one_line(error: object) -> str:
   """Returns a message as one line without its full stop, cut where it is long."""
   line = ' '.join(str(error).split()).removesuffix('.')
   return line if len(line) <= _SHOWN else f'{line[:_SHOWN]}...'
+
+
+def report_bad(data: Path, bad: list[str], count: int, skip_bad: bool) -> None:
+  """Warns of bad lines, or raises where none is good or none may be skipped.
+
+  Args:
+    data: where they are.
+    bad: each with its place and the reason, at least one.
+    count: of all lines.
+    skip_bad: whether they may be left out.
+  """
+  what = f'{len(bad)} bad of {count}: {some(bad)}'
+  if skip_bad and len(bad) < count:
+    warnings.warn(f'Left out of {data}: {what}.', stacklevel=5)
+    return
+  advice = 'none is left' if skip_bad else 'correct them, or skip_bad=True'
+  raise ValueError(f'Expected good documents in {data}, got {what}: {advice}.')
+
+
+def some(bad: Sequence[str]) -> str:
+  """Returns the first of what is bad, and how many more there are."""
+  more = f', and {len(bad) - _NAMED} more' if len(bad) > _NAMED else ''
+  return ', '.join(bad[:_NAMED]) + more
 
 
 def contents(

@@ -71,6 +71,9 @@ class Task(NamedTuple):
   # () -> weights read from disk for one run, which owns them: its steps move them
   # in place. `init` tells their shapes alone.
   load: Callable[[], Any] | None = None
+  # (key, weights) -> what a run begins from, as weights with a fresh head, for
+  # tasks with weights, or load. None: the weights; `init` returns the same.
+  begin: Callable[[jax.Array, Any], Any] | None = None
   # (regular expression, '' for all) -> what it selects, where a tree does not tell
   # the axes of its kernels; None: by paths.
   matrices: Callable[[str], matrices_lib.Matrices] | None = None

@@ -30,7 +30,6 @@ from bernoulli_lora_jax.tasks import records
 KINDS = ('auto', 'instruction', 'language_model')
 OVER_LIMIT = ('error', 'truncate', 'drop')
 TURNS = ('all', 'last', 'each')
-_NAMED = 3  # Bad lines that a message has in full.
 _PIECE = 1 << 16  # Characters: the library takes 500 bytes a token of one text.
 _PIECES = 16
 _BREAK = re.compile(r'\n(?=\n?\S)')  # Indents are often a token with the break.
@@ -231,7 +230,7 @@ def _read(
         part.append(_compact(ids, mask))
   checks.that(count > 0, f'text in {data}', documents=0)
   if bad:
-    _report_bad(data, bad, count, skip_bad)
+    records.report_bad(data, bad, count, skip_bad)
   if num_long:
     _report_long(data, num_long, num_untrained, max_length, over_limit)
   return packing.Documents.of(parts[0]), packing.Documents.of(parts[1])
@@ -239,18 +238,6 @@ def _read(
 
 def _compact(ids: Sequence[int], mask: Sequence[bool]) -> packing.Document:
   return np.asarray(ids, np.int32), np.asarray(mask, bool)  # pyrefly: ignore
-
-
-def _report_bad(data: Any, bad: list[str], count: int, skip_bad: bool) -> None:
-  """Warns of bad lines, or raises where none is good or none may be skipped."""
-  named = ', '.join(bad[:_NAMED])
-  more = f', and {len(bad) - _NAMED} more' if len(bad) > _NAMED else ''
-  what = f'{len(bad)} bad of {count}: {named}{more}'
-  if skip_bad and len(bad) < count:
-    warnings.warn(f'Left out of {data}: {what}.', stacklevel=4)
-    return
-  advice = 'none is left' if skip_bad else 'correct them, or skip_bad=True'
-  raise ValueError(f'Expected good documents in {data}, got {what}: {advice}.')
 
 
 def _report_long(

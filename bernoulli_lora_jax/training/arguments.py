@@ -348,9 +348,11 @@ def trained_leaves(
     config: config_dict.ConfigDict, task: task_lib.Task
 ) -> Callable[[Any], Any] | None:
   """Returns params -> tree of bool in gradient mode; None where all move."""
-  if config.method.train_others:
+  c = config.method
+  if c.train_others:
     return None
-  return methods.matrices_only(make_matrices(config, task))
+  matrices = None if c.name == 'probe' else make_matrices(config, task)
+  return functools.partial(methods.trained_mask, c.name, matrices, c.others)
 
 
 def make_transformation(

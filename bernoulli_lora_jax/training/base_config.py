@@ -46,8 +46,8 @@ def get_config() -> config_dict.ConfigDict:
   # 'sketched': chains of adapters whose weights move at each step; less memory.
   config.method.mode = 'gradient'
   # All modes: 'rac_left' (p = 1), 'rac_right' (p = 0), 'bernoulli'; gradient
-  # mode: 'full' (no projection); adapter mode: 'lora', 'asymmetric_left',
-  # 'asymmetric_right', 'cola'. Left and right name the sketched, frozen side:
+  # mode: 'full' (no projection), 'probe' (what `others` names alone, as a head);
+  # adapter mode: 'lora', 'asymmetric_left', 'asymmetric_right', 'cola'. Left and right name the sketched, frozen side:
   # left trains the right factor.
   config.method.name = 'bernoulli'
   # Gradient mode: 'gd', 'sgd', 'page', 'mvr'; federated: 'qgd', 'marina', 'ef21',
@@ -68,12 +68,13 @@ def get_config() -> config_dict.ConfigDict:
   # ('(q|k|v)_proj', '(gate|up)_proj'); see adapters.ChainPolicy.
   config.method.shared_frames = ()
   config.method.select = ''  # Regular expression of the matrices; '': kernels.
-  # Gradient mode: whether biases and the like move too.
+  # Gradient mode: whether all other leaves move too, as biases.
   config.method.train_others = False
-  # Adapter and sketched mode: regular expression of further leaves, trained at full
-  # size by the same optimiser; '': none.
+  # Regular expression of further leaves, trained at full size by the same optimiser,
+  # as a fresh head beside the chain; '': none.
   config.method.others = ''
-  # Of those, the rows of tokens that move, in embeddings and heads; (): all.
+  # Of those, the rows of tokens that move, in embeddings and heads; (): all. Not in
+  # gradient mode.
   config.method.other_rows = ()
   # 'sgd', 'momentum', 'adam', 'adamw' (adapter mode and 'full') or 'column' (Adam with
   # a second moment a column, which links leave: adapter and sketched mode); in chains
@@ -131,7 +132,8 @@ def get_config() -> config_dict.ConfigDict:
   # 0: as many as num_passes takes in the mean, in whole evaluation intervals.
   config.training.num_steps = 0
   config.training.num_passes = 20.0  # Budget in data passes.
-  # In place of num_passes: the FLOPs of that many passes of full fine-tuning.
+  # In place of num_passes: the FLOPs of that many passes of full fine-tuning, of all
+  # weights where others are trained, else of the matrices.
   config.training.num_full_passes = config_dict.placeholder(float)
   config.training.num_evals = 20  # Evaluations, evenly spaced.
   config.training.eval_every = 0  # Steps between them; 0: by their number.
@@ -151,6 +153,9 @@ def get_config() -> config_dict.ConfigDict:
   # Sweeps: whether runs that train together write a checkpoint of their end.
   config.training.keep_weights = False
   config.training.group_size = 0  # Runs together in a sweep; 0: by the device.
+  # Whether those take each step at once (vmap), or their program runs them one after
+  # another. None: at once up to 2^20 numbers, and not with PAGE.
+  config.training.step_together = config_dict.placeholder(bool)
   config.training.parallel = 'none'  # 'jit' (sharded batch) or 'pmap'.
   config.training.num_devices = config_dict.placeholder(int)  # None: all.
   config.training.progress = True  # Progress bar.

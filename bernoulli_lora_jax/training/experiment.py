@@ -15,6 +15,7 @@ from bernoulli_lora_jax import adapters
 from bernoulli_lora_jax import chain
 from bernoulli_lora_jax import files
 from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax import policies
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import arguments
 from bernoulli_lora_jax.training import base_config
@@ -55,6 +56,8 @@ def apply_overrides(
 
 
 check_config = fields.check
+# Of the last task, by config.
+_COUNTED: dict[str, Any] = {'task': None, 'flops': {}}
 
 
 def read_config(directory: str | pathlib.Path) -> config_dict.ConfigDict:
@@ -75,8 +78,14 @@ def read_config(directory: str | pathlib.Path) -> config_dict.ConfigDict:
   for field, value in checkpoint.flatten(record).items():
     value = tuple(value) if isinstance(value, list) else value
     if field.startswith('task.kwargs.'):
+      *folders, name = field.split('.')[2:]
       with config.unlocked():
-        config.task.kwargs[field.removeprefix('task.kwargs.')] = value
+        place = config.task.kwargs
+        for folder in folders:  # A mapping in a mapping, as `columns`.
+          if folder not in place:
+            place[folder] = config_dict.ConfigDict()
+          place = place[folder]
+        place[name] = value
       continue
     if field not in known:
       raise ValueError(
@@ -314,10 +323,10 @@ def _make_method(
         keeps=_kept(config),
         **common,
     )
-  if c.others or c.other_rows:
+  if c.other_rows:
     raise ValueError(
-        "Expected method.others='' and no method.other_rows in gradient mode"
-        f' (see method.train_others), got others={c.others!r}.'
+        'Expected no method.other_rows in gradient mode, got'
+        f' other_rows={tuple(c.other_rows)}.'
     )
   return methods.gradient_method(
       task.loss,
@@ -374,7 +383,7 @@ def _make_federated(
     )
 
   def update_numbers(state, params):
-    if c.name == 'full':
+    if c.name in methods.WHOLE:
       size = sum(x.size for x in jax.tree.leaves(params))
       return jnp.asarray(size, jnp.result_type(float))
     (found,) = chain.states(state)
@@ -433,8 +442,21 @@ def step_flops(
   """Returns the floating-point operations of a step, as XLA counts them.
 
   Counted in the program before its optimisation, by XLA's CPU backend whatever
-  the device; None where there is none.
+  the device; None where there is none. What is scanned, as layers, counts once.
   """
+  # A sweep asks often, and a program is not traced in no time.
+  like = apply_overrides(config, {'seed': 0, 'method.learning_rate': 1.0})
+  name = like.to_json_best_effort()
+  if _COUNTED['task'] is not task:
+    _COUNTED.update(task=task, flops={})
+  if name not in _COUNTED['flops']:
+    _COUNTED['flops'][name] = _count_flops(config, task)
+  return _COUNTED['flops'][name]
+
+
+def _count_flops(
+    config: config_dict.ConfigDict, task: task_lib.Task
+) -> float | None:
   method = _make_method(config, task)
 
   def start(key, data, weights):
@@ -465,12 +487,14 @@ def _equal_flops(
     config: config_dict.ConfigDict, task: task_lib.Task, passes: float
 ) -> float:
   """Returns the steps that cost `passes` data passes of full fine-tuning."""
+  c = config.method
   full = apply_overrides(
       config,
       {
           'method.mode': 'gradient',
           'method.name': 'full',
           'method.estimator': 'sgd',
+          'method.train_others': c.train_others or bool(c.others),
       },
   )
   ours, theirs = step_flops(config, task), step_flops(full, task)
@@ -538,23 +562,32 @@ def selection(
         axis = arguments.axis_of_rows(row['matrix'], leaf)
         row['trained'] = len(c.other_rows) * (leaf.size // leaf.shape[axis])
     return rows
-  if c.name == 'full':
-    sizes = [
-        (m.path, (*m.batch, m.m, m.n))
-        for m in matrices_lib.find(params, matrices)
+  whole = lambda path, shape: {
+      'matrix': path,
+      'shape': ' x '.join(map(str, shape)),
+      'trained': math.prod(shape),
+  }
+  if c.name == 'probe':
+    rows = []
+  elif c.name == 'full':
+    found = matrices_lib.find(params, matrices)
+    rows = [whole(m.path, (*m.batch, m.m, m.n)) for m in found]
+  else:
+    prob = float(methods.chain_prob(c.name, c.prob))
+    rows = chain.selection_table(
+        params, rank=c.rank, prob=prob, matrices=matrices
+    )
+  if c.others and not c.train_others:
+    patterns = (c.others,)
+    (places,) = policies.resolve_others(params, (), patterns).values()
+    leaves = jax.tree.leaves(params)
+    known = {row['matrix'] for row in rows}
+    rows += [
+        whole(path, leaves[i].shape)
+        for path, i in places.items()
+        if path not in known
     ]
-    return [
-        {
-            'matrix': path,
-            'shape': ' x '.join(map(str, shape)),
-            'trained': math.prod(shape),
-        }
-        for path, shape in sizes
-    ]
-  prob = float(methods.chain_prob(c.name, c.prob))
-  return chain.selection_table(
-      params, rank=c.rank, prob=prob, matrices=matrices
-  )
+  return rows
 
 
 def trained_parameters(

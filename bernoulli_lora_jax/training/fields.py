@@ -145,6 +145,7 @@ _RULES: dict[str, _Rule] = {
     'training.recipe_of_steps': _FREE,
     'training.keep_weights': _FREE,
     'training.group_size': _at_least(0),
+    'training.step_together': _FREE,
     'training.parallel': _one_of('none', 'jit', 'pmap'),
     'training.num_devices': _at_least(1),
     'training.progress': _FREE,

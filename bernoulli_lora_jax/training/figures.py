@@ -12,6 +12,7 @@ import numpy as np
 import scipy.stats
 
 from bernoulli_lora_jax.training import labels
+from bernoulli_lora_jax.training import methods
 from bernoulli_lora_jax.training import reporting
 
 Run = reporting.Run
@@ -174,7 +175,7 @@ def plot(
 def _rank(run: Run) -> int:
   """Returns the rank; 0 where nothing is sketched: it is in all panels."""
   method = run.config['method']
-  return 0 if method['name'] == 'full' else method['rank']
+  return 0 if method['name'] in methods.WHOLE else method['rank']
 
 
 def _transform(metric: str, runs: Sequence[Run]) -> Callable:

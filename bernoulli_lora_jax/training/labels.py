@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 from bernoulli_lora_jax.training import base_config
 from bernoulli_lora_jax.training import checkpoint
+from bernoulli_lora_jax.training import methods
 
 METHODS = {  # In the order of tables.
     'full': 'full fine-tuning',
+    'probe': 'linear probe',
     'lora': 'LoRA',
     'asymmetric_left': 'asymmetric LoRA (left frozen)',
     'asymmetric_right': 'asymmetric LoRA (right frozen)',
@@ -49,6 +51,7 @@ IGNORED = frozenset(
         'training.max_to_keep',
         'training.keep_weights',
         'training.group_size',
+        'training.step_together',
     }
 )
 RATES = ('method.learning_rate', 'method.stepsize_factor')
@@ -302,7 +305,9 @@ def _budget(c: Flat) -> str:
 
 
 def _rank(c: Flat) -> str | None:
-  return None if c['method.name'] == 'full' else f'r = {c["method.rank"]}'
+  return (
+      None if c['method.name'] in methods.WHOLE else f'r = {c["method.rank"]}'
+  )
 
 
 def _prob(c: Flat) -> str | None:

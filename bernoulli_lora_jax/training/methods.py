@@ -32,6 +32,7 @@ from bernoulli_lora_jax.training import parallel
 CUMULATIVE = ('data_passes', 'bits_up', 'bits_down')
 MODES = ('gradient', 'adapter', 'sketched')
 ESTIMATORS = ('gd', 'sgd', 'page', 'mvr')
+WHOLE = ('full', 'probe')  # Gradients that are not projected.
 ADAPTERS = (
     'lora',
     'asymmetric_left',
@@ -524,25 +525,26 @@ def make_transformation(
   """Returns key -> the transformation of a named method.
 
   Args:
-    name: 'full' (no projection), 'rac_left', 'rac_right' or 'bernoulli'.
+    name: 'full' or 'probe' (no projection), 'rac_left', 'rac_right' or
+      'bernoulli'.
     learning_rate: scalar or schedule.
     rank: dimension of the subspaces.
     prob: P(left) of 'bernoulli'.
     inner: momentum or Adam; in the subspace for chains, else on the gradient.
     clip_norm: bound of the estimate's global norm over trained leaves.
-    weight_decay: decoupled decay of the matrices, for 'full' alone.
+    weight_decay: decoupled decay of the matrices, where nothing is projected.
     matrices: what is a matrix.
     **chain_args: as for `chain.scale_by_bernoulli_chain`.
 
   Raises:
     ValueError: an unknown name.
   """
-  known = ('rac_left', 'rac_right', 'bernoulli', 'full')
+  known = ('rac_left', 'rac_right', 'bernoulli', *WHOLE)
   if name not in known:
     raise ValueError(
         f'Expected method.name in {known} in gradient mode, got {name!r}.'
     )
-  if weight_decay and name != 'full':
+  if weight_decay and name not in WHOLE:
     raise ValueError(
         'Expected method.weight_decay=0 for chains in gradient mode, got'
         f' weight_decay={weight_decay}.'
@@ -550,7 +552,7 @@ def make_transformation(
 
   def make_tx(key):
     txs = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-    if name == 'full':
+    if name in WHOLE:
       txs.append(optax.identity() if inner is None else inner)
       if weight_decay:
         txs.append(
@@ -579,11 +581,34 @@ def chain_prob(name: str, prob: float | jax.Array) -> float | jax.Array:
   return {'rac_left': 1.0, 'rac_right': 0.0}.get(name, prob)
 
 
-def matrices_only(
+def trained_mask(
+    name: str,
     matrices: matrices_lib.Matrices | None,
-) -> Callable[[Any], Any]:
-  """Returns the `trained` argument that freezes all that is no matrix."""
-  return lambda params: matrices_lib.mask(params, matrices)
+    others: str,
+    params: Any,
+) -> Any:
+  """Returns the `trained` tree of gradient mode.
+
+  Args:
+    name: see `make_transformation`; of 'probe' no matrix moves.
+    matrices: those that move.
+    others: regular expression of what moves beside them; '' for nothing.
+    params: tree of arrays or shapes.
+
+  Raises:
+    ValueError: others that select nothing, or a probe without them.
+  """
+  if name == 'probe' and not others:
+    raise ValueError(
+        "Expected method.others with method.name='probe', which trains nothing"
+        " else, got others=''."
+    )
+  found = policies.resolve_others(params, (), (others,) if others else ())
+  chosen = _marked(params, {i for p in found.values() for i in p.values()})
+  if name == 'probe':
+    return chosen
+  moving = matrices_lib.mask(params, matrices)
+  return jax.tree.map(lambda a, b: a or b, moving, chosen)
 
 
 def adapted_leaves(chain: adapters.Chain, params: Any) -> Any:

@@ -379,14 +379,15 @@ def init_params(
   Raises:
     ValueError: a task that loads its weights, without them.
   """
+  init_key = jax.random.fold_in(key, _INIT)
   if weights is not None:
-    return weights
+    return weights if task.begin is None else task.begin(init_key, weights)
   if task.load is not None:
     raise ValueError(
         f'Expected weights in memory, got task {task.name!r}, which loads them for'
         ' one run: it trains alone, with one process.'
     )
-  return task.init(jax.random.fold_in(key, _INIT))
+  return task.init(init_key)
 
 
 def _on_host(leaf: jax.Array) -> Any:

@@ -16,6 +16,7 @@ import tabulate
 
 from bernoulli_lora_jax.training import directory as directory_lib
 from bernoulli_lora_jax.training import labels
+from bernoulli_lora_jax.training import methods
 
 
 class Run(NamedTuple):
@@ -299,7 +300,7 @@ def _statistics(
 ) -> dict[str, Any]:
   first = group.runs[0]
   flat = labels.flat(first.config)
-  is_full = flat['method.name'] == 'full'
+  is_full = flat['method.name'] in methods.WHOLE
   good = [run for run in group.runs if 'diverged' not in run.summary]
   values = labels.metric(metric).scale * np.asarray(
       [_number(run, metric) for run in good]

@@ -229,6 +229,13 @@ def _share_program(config: config_dict.ConfigDict, task: task_lib.Task) -> bool:
   )
 
 
+def _one_by_one(config: config_dict.ConfigDict, task: task_lib.Task) -> bool:
+  """Returns whether a program runs one run after another."""
+  if config.training.step_together is not None:
+    return not config.training.step_together
+  return config.method.estimator == 'page' or _size(task) > _SMALL
+
+
 def _size(task: task_lib.Task) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(task_lib.shapes(task)))
 
@@ -269,7 +276,7 @@ def _train_together(
       [run.config.seed for run in members],
       hypers,
       group_size=config.training.group_size,
-      one_by_one=config.method.estimator == 'page' or _size(task) > _SMALL,
+      one_by_one=_one_by_one(config, task),
       evaluators=evaluators,
       report=report,
   )
