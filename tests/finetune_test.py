@@ -267,6 +267,11 @@ class InputTest(parameterized.TestCase):
           'optimizer of .* with method=full, .*got optimizer=column',
       ),
       ('adapter_rank', dict(adapter_rank=-1), 'Expected adapter_rank >= 0'),
+      (
+          'shared_frames',
+          dict(method='rac_right', shared_frames='q_proj'),
+          "shared_frames with method in .* got shared_frames=.*'rac_right'",
+      ),
   )
   def test_is_named(self, flags, message):
     places = {

@@ -50,6 +50,11 @@ LEARNING_RATES = {
 }
 # alpha / rank there, which alpha=None stands for; 1 for others.
 _SCALES = {'lora': 2.0, 'cola': 2.0}
+# {flag: the methods that have it}.
+_METHODS_OF = {
+    'shared_coin': ('bernoulli',),
+    'shared_frames': ('bernoulli', 'rac_left'),
+}
 # {flag: its field}.
 _FIELDS = {
     'seed': 'seed',
@@ -289,6 +294,12 @@ def make_config(
       raise ValueError(
           f"Expected {flag}='' with method=full, which trains all weights, got"
           f' {flag}={given[flag]!r}.'
+      )
+  for flag, methods in _METHODS_OF.items():
+    if given[flag] and given['method'] not in methods:
+      raise ValueError(
+          f'Expected {flag} with method in {methods} alone, got'
+          f" {flag}={given[flag]!r} with method={given['method']!r}."
       )
   checks.that(
       not is_full or given['optimizer'] != 'column',
