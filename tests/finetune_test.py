@@ -268,6 +268,11 @@ class InputTest(parameterized.TestCase):
       ),
       ('adapter_rank', dict(adapter_rank=-1), 'Expected adapter_rank >= 0'),
       (
+          'vllm_rank',
+          dict(export='adapter:vllm', adapter_rank=513),
+          r'Expected adapter_rank in \[1, 512\] with export=adapter:vllm',
+      ),
+      (
           'shared_frames',
           dict(method='rac_right', shared_frames='q_proj'),
           "shared_frames with method in .* got shared_frames=.*'rac_right'",
@@ -295,6 +300,25 @@ class InputTest(parameterized.TestCase):
     self.assertNotIn('\n', error)
     self.assertFalse((FOLDER / 'wrong').exists())
     self.assertFalse(list((FOLDER / 'model').glob('.*')))
+
+  @parameterized.parameters(
+      (4096, 320, 0, True),  # Ten links of rank 64: 640.
+      (4096, 256, 0, False),
+      (512, 320, 0, False),  # No layer has more than 512.
+      (4096, 320, 512, False),
+      (4096, 320, 513, True),
+  )
+  def test_rank_of_all_links_that_vllm_takes(self, width, steps, rank, fails):
+    config = make_config(rank=64, period=32)
+    settings = mock.Mock(num_steps=steps)
+    check = lambda chosen: finetune_checks.check_served(
+        config, width, chosen, rank, settings
+    )
+    check(['merged', 'adapter'])
+    if not fails:
+      return check(['adapter:vllm'])
+    with self.assertRaisesRegex(ValueError, '10 links of rank 64.$'):
+      check(['adapter:vllm'])
 
   @parameterized.parameters(
       ('speed', 'layers_1/', ''),

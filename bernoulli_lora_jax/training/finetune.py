@@ -8,7 +8,6 @@ read by `blora report`. Here are its flags and what it writes at the end (`tuned
 
 from collections.abc import Iterator
 import contextlib
-import functools
 import os
 import pathlib
 import re
@@ -230,7 +229,14 @@ def finetune(
     config = make_config(given, found)
     modes = finetune_modes.modes_of(mode, directory)
     finetune_checks.check_method(config, modes, chosen)
-    check = functools.partial(finetune_checks.check_exports, directory, chosen)
+    width = found.config.hidden_size
+
+    def check(settings):
+      finetune_checks.check_exports(directory, chosen, settings)
+      finetune_checks.check_served(
+          config, width, chosen, adapter_rank, settings
+      )
+
     program = finetune_modes.fitting(config, modes, directory, check)
   found_rate = default_rate(given, found.config.hidden_size)[1]
   rate_from = '' if learning_rate is not None else found_rate

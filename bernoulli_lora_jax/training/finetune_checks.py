@@ -8,6 +8,7 @@ from ml_collections import config_dict
 from bernoulli_lora_jax import checks
 from bernoulli_lora_jax import files
 from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax.models import peft_format
 from bernoulli_lora_jax.tasks import language_model
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.training import experiment
@@ -154,6 +155,33 @@ def check_exports(
           f' {"another run" if step is None else f"step {step}"} where this run has'
           f' {settings.num_steps} steps: move it, or choose another output.'
       )
+
+
+def check_served(
+    config: config_dict.ConfigDict,
+    width: int,
+    chosen: list[str],
+    adapter_rank: int,
+    settings: programs.Settings,
+) -> None:
+  """Raises ValueError where vLLM would not take the rank of all links together.
+
+  Args:
+    config: of the run.
+    width: of the model, above which no layer's change has a rank.
+    chosen: of `exports`.
+    adapter_rank: as of the flag.
+    settings: of the run.
+  """
+  c, most = config.method, peft_format.VLLM_RANKS[-1]
+  num = 1 if c.name == 'lora' else -(-settings.num_steps // c.period)
+  rank = adapter_rank or min(width, num * c.rank)
+  if 'adapter:vllm' in chosen and rank > most:
+    raise ValueError(
+        f'Expected adapter_rank in [1, {most}] with export=adapter:vllm, which takes'
+        f' no higher one, got adapter_rank={adapter_rank} for {num} links of rank'
+        f' {c.rank}.'
+    )
 
 
 def check_rank(
