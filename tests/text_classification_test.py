@@ -16,6 +16,7 @@ import tokenizer_folders
 
 from bernoulli_lora_jax import cli
 from bernoulli_lora_jax import matrices as matrices_lib
+from bernoulli_lora_jax.studies import audit_run
 from bernoulli_lora_jax.tasks import task as task_lib
 from bernoulli_lora_jax.tasks import text_classification
 from bernoulli_lora_jax.training import arguments
@@ -632,6 +633,35 @@ class TrainTest(Folder):
         np.testing.assert_allclose(summary[name], alone[name], rtol=2e-3)
       losses.append(summary['test_loss'])
     self.assertLen(set(losses), 4)
+
+  @pytest.mark.slow
+  def test_audits_in_chunks(self):
+    """Constants along the path do not depend on the size of chunks."""
+    found = []
+    for size in (7, 100):  # Of 60 texts or fewer.
+      config = self.make_config(
+          'gradient', 'bernoulli', training__eval_gradient=True,
+          training__patience=0, method__optimizer='sgd', method__period=1,
+          method__learning_rate=0.02,
+      )  # fmt: skip
+      with config.unlocked():
+        config.task.kwargs.sampling = 'replacement'
+        config.task.kwargs.eval_batch_size = size
+      folder = self.tmp / f'audit_{size}'
+      experiment.train(config, folder)
+      tables = audit_run.audit(
+          folder, num_points=2, num_products=3, num_batches=3, progress=False
+      ).tables
+      held = {row['assumption']: row['held'] for row in tables['assumptions']}
+      self.assertEqual(held['the replay is the run'], 'yes')
+      self.assertEqual(held['minibatches independent'], 'yes')
+      found.append({r['constant']: r['value'] for r in tables['constants']})
+      # Of frames in n dimensions r of them: query and value of width 32, rank 2.
+      for row in tables['lambda']:
+        self.assertAlmostEqual(row['least, E[H]'], 2 / 32, places=6)
+    for name in ('L', 'L between points', 'D0', 'sigma^2'):
+      # Sums over other chunks are rounded otherwise.
+      np.testing.assert_allclose(found[0][name], found[1][name], rtol=2e-3)
 
   def test_a_head_for_each_seed(self):
     task = self.make_task()
