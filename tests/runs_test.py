@@ -381,6 +381,7 @@ _SAME = (
     'training.keep_weights',
     'training.max_to_keep',
     'training.group_size',
+    'training.step_together',
 )
 
 
