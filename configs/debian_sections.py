@@ -32,6 +32,7 @@ minutes on two CPU cores); audit (of `blora train`: 200 plain steps of Bernoulli
 from ml_collections import config_dict
 
 from bernoulli_lora_jax.training import base_config
+from bernoulli_lora_jax.training import methods as methods_lib
 
 AUDIT = {  # Plain steps: what T2 speaks of.
     'method.mode': 'gradient',
@@ -50,7 +51,6 @@ FULL_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 # Of both factors, and of one, or the head.
 RATES = {2: (3e-4, 1e-3, 3e-3, 1e-2), 1: (1e-3, 3e-3, 1e-2, 3e-2)}
 CHAINS = ('cola', 'rac_left', 'rac_right', 'bernoulli')
-ADAPTERS = ('lora', 'asymmetric_left', 'asymmetric_right', *CHAINS)
 VARIANTS = (('parameters', 'rank', 'flops'), ('', 'small', 'audit', 'smoke'))
 
 
@@ -135,7 +135,7 @@ def sweep(variant: str = ''):
     runs.append((full(), FULL_RATES))
   if equal != 'rank':
     runs.append((probe(), RATES[1]))
-  for name in ADAPTERS:
+  for name in methods_lib.ADAPTERS:
     rates = RATES[2 if name in ('lora', 'cola') else 1]
     runs.append((adapter(name, equal), rates))
   runs.append((adapter('bernoulli', equal, 'sketched'), RATES[1]))

@@ -20,6 +20,7 @@ Variants: rte, cola, mrpc, sst2, qnli, qqp, mnli; smoke.
 from ml_collections import config_dict
 
 from bernoulli_lora_jax.training import base_config
+from bernoulli_lora_jax.training import methods as methods_lib
 
 # First and second texts of a task, by the names of their columns.
 TASKS = {
@@ -35,15 +36,6 @@ VARIANTS = (TASKS, ('', 'smoke'))
 NUM_LINKS = 10  # T.
 NUM_SEEDS = 3
 RATES = {'full': 2e-5, 'lora': 5e-4, 'cola': 5e-4}  # Of others, 1e-3.
-ADAPTERS = (
-    'lora',
-    'asymmetric_left',
-    'asymmetric_right',
-    'cola',
-    'rac_left',
-    'rac_right',
-    'bernoulli',
-)
 
 
 def get_config(variant: str = ''):
@@ -99,7 +91,7 @@ def sweep():
           'method.learning_rate': RATES['full'],
       }
   ]
-  methods += [adapter(name) for name in ADAPTERS]
+  methods += [adapter(name) for name in methods_lib.ADAPTERS]
   return [
       {**method, 'seed': seed}
       for method in methods

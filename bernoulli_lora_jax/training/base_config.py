@@ -47,8 +47,8 @@ def get_config() -> config_dict.ConfigDict:
   config.method.mode = 'gradient'
   # All modes: 'rac_left' (p = 1), 'rac_right' (p = 0), 'bernoulli'; gradient
   # mode: 'full' (no projection), 'probe' (what `others` names alone, as a head);
-  # adapter mode: 'lora', 'asymmetric_left', 'asymmetric_right', 'cola'. Left and right name the sketched, frozen side:
-  # left trains the right factor.
+  # adapter mode: 'lora', 'asymmetric_left', 'asymmetric_right', 'cola'. Left and right
+  # name the sketched, frozen side: left trains the right factor.
   config.method.name = 'bernoulli'
   # Gradient mode: 'gd', 'sgd', 'page', 'mvr'; federated: 'qgd', 'marina', 'ef21',
   # and 'fedavg' (local steps on the weights, with 'full').
